@@ -1,0 +1,368 @@
+"""The plots of the report, each returned as an inline SVG element.
+
+Figures are built without pyplot, so neither the caller's backend nor its open figures are touched. Text stays text: it can be searched, takes
+the font of the page, and is escaped by the SVG writer. Names are never read as TeX, whatever they contain.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Optional
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#1f2933"
+MUTED = "#64707d"
+GRID = "#e3e8ee"
+COLOURS = {"float": "#52606d", "int8": "#2f6db3", "exported": "#173f73", "control": "#c9a45c"}
+HIGHLIGHT = "#c2410c"
+RANGE = "#bcd3ec"
+NARROW = "#7fa8d6"
+MINUS = "\N{MINUS SIGN}"
+
+ONE_COLUMN = 16
+"""Up to this many layers are drawn in one chart."""
+
+_ROWS_PER_CHART = 45
+_MAX_POINTS = 300
+_MAX_NAME = 34
+_ROW_INCHES = 0.175
+
+
+@dataclass(frozen=True)
+class Step:
+    """One bar of the staircase: accuracy in percent; `kind` is a key of `COLOURS`."""
+
+    label: str
+    percent: float
+    kind: str
+
+
+@dataclass(frozen=True)
+class RangeRow:
+    """The range one layer can represent in int8, `lo`–`hi`, beside the range its values were seen in (where known).
+
+    `narrow` is the reach ±narrow of the channel with the smallest scale.
+    """
+
+    name: str
+    lo: float
+    hi: float
+    observed_min: Optional[float] = None
+    observed_max: Optional[float] = None
+    narrow: Optional[float] = None
+
+    @property
+    def clipped(self) -> tuple[bool, bool]:
+        """Whether values were seen more than one quantisation step below `lo`, and above `hi`."""
+        step = (self.hi - self.lo) / 255
+        below = self.observed_min is not None and self.observed_min < self.lo - step
+        above = self.observed_max is not None and self.observed_max > self.hi + step
+        return below, above
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One panel of a training: (x, y) points."""
+
+    title: str
+    axis: str
+    points: Sequence[tuple[float, float]]
+    marked: Optional[float] = None
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """`value` with an explicit sign: ``+0.19``, ``−0.19``, ``±0.00``."""
+    rounded = round(value, digits)
+    sign = "±" if rounded == 0 else "+" if rounded > 0 else MINUS
+    return f"{sign}{abs(rounded):.{digits}f}"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """`value` with `digits` significant digits and a typographic minus."""
+    return f"{value:.{digits}g}".replace("-", MINUS)
+
+
+def staircase_floor(percents: Sequence[float]) -> float:
+    """Where the accuracy axis of `staircase` begins: below the lowest bar far enough that the differences show, never below 0."""
+    lo, hi = min(percents), max(percents)
+    return max(0.0, lo - 0.8 * max(hi - lo, 0.5))
+
+
+def staircase(steps: Sequence[Step], controls: Sequence[Step] = ()) -> str:
+    """Accuracy from the float network to the exported one, with the float controls apart on the right.
+
+    Args:
+        steps: in order; the dashed line is the first one of kind ``float``, and differences are to it.
+        controls: trainings of the float network with the same budget.
+    """
+    bars = [*steps, *controls]
+    percents = [bar.percent for bar in bars]
+    base = next((bar.percent for bar in steps if bar.kind == "float"), None)
+    places = [i + (0.45 if i >= len(steps) and steps else 0.0) for i in range(len(bars))]
+    bottom, span = staircase_floor(percents), max(max(percents) - min(percents), 0.5)
+    with _style():
+        figure, axes = _figure(max(1.3 + 0.95 * len(bars), 3.4), 3.5)
+        axes.bar(places, [p - bottom for p in percents], 0.62, bottom, color=[COLOURS[bar.kind] for bar in bars], zorder=2)
+        for left, right, percent in zip(places[: len(steps)], places[1 : len(steps)], percents):
+            axes.plot([left + 0.31, right - 0.31], [percent, percent], color=MUTED, linewidth=0.8, zorder=3)
+        if base is not None:
+            axes.axhline(base, color=COLOURS["float"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        for place, bar in zip(places, bars):
+            lift = 3
+            if base is not None and bar.percent != base:
+                _note(axes, signed(bar.percent - base), (place, bar.percent), (0, lift), size=8, color=MUTED)
+                lift = 14
+            _note(axes, f"{bar.percent:.2f}", (place, bar.percent), (0, lift), size=10, weight="bold")
+        if steps and controls:
+            axes.axvline((places[len(steps) - 1] + places[len(steps)]) / 2, color=GRID, linewidth=1.2)
+        axes.set_xticks(places, [bar.label for bar in bars])
+        axes.set_xlim(places[0] - 0.6, places[-1] + 0.6)
+        axes.set_ylim(bottom, max(percents) + 0.35 * span)
+        axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100])
+        axes.set_title("test accuracy, %")
+        axes.grid(axis="y")
+        axes.tick_params(axis="x", length=0)
+        return _svg(figure, "staircase")
+
+
+def sizes(rows: Sequence[tuple[str, str, float, str]]) -> str:
+    """Horizontal bars of (label, text at the bar's end, bytes, key of `COLOURS`)."""
+    largest = max(row[2] for row in rows)
+    with _style():
+        figure, axes = _figure(4.9, 0.5 + 0.42 * len(rows))
+        places = range(len(rows))
+        axes.barh(places, [row[2] for row in rows], 0.6, color=[COLOURS[row[3]] for row in rows], zorder=2)
+        for place, row in zip(places, rows):
+            _note(axes, row[1], (row[2], place), (5, 0), size=9, ha="left", va="center")
+        _rows(axes, [row[0] for row in rows], size=9)
+        axes.set_xlim(0, 1.55 * largest if largest > 0 else 1.0)
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        return _svg(figure, "sizes")
+
+
+def worst(values: Sequence[float]) -> set[int]:
+    """The positions of the lowest values: three, fewer where there are not ten."""
+    count = 3 if len(values) >= 10 else 1
+    return set(sorted(range(len(values)), key=lambda i: values[i])[:count])
+
+
+def sqnr(layers: Sequence[tuple[str, float]]) -> list[str]:
+    """Charts of (layer, signal-to-quantisation-noise ratio in dB), in the order given and on one scale; the worst are highlighted."""
+    values = [value for _, value in layers]
+    low = worst(values)
+    right = max(max(values), 1.0)
+    charts = []
+    for first, part in _parts(layers):
+        with _style():
+            figure, axes = _figure(5.4, 0.55 + _ROW_INCHES * len(part))
+            colours = [HIGHLIGHT if first + i in low else COLOURS["int8"] for i in range(len(part))]
+            axes.barh(range(len(part)), [value for _, value in part], 0.7, color=colours, zorder=2)
+            for i, (_, value) in enumerate(part):
+                colour = HIGHLIGHT if first + i in low else INK
+                text = f"{value:.1f}".replace("-", MINUS)
+                _note(axes, text, (max(value, 0.0), i), (3, 0), size=7, ha="left", va="center", color=colour)
+            _rows(axes, [name for name, _ in part], size=7.5)
+            axes.set_xlim(min(0.0, 1.1 * min(values)), 1.14 * right)
+            axes.grid(axis="x")
+            axes.set_xlabel("dB", fontsize=8)
+            charts.append(_svg(figure, f"sqnr{first}"))
+    return charts
+
+
+def ranges(rows: Sequence[RangeRow], name: str) -> list[str]:
+    """Charts of representable against observed ranges; every row has its own scale, its numbers stand at its end.
+
+    Args:
+        rows: one a layer.
+        name: distinguishes the charts of one page.
+    """
+    charts = []
+    for first, part in _parts(rows):
+        with _style():
+            figure, axes = _figure(5.4, 0.3 + _ROW_INCHES * len(part))
+            axes.axvline(0, color=MUTED, linewidth=0.7, zorder=1)
+            for i, row in enumerate(part):
+                _range(axes, i, row)
+            _rows(axes, [row.name for row in part], size=7.5)
+            axes.set_xlim(-1.03, 1.03)
+            axes.set_xticks([])
+            axes.spines[["left", "bottom"]].set_visible(False)
+            charts.append(_svg(figure, f"{name}{first}"))
+    return charts
+
+
+def _range(axes: Axes, place: int, row: RangeRow) -> None:
+    ends = [row.lo, row.hi, *(v for v in (row.observed_min, row.observed_max) if v is not None)]
+    reach = max(abs(v) for v in ends) or 1.0
+
+    def draw(left: float, right: float, height: float, colour: str, layer: int) -> None:
+        axes.barh(place, (right - left) / reach, height, left / reach, color=colour, zorder=layer)
+
+    draw(row.lo, row.hi, 0.74, RANGE, 2)
+    if row.narrow is not None:
+        draw(-row.narrow, row.narrow, 0.74, NARROW, 3)
+    below, above = row.clipped
+    if below and row.observed_min is not None:
+        draw(row.observed_min, row.lo, 0.74, HIGHLIGHT, 2)
+    if above and row.observed_max is not None:
+        draw(row.hi, row.observed_max, 0.74, HIGHLIGHT, 2)
+    if row.observed_min is not None and row.observed_max is not None:
+        draw(row.observed_min, row.observed_max, 0.16, INK, 4)
+    axes.text(
+        1.02,
+        place,
+        f"{number(row.lo)} … {number(row.hi)}",
+        transform=axes.get_yaxis_transform(),
+        fontsize=7,
+        va="center",
+        color=HIGHLIGHT if below or above else INK,
+    )
+
+
+def training(curves: Sequence[Curve], name: str) -> str:
+    """The curves of one training side by side; where `marked` is set, a vertical line stands at that x.
+
+    Args:
+        curves: at least one, each with at least one point; above 300 points the mean and the spread of equal parts are drawn.
+        name: distinguishes the charts of one page.
+    """
+    with _style():
+        figure = _canvas(max(3.6 * len(curves), 4.4), 2.2)
+        for axes, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves):
+            x, y, low, high = _thinned(curve.points)
+            if low:
+                axes.fill_between(x, low, high, color=RANGE, linewidth=0, zorder=2)
+            axes.plot(x, y, color=COLOURS["int8"], linewidth=1.4, marker="o" if len(x) <= 12 else "", markersize=3.5, zorder=3)
+            if curve.marked is not None:
+                axes.axvline(curve.marked, color=HIGHLIGHT, linewidth=1.1, linestyle=(0, (4, 2)), zorder=4)
+            axes.set_title(curve.title)
+            axes.set_xlabel(curve.axis, fontsize=8)
+            axes.grid(axis="both")
+            axes.margins(x=0.02)
+        return _svg(figure, name)
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float], list[float], list[float]]:
+    """x and y of few enough points to draw, with the lowest and highest y of each part (empty where every point is kept)."""
+    if len(points) <= _MAX_POINTS:
+        return [x for x, _ in points], [y for _, y in points], [], []
+    size = ceil(len(points) / _MAX_POINTS)
+    parts = [points[i : i + size] for i in range(0, len(points), size)]
+    x = [sum(p[0] for p in part) / len(part) for part in parts]
+    y = [sum(p[1] for p in part) / len(part) for part in parts]
+    return x, y, [min(p[1] for p in part) for part in parts], [max(p[1] for p in part) for part in parts]
+
+
+def _parts(rows: Sequence) -> list[tuple[int, Sequence]]:
+    """`rows` cut into charts of about equal height, an even number of them where one is not enough, with the place of each first row."""
+    count = 1 if len(rows) <= ONE_COLUMN else 2 * ceil(len(rows) / (2 * _ROWS_PER_CHART))
+    size = ceil(len(rows) / count)
+    return [(i, rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+# -- matplotlib --------------------------------------------------------------------------------------------------------
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "msqkd",  # the same data give the same bytes
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 9,
+        "text.color": INK,
+        "text.parse_math": False,
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": MUTED,
+        "axes.titlesize": 9,
+        "axes.titlelocation": "left",
+        "axes.titlecolor": MUTED,
+        "axes.linewidth": 0.8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "grid.color": GRID,
+        "grid.linewidth": 0.8,
+        "xtick.color": MUTED,
+        "xtick.labelcolor": INK,
+        "xtick.labelsize": 8.5,
+        "ytick.color": MUTED,
+        "ytick.labelcolor": INK,
+        "ytick.labelsize": 8.5,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "savefig.facecolor": "none",
+    }
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has a font for it
+        yield
+
+
+def _canvas(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = _canvas(width, height)
+    return figure, figure.add_subplot()
+
+
+def _rows(axes: Axes, names: Sequence[str], size: float) -> None:
+    axes.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=size, parse_math=False)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+
+
+def _short(name: str) -> str:
+    """`name` on one line, with its middle left out where it is long."""
+    line = " ".join(name.split())
+    half = _MAX_NAME // 2
+    return line if len(line) <= _MAX_NAME else f"{line[: half - 1]}…{line[-half:]}"
+
+
+def _note(
+    axes: Axes,
+    text: str,
+    at: tuple[float, float],
+    offset: tuple[float, float],
+    *,
+    size: float,
+    ha: str = "center",
+    va: str = "bottom",
+    color: str = INK,
+    weight: str = "normal",
+) -> None:
+    axes.annotate(
+        text,
+        at,
+        xytext=offset,
+        textcoords="offset points",
+        ha=ha,
+        va=va,
+        fontsize=size,
+        color=color,
+        fontweight=weight,
+        annotation_clip=False,
+    )
+
+
+def _svg(figure: Figure, name: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    # Several SVGs share the page: their ids must differ.
+    return re.sub(r'(<\w+ id="|href="#|url\(#)', rf"\1{name}-", text[text.index("<svg") :])

@@ -1,0 +1,43 @@
+"""``arrays``: the user's own images in one .npz file."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from msqkd.data.base import DataBundle
+from msqkd.data.npz import read_npz
+from msqkd.data.registry import Request, register
+from msqkd.errors import DataError
+
+_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+@register("arrays")
+def read_arrays(request: Request) -> DataBundle:
+    """A .npz file with train_images, train_labels, test_images, test_labels and, if wanted, classes (names).
+
+    Images are uint8 (N, H, W, C), used as p / 255, or float (N, C, H, W), used as they are; both then go through
+    mean and std when given. Labels are integers (N,). Without names the classes are 0 to the greatest label.
+    """
+    path = request.file("an .npz file with " + ", ".join(_KEYS))
+    arrays = read_npz(path, _KEYS, ["classes"])
+    if "classes" in arrays:
+        classes = [str(name) for name in arrays["classes"].ravel()]
+    else:
+        greatest = max(
+            (int(arrays[key].max()) for key in _KEYS if key.endswith("labels") and arrays[key].size), default=-1
+        )
+        classes = [str(label) for label in range(greatest + 1)]
+    train, test = (
+        request.arrays(part, _channels_first(arrays[f"{part}_images"], path.name), arrays[f"{part}_labels"], classes)
+        for part in ("train", "test")
+    )
+    return DataBundle(request.name, train, test)
+
+
+def _channels_first(images: np.ndarray, file: str) -> np.ndarray:
+    if images.dtype != np.uint8:
+        return images
+    if images.ndim != 4 or images.shape[3] > 4:
+        raise DataError(f"{file}: uint8 images have shape {images.shape}; (N, H, W, C) with C up to 4 is needed")
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))

@@ -1,0 +1,50 @@
+"""The distillation step: the teacher answers in evaluation mode, without a gradient, inside the compiled step."""
+
+from __future__ import annotations
+
+from mindspore import nn, ops
+
+from msqkd.train.step import TrainStep
+
+
+class WithDistillLoss(nn.Cell):
+    """``loss(student(x), teacher(x), labels)``; only the student is trained.
+
+    Gradients stop at the teacher's answer, and an optimiser holds the student's parameters alone.
+    """
+
+    def __init__(self, student: nn.Cell, teacher: nn.Cell, loss: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.student, self.loss = student, loss
+        self.teacher = teacher
+        teacher.set_train(False)
+
+    def set_train(self, mode: bool = True) -> nn.Cell:
+        """Set the mode of the student; the teacher stays in evaluation mode."""
+        super().set_train(mode)
+        self.teacher.set_train(False)
+        return self
+
+    def construct(self, x, labels):  # type: ignore[no-untyped-def]
+        """A batch and its labels to a scalar."""
+        return self.loss(self.student(x), ops.stop_gradient(self.teacher(x)), labels)
+
+
+class DistillTrainOneStepCell(TrainStep):
+    """One step of training `student` to answer as `teacher` does.
+
+    Args:
+        student: the network trained, float or quantised.
+        teacher: the network imitated; put in evaluation mode, its parameters are excluded from training.
+        loss: a cell of (student logits, teacher logits, labels), such as `DistillLoss`.
+        optimizer: over the student's trainable parameters.
+    """
+
+    def __init__(self, student: nn.Cell, teacher: nn.Cell, loss: nn.Cell, optimizer: nn.Optimizer) -> None:
+        super().__init__(WithDistillLoss(student, teacher, loss), optimizer)
+
+    def set_train(self, mode: bool = True) -> nn.Cell:
+        """Set the mode of the student; the teacher stays in evaluation mode."""
+        super().set_train(mode)
+        self.network.set_train(mode)
+        return self

@@ -1,0 +1,171 @@
+"""MindIR for MindSpore Lite's converter: float weights on the int8 grid, and a FakeQuantParam marker behind every quantised value.
+
+The converter reads the markers as quantisation parameters and deletes them. Its rules (measured on converter_lite 2.7): one marker a
+producer and it is the producer's only user; no two markers in a row; none between a convolution and its fused activation; none on a bias.
+`mindspore.export` also writes bookkeeping (Load, UpdateState, Depend) that would give parameters a second user: it is taken out here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, Optional
+
+import mindspore as ms
+import numpy as np
+from mindspore import nn
+
+from msqkd.errors import ExportError
+from msqkd.export.lowering import lower_for_lite
+from msqkd.export.portable import write_cell
+from msqkd.files import PathLike, write_bytes
+from msqkd.graph.cell import Hooks, to_cell
+from msqkd.graph.ir import Graph
+from msqkd.graph.mindir import read_mindir
+from msqkd.quant.plan import QuantPlan
+from msqkd.quant.qparams import QParams, quant_limits
+
+MARKER = "FakeQuantParam"
+_BOOKKEEPING = ("Load", "UpdateState", "Depend", "MakeTuple")
+
+
+class _Marker(nn.Cell):
+    def __init__(self, qparams: QParams) -> None:
+        super().__init__()
+        from mindspore.common.dtype import QuantDtype
+        from mindspore.ops.operations._quant_ops import FakeQuantParam
+
+        scale = [float(s) for s in np.atleast_1d(qparams.scale)]
+        zero_point = [int(z) for z in np.atleast_1d(qparams.zero_point)]
+        self.mark = FakeQuantParam.linear_quant_param(QuantDtype.INT8, scale, zero_point, len(scale) > 1)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.mark(x)
+
+
+def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int = 1) -> Path:
+    """Write the network with its quantisation parameters for ``converter_lite --fmk=MINDIR``; no configuration file is needed.
+
+    Args:
+        graph, plan: the deployment graph and its plan, every range known.
+        file: where to.
+        batch_size: the fixed batch of the inputs (the converter's int8 graphs have static shapes).
+
+    Raises:
+        PlanError: a range is missing.
+        ExportError: the file breaks one of the converter's rules, or cannot be written.
+    """
+    lowered, plan = lower_for_lite(graph, plan)
+    hooks = Hooks(values={}, edges={})
+    for name, quant in plan.with_weight_observers(lowered).weights.items():
+        weight = lowered.params[lowered.node(name).inputs[1]]
+        qparams = quant.qparams(weight.data)
+        weight.data = qparams.fake_quantize(weight.data)
+        hooks.edges[(name, 1)] = _Marker(qparams)  # type: ignore[index]
+    for value, activation in plan.activations.items():
+        if activation.exact and value in lowered.outputs:
+            continue  # a marker must feed a consumer; a reshape hands its input's parameters on
+        marker = _Marker(plan.group_of(value).qparams())
+        hooks.values[value] = marker  # type: ignore[index]
+    inputs = []
+    for name in lowered.inputs:
+        kind = lowered.values[name].type
+        assert kind is not None
+        shape = (batch_size, *kind.shape[1:])
+        inputs.append(ms.Tensor(np.zeros(shape, kind.dtype)))
+    with tempfile.TemporaryDirectory() as folder:
+        raw = write_cell(to_cell(lowered, hooks), inputs, Path(folder) / "marked.mindir").read_bytes()
+    data = strip_bookkeeping(raw)
+    _check_markers(data, Path(file).name)
+    try:
+        write_bytes(file, data)
+    except OSError as error:
+        raise ExportError(f"cannot write {file}: {error.strerror}") from error
+    return Path(file)
+
+
+def strip_bookkeeping(data: bytes) -> bytes:
+    """A MindIR without Load, UpdateState, Depend and the tuples between them; parameters are read directly."""
+    from mindspore.train import mind_ir_pb2 as pb
+
+    model = pb.ModelProto()
+    model.ParseFromString(data)
+    kinds = {primitive.name: primitive.op_type for primitive in model.primitives}
+    alias: dict[str, str] = {}
+    kept = []
+    for node in model.graph.node:
+        op = _op(node, kinds)
+        if op in ("Load", "Depend"):
+            alias[node.output[0]] = alias.get(node.input[0], node.input[0])
+        elif op not in _BOOKKEEPING and not _is_monad(node):
+            for index, name in enumerate(node.input):
+                node.input[index] = alias.get(name, name)
+            kept.append(node)
+    used = {name for node in kept for name in node.input}
+    for output in model.graph.output:
+        output.name = alias.get(output.name, output.name)
+    kept_bytes = [node.SerializeToString() for node in kept if _op(node, kinds) != "Constant" or node.output[0] in used]
+    del model.graph.node[:]
+    for blob in kept_bytes:
+        model.graph.node.add().ParseFromString(blob)
+    live = {node.op_type[len("REF::") :] for node in model.graph.node if node.op_type.startswith("REF::")}
+    primitives = [p.SerializeToString() for p in model.primitives if p.name in live]
+    del model.primitives[:]
+    for blob in primitives:
+        model.primitives.add().ParseFromString(blob)
+    return bytes(model.SerializeToString())
+
+
+def _op(node: Any, kinds: dict[str, str]) -> str:
+    return kinds[node.op_type[len("REF::") :]] if node.op_type.startswith("REF::") else node.op_type
+
+
+def _is_monad(node: Any) -> bool:
+    return node.op_type == "Constant" and any("MONAD" in a.AttributeType.Name(a.type) for a in node.attribute)
+
+
+def _check_markers(data: bytes, name: str) -> None:
+    """Hold the file against the converter's rules."""
+    graph = read_mindir(data, name)
+    markers = [node for node in graph.nodes if node.op == MARKER]
+    if not markers:
+        raise ExportError(f"{name}: nothing in the network is int8 on the target; there are no parameters to write")
+    for marker in markers:
+        source = marker.inputs[0]
+        producer = graph.producer(source)
+        if producer is not None and producer.op == MARKER:
+            raise ExportError(f"{name}: two markers follow each other behind '{producer.inputs[0]}'")
+        if len(graph.consumers(source)) != 1 or source in graph.outputs:
+            raise ExportError(f"{name}: the marker behind '{source}' is not its only user")
+
+
+def read_marked(file: PathLike) -> tuple[Graph, dict[str, QParams], dict[tuple[str, int], QParams]]:
+    """Read a file of `export_lite` back, as the converter does.
+
+    Returns:
+        The graph without markers, parameters by value name, and parameters by (node, input) for weights.
+    """
+    graph = read_mindir(Path(file).read_bytes(), Path(file).stem)
+    values: dict[str, QParams] = {}
+    weights: dict[tuple[str, int], QParams] = {}
+    for marker in [node for node in graph.nodes if node.op == MARKER]:
+        source = marker.inputs[0]
+        weight = graph.values[source].kind == "param"
+        if weight:
+            for node in graph.consumers(marker.output):
+                weights[(node.name, node.inputs.index(marker.output))] = _parameters(marker.attrs, axis=0)
+        else:
+            values[source] = _parameters(marker.attrs, axis=None)
+        graph.replace_value(marker.output, source)
+        graph.nodes.remove(marker)
+    graph.prune()
+    return graph, values, weights
+
+
+def _parameters(attrs: dict[str, Any], axis: Optional[int]) -> QParams:
+    scale = np.float32(attrs["linear_quant_scale"])
+    zero_point = np.int32(attrs["linear_quant_zero_point"])
+    low, high = quant_limits(8, narrow=axis is not None)
+    if axis is None or scale.size == 1:
+        return QParams(scale.reshape(()), zero_point.reshape(()), low, high)
+    return QParams(scale, zero_point, low, high, axis)

@@ -1,0 +1,224 @@
+"""Graph, Node and Value: the one description of a network every other part of msqkd reads.
+
+The graph knows nothing of quantisation and nothing of MindSpore: parameters and constants are numpy arrays and Python values,
+operators are named as MindSpore names its primitives (``Conv2D``, ``MatMul``, ``Add`` ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """Shape and dtype of a tensor; an unknown dimension (the batch) is -1, the dtype is a numpy name."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A named edge of the graph.
+
+    `kind` is ``input`` (fed by the caller), ``param`` (a Parameter, by its name), ``const`` (a literal) or ``node`` (computed).
+    """
+
+    name: str
+    kind: str
+    type: Optional[TensorType] = None
+    const: Any = None
+
+
+@dataclass
+class Node:
+    """One operation.
+
+    Attributes:
+        name: unique and readable: the cell path where the cell holds one operation, else the path and the operation.
+        op: the primitive's name.
+        inputs: names of the values read, in the primitive's order (tensors first, then literal arguments).
+        outputs: names of the values computed.
+        attrs: primitive attributes, as recorded.
+        cell_path: path of the cell the operation belongs to (``layer1.0.conv1``); empty for the root.
+        cell_types: class names from the root to that cell.
+        functional: whether the primitive takes its attributes as arguments (True) or as attributes (False).
+    """
+
+    name: str
+    op: str
+    inputs: list[str]
+    outputs: list[str]
+    attrs: dict[str, Any] = field(default_factory=dict)
+    cell_path: str = ""
+    cell_types: tuple[str, ...] = ()
+    functional: bool = True
+
+    @property
+    def output(self) -> str:
+        """The first (usually the only) output."""
+        return self.outputs[0]
+
+
+@dataclass
+class Parameter:
+    """A weight: its array and whether training may change it."""
+
+    data: np.ndarray
+    trainable: bool = True
+
+
+class Graph:
+    """A network as a list of nodes in execution order.
+
+    Attributes:
+        name: class name of the captured network.
+        inputs: names of the input values, in the order of the network's arguments.
+        outputs: names of the output values.
+        nodes: the operations, each after its producers.
+        values: every value by name.
+        params: every parameter by its original name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.inputs: list[str] = []
+        self.outputs: list[str] = []
+        self.nodes: list[Node] = []
+        self.values: dict[str, Value] = {}
+        self.params: dict[str, Parameter] = {}
+
+    # -- building -------------------------------------------------------------------------------------------------
+    def add_value(self, value: Value) -> str:
+        """Register `value` and return its name."""
+        self.values[value.name] = value
+        return value.name
+
+    def add_const(self, const: Any, hint: str = "const") -> str:
+        """Register a literal (a number, tuple, string or numpy array) and return its name."""
+        name = self.unique_value(hint)
+        kind = TensorType(const.shape, str(const.dtype)) if isinstance(const, np.ndarray) else None
+        return self.add_value(Value(name, "const", kind, const))
+
+    def add_param(self, name: str, data: np.ndarray, trainable: bool = True) -> str:
+        """Register a parameter under its name and return the name of its value."""
+        self.params[name] = Parameter(data, trainable)
+        return self.add_value(Value(name, "param", TensorType(data.shape, str(data.dtype))))
+
+    def unique_value(self, hint: str) -> str:
+        """A value name not in use, built from `hint`."""
+        return _unique(hint, self.values)
+
+    def unique_node(self, hint: str) -> str:
+        """A node name not in use, built from `hint`."""
+        return _unique(hint, {node.name for node in self.nodes})
+
+    def insert_after(self, anchor: Optional[Node], nodes: Iterable[Node]) -> None:
+        """Insert `nodes` behind `anchor` (at the front when it is None), keeping their order."""
+        at = 0 if anchor is None else self.nodes.index(anchor) + 1
+        self.nodes[at:at] = list(nodes)
+
+    def replace_value(self, old: str, new: str, *, outputs: bool = True) -> None:
+        """Let every reader of value `old` read `new` instead (and the graph's outputs too, unless `outputs` is False)."""
+        for node in self.nodes:
+            node.inputs = [new if name == old else name for name in node.inputs]
+        if outputs:
+            self.outputs = [new if name == old else name for name in self.outputs]
+
+    # -- reading --------------------------------------------------------------------------------------------------
+    def producer(self, value: str) -> Optional[Node]:
+        """The node that computes `value`, or None for inputs, parameters and literals."""
+        return self._producers().get(value)
+
+    def _producers(self) -> dict[str, Node]:
+        return {output: node for node in self.nodes for output in node.outputs}
+
+    def consumers(self, value: str) -> list[Node]:
+        """The nodes that read `value`, in execution order."""
+        return [node for node in self.nodes if value in node.inputs]
+
+    def node(self, name: str) -> Node:
+        """The node called `name`.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)
+
+    def const(self, value: str) -> Any:
+        """The literal behind a value name."""
+        return self.values[value].const
+
+    def shape(self, value: str) -> tuple[int, ...]:
+        """The shape of a value (-1 where the batch is unknown); ``()`` for literals that are not tensors."""
+        kind = self.values[value].type
+        return kind.shape if kind is not None else ()
+
+    def tensor_inputs(self, node: Node) -> list[str]:
+        """The inputs of `node` that are activations: computed values and graph inputs, no parameters, no literals."""
+        return [name for name in node.inputs if self.values[name].kind in ("node", "input")]
+
+    def param_inputs(self, node: Node) -> list[str]:
+        """The inputs of `node` that are parameters."""
+        return [name for name in node.inputs if self.values[name].kind == "param"]
+
+    def activations(self) -> Iterator[Value]:
+        """The graph's inputs and every computed value, in execution order."""
+        for name in self.inputs:
+            yield self.values[name]
+        for node in self.nodes:
+            for output in node.outputs:
+                yield self.values[output]
+
+    # -- upkeep ---------------------------------------------------------------------------------------------------
+    def copy(self) -> Graph:
+        """An independent copy: passes may change it freely (the arrays of parameters are shared until replaced)."""
+        twin = Graph(self.name)
+        twin.inputs, twin.outputs = list(self.inputs), list(self.outputs)
+        twin.nodes = [
+            replace(node, inputs=list(node.inputs), outputs=list(node.outputs), attrs=dict(node.attrs)) for node in self.nodes
+        ]
+        twin.values = dict(self.values)
+        twin.params = {name: replace(param) for name, param in self.params.items()}
+        return twin
+
+    def prune(self) -> None:
+        """Drop nodes whose outputs nobody reads, and the values and parameters nobody reads any more."""
+        needed = set(self.outputs)
+        kept: list[Node] = []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.outputs):
+                kept.append(node)
+                needed.update(node.inputs)
+        self.nodes = kept[::-1]
+        live = needed.union(self.inputs, *(node.outputs for node in self.nodes))
+        self.values = {name: value for name, value in self.values.items() if name in live}
+        self.params = {name: param for name, param in self.params.items() if name in live}
+
+    def check(self) -> None:
+        """Raise AssertionError when the graph is not well-formed (a pass went wrong)."""
+        known = set(self.inputs) | {v.name for v in self.values.values() if v.kind in ("param", "const")}
+        names: set[str] = set()
+        for node in self.nodes:
+            missing = [name for name in node.inputs if name not in known]
+            assert not missing, f"{node.name} reads {missing} before they are computed"
+            assert node.name not in names, f"two nodes are called {node.name}"
+            names.add(node.name)
+            known.update(node.outputs)
+        assert set(self.outputs) <= known, "an output is never computed"
+
+
+def _unique(hint: str, taken: Iterable[str]) -> str:
+    if hint not in taken:
+        return hint
+    number = 1
+    while f"{hint}_{number}" in taken:
+        number += 1
+    return f"{hint}_{number}"

@@ -1,0 +1,42 @@
+"""MindSpore as msqkd needs it: the one place that knows the traps of the platform."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+_ONEDNN_VARIABLE = "ONEDNN_MAX_CPU_ISA"
+
+
+def cpu_flags() -> set[str]:
+    """The CPU's feature flags as Linux reports them (empty where /proc/cpuinfo does not exist)."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as stream:
+            for line in stream:
+                if line.startswith(("flags", "Features")):
+                    return set(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return set()
+
+
+def avoid_slow_convolutions() -> None:
+    """On AVX-512 machines let oneDNN use AVX2, unless the user has chosen.
+
+    The oneDNN of the MindSpore 2.10 wheel falls back to its reference convolution there, 25 to 100 times slower. The variable is
+    read at the first oneDNN operation, so calling this after ``import mindspore`` is early enough.
+    """
+    if "avx512f" in cpu_flags():
+        os.environ.setdefault(_ONEDNN_VARIABLE, "AVX2")
+
+
+def mindspore() -> Any:
+    """Import MindSpore with the environment prepared.
+
+    Raises:
+        MissingDependencyError: MindSpore is not installed, or numpy 2 is.
+    """
+    avoid_slow_convolutions()
+    import mindspore as ms
+
+    return ms

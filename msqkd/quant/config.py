@@ -1,0 +1,137 @@
+"""What to quantise and how: the settings of a layer, and the rules that give them to layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Optional
+
+from msqkd.errors import PlanError, did_you_mean
+
+WEIGHT_OBSERVERS = ("minmax", "mse")
+ACTIVATION_OBSERVERS = ("minmax", "ema", "percentile", "kl", "mse")
+_DTYPE_BITS = {"int8": 8, "qint4x2": 4, "int4": 4}
+
+
+def bits_of(dtype: Any, where: str) -> int:
+    """Bits of a quantised dtype: an int from 2 to 8, ``mindspore.int8``, or the names ``int8`` and ``int2`` … ``int8``.
+
+    Raises:
+        PlanError: it is none of these.
+    """
+    if isinstance(dtype, int) and not isinstance(dtype, bool):
+        bits: Optional[int] = dtype
+    else:
+        name = str(dtype).lower()
+        bits = _DTYPE_BITS.get(name)
+        if bits is None and name.startswith("int") and name[3:].isdigit():
+            bits = int(name[3:])
+    if bits is None or not 2 <= bits <= 8:
+        raise PlanError(f"{where} is {dtype!r}; allowed: mindspore.int8, 'int2' … 'int8', or a number of bits from 2 to 8")
+    return bits
+
+
+def _check_observer(name: str, allowed: tuple[str, ...], where: str) -> None:
+    if name not in allowed:
+        raise PlanError(f"{where} is '{name}'; allowed: {', '.join(allowed)}{did_you_mean(name, allowed)}")
+
+
+@dataclass(frozen=True)
+class WeightQuantizer:
+    """How the weight of a layer is quantised: symmetric, zero point 0, levels −(2^(b−1)−1) … 2^(b−1)−1.
+
+    Attributes:
+        quant_dtype: ``mindspore.int8``, 'int2' … 'int8', or the number of bits (2–8).
+        per_channel: one scale per output channel instead of one per tensor.
+        observer: ``minmax`` (scale from max|w|) or ``mse`` (the clipped maximum with the least squared error).
+    """
+
+    quant_dtype: Any = "int8"
+    per_channel: bool = False
+    observer: str = "minmax"
+
+    def __post_init__(self) -> None:
+        bits_of(self.quant_dtype, "WeightQuantizer.quant_dtype")
+        _check_observer(self.observer, WEIGHT_OBSERVERS, "WeightQuantizer.observer")
+
+    @property
+    def bits(self) -> int:
+        """The number of bits, 2–8."""
+        return bits_of(self.quant_dtype, "WeightQuantizer.quant_dtype")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """The settings of a layer (or of every layer, as the default).
+
+    Attributes:
+        weight_quantizer: how weights are quantised.
+        act_quant_dtype: dtype of activations, as `WeightQuantizer.quant_dtype`; None keeps the layer float.
+        act_quant_delay: training steps before activations are quantised; ranges are collected meanwhile.
+        act_symmetric: symmetric activations (zero point 0); None lets the target decide.
+        act_observer: minmax, ema, percentile, kl or mse.
+        act_percentile: share in percent kept by the percentile observer (90–100).
+    """
+
+    weight_quantizer: WeightQuantizer = field(default_factory=WeightQuantizer)
+    act_quant_dtype: Any = "int8"
+    act_quant_delay: int = 0
+    act_symmetric: Optional[bool] = None
+    act_observer: str = "ema"
+    act_percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        if self.act_quant_dtype is not None:
+            bits_of(self.act_quant_dtype, "QuantConfig.act_quant_dtype")
+        _check_observer(self.act_observer, ACTIVATION_OBSERVERS, "QuantConfig.act_observer")
+        if isinstance(self.act_quant_delay, bool) or not isinstance(self.act_quant_delay, int) or self.act_quant_delay < 0:
+            raise PlanError(f"QuantConfig.act_quant_delay is {self.act_quant_delay!r}; allowed: a number of steps, 0 or more")
+        if not 90 <= self.act_percentile <= 100:
+            raise PlanError(f"QuantConfig.act_percentile is {self.act_percentile}; allowed: 90 to 100")
+
+    @property
+    def act_bits(self) -> Optional[int]:
+        """Bits of activations, or None where the layer is float."""
+        return None if self.act_quant_dtype is None else bits_of(self.act_quant_dtype, "QuantConfig.act_quant_dtype")
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the layer stays float."""
+        return self.act_quant_dtype is None
+
+    def override(self, changes: Mapping[str, Any]) -> QuantConfig:
+        """A copy with some settings changed; keys are field names of QuantConfig and, for weights, ``weight.<field>``."""
+        weight = {key[7:]: value for key, value in changes.items() if key.startswith("weight.")}
+        own = {key: value for key, value in changes.items() if not key.startswith("weight.")}
+        return replace(self, weight_quantizer=replace(self.weight_quantizer, **weight), **own)
+
+    def as_changes(self) -> dict[str, Any]:
+        """Every setting as the `changes` of a rule."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weight_quantizer"}
+        weight = {f"weight.{f.name}": getattr(self.weight_quantizer, f.name) for f in fields(self.weight_quantizer)}
+        return {**own, **weight}
+
+
+FLOAT = {"act_quant_dtype": None}
+"""The changes of a rule that keeps a layer float."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Settings for the layers it matches.
+
+    Attributes:
+        kind: ``path`` (cell path: exact, glob, or ``re:`` and a regular expression), ``type`` (class of a cell the layer is in),
+            ``op`` (operation) or ``position`` (``first`` or ``last`` layer with a weight).
+        pattern: what to match.
+        changes: settings that differ, as in `QuantConfig.override`.
+        label: how messages and reports call the rule.
+    """
+
+    kind: str
+    pattern: str
+    changes: Mapping[str, Any]
+    label: str = ""
+
+    def __str__(self) -> str:
+        return self.label or f"{self.kind}: {self.pattern}"

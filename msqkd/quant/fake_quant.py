@@ -1,0 +1,189 @@
+"""Fake quantisation as trainable cells: x̂ = s · clip(round(x / s), qmin − z, qmax − z).
+
+Built from ordinary operations (MindSpore's own FakeQuant primitives have no CPU or Ascend kernel). Gradients pass straight through the
+rounding (Bengio et al., arXiv:1308.3432), inside the range only for activations. The reciprocal is multiplied (a division by a 0-d tensor
+is eight times slower on CPU), and rounding is half to even by adding and subtracting 1.5·2²³, two of the cheapest kernels instead of `Round`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import mindspore as ms
+import numpy as np
+from mindspore import nn, ops
+from mindspore.ops.operations import _grad_ops
+
+from msqkd.quant.plan import Group, WeightQuant
+from msqkd.quant.qparams import SCALE_FLOOR, QParams, quant_limits
+
+OFF, OBSERVE, QUANTIZE = "off", "observe", "quantize"
+_MAGIC = np.float32(1.5 * 2**23)
+IN_GRAPH_OBSERVERS = ("ema", "minmax")
+
+
+class _ClippedRound(nn.Cell):
+    """Round to the grid and clip; the gradient is that of a two-sided clip (one ReLU6Grad kernel)."""
+
+    def __init__(self, non_negative: bool) -> None:
+        super().__init__()
+        self.non_negative = non_negative
+        self.mul, self.add, self.sub = ops.Mul(), ops.Add(), ops.Sub()
+        self.minimum, self.maximum = ops.Minimum(), ops.Maximum()
+        self.clip_grad = _grad_ops.ReLU6Grad()
+        self.magic = ms.Tensor(_MAGIC)
+
+    def construct(self, x, inverse, scale, low, high, slope, offset):  # type: ignore[no-untyped-def]  # noqa: D102
+        steps = self.minimum(self.mul(x, inverse), high)
+        if not self.non_negative:
+            steps = self.maximum(steps, low)
+        return self.mul(self.sub(self.add(steps, self.magic), self.magic), scale)
+
+    def bprop(self, x, inverse, scale, low, high, slope, offset, out, dout):  # type: ignore[no-untyped-def]  # noqa: D102
+        position = self.mul(x, slope)  # the range is mapped to (0, 6)
+        if not self.non_negative:
+            position = self.add(position, offset)
+        zero = ops.zeros_like(inverse)
+        return self.clip_grad(dout, position), zero, zero, zero, zero, zero, zero
+
+
+class FakeQuantActivation(nn.Cell):
+    """Quantises one activation, or watches its range until then.
+
+    The phase is a Python attribute: ``off`` passes values through, ``observe`` passes them through and updates the running range,
+    ``quantize`` quantises with the fixed range. Changing the phase needs a fresh compilation in GRAPH_MODE
+    (`msqkd.quant.qat.QuantCell.set_step` takes care of it).
+
+    Args:
+        group: the settings, with the range where it is known.
+        non_negative: the value follows a ReLU: no lower clip is computed.
+        momentum: share of the old range that is kept at each step by the ``ema`` observer.
+    """
+
+    def __init__(self, group: Group, non_negative: bool = False, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.group = group
+        self.phase_of_quant = OFF
+        self.keep = momentum if group.observer == "ema" else 1.0
+        self.is_ema = group.observer == "ema"
+        self.round = _ClippedRound(non_negative)
+        low, high = group.range if group.range is not None else (0.0, 0.0)
+        prefix = f"{group.name}.range"
+        self.range_min = _state(f"{prefix}_min", low)
+        self.range_max = _state(f"{prefix}_max", high)
+        self.seen = _state(f"{prefix}_seen", 1.0 if group.range is not None else 0.0)
+        # One vector a quantiser would need a slice each step; six 0-d tensors need none.
+        self.inverse, self.scale, self.low = (_state(f"{prefix}_{n}", 1.0) for n in ("inverse", "scale", "low"))
+        self.high, self.slope, self.offset = (_state(f"{prefix}_{n}", 1.0) for n in ("high", "slope", "offset"))
+        self.reduce_min, self.reduce_max = ops.ReduceMin(), ops.ReduceMax()
+        if group.range is not None:
+            self.refresh()
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        """The value, quantised or as it is (float32, any shape)."""
+        if self.phase_of_quant == QUANTIZE:
+            return self.round(x, self.inverse, self.scale, self.low, self.high, self.slope, self.offset)
+        if self.phase_of_quant == OBSERVE:
+            self._observe(ops.stop_gradient(x))
+        return x
+
+    def _observe(self, x):  # type: ignore[no-untyped-def]
+        low, high = self.reduce_min(x), self.reduce_max(x)
+        finite = ops.logical_and(ops.isfinite(low), ops.isfinite(high))  # a step that is skipped must not spoil the range
+        low, high = ops.select(finite, low, self.range_min), ops.select(finite, high, self.range_max)
+        if self.is_ema:
+            keep = self.keep * self.seen  # nothing of the initial zero is kept
+            low = self.range_min * keep + low * (1.0 - keep)
+            high = self.range_max * keep + high * (1.0 - keep)
+        else:
+            low = ops.minimum(low, self.range_min * self.seen + low * (1.0 - self.seen))
+            high = ops.maximum(high, self.range_max * self.seen + high * (1.0 - self.seen))
+        ops.assign(self.range_min, low)
+        ops.assign(self.range_max, high)
+        ops.assign(self.seen, ops.maximum(self.seen, ops.cast(finite, ms.float32)))
+
+    def range(self) -> Optional[tuple[float, float]]:
+        """The range so far, or None where nothing was seen."""
+        if not float(self.seen.asnumpy()):
+            return None
+        return float(self.range_min.asnumpy()), float(self.range_max.asnumpy())
+
+    def set_range(self, low: float, high: float) -> None:
+        """Set the range and everything derived from it."""
+        for parameter, value in ((self.range_min, low), (self.range_max, high), (self.seen, 1.0)):
+            parameter.set_data(ms.Tensor(np.float32(value)))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Derive scale and zero point from the range."""
+        self.set_qparams(self.qparams())
+
+    def qparams(self) -> QParams:
+        """Scale and zero point of the current range."""
+        from dataclasses import replace
+
+        return replace(self.group, range=self.range()).qparams()
+
+    def set_qparams(self, qparams: QParams) -> None:
+        """Quantise with these parameters from now on."""
+        scale = np.float32(qparams.scale)
+        low, high = np.float32(qparams.qmin - qparams.zero_point), np.float32(qparams.qmax - qparams.zero_point)
+        slope = np.float32(6.0) / np.float32((high - low) * scale)
+        values = {
+            "inverse": np.float32(1) / scale, "scale": scale, "low": low, "high": high,
+            "slope": slope, "offset": -low * scale * slope,
+        }  # fmt: skip
+        for name, value in values.items():
+            getattr(self, name).set_data(ms.Tensor(np.float32(value)))
+
+
+class _StraightThrough(nn.Cell):
+    """Returns the second operand; the gradient goes to the first, unchanged."""
+
+    def construct(self, w, quantized):  # type: ignore[no-untyped-def]  # noqa: D102
+        return quantized
+
+    def bprop(self, w, quantized, out, dout):  # type: ignore[no-untyped-def]  # noqa: D102
+        return dout, ops.zeros_like(quantized)
+
+
+class FakeQuantWeight(nn.Cell):
+    """Quantises a weight symmetrically with the scale of its current largest magnitude, per tensor or per output channel.
+
+    The scale follows the weight as it is trained; the gradient passes straight through (the largest magnitude is never clipped; with a
+    clip ratio below one what is clipped keeps its gradient too, so that it can return). The arithmetic is that of
+    `msqkd.quant.qparams.weight_qparams`, operation for operation.
+    """
+
+    def __init__(self, quant: WeightQuant, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.quant = quant
+        _, top = quant_limits(quant.bits, narrow=True)
+        rank = range(len(shape))
+        self.axes = tuple(i for i in rank if i != quant.axis)
+        ratio = np.asarray(quant.clip_ratio, np.float32)
+        if ratio.ndim:
+            ratio = ratio.reshape([-1 if i == quant.axis else 1 for i in rank])
+        self.ratio, self.clips = ms.Tensor(ratio), bool((ratio < 1).any())
+        self.top, self.bottom, self.one = (ms.Tensor(np.float32(v)) for v in (top, -top, 1.0))
+        self.magic, self.floor = ms.Tensor(_MAGIC), ms.Tensor(np.float32(SCALE_FLOOR))
+        self.largest = ops.ReduceMax(keep_dims=True)
+        self.abs, self.div, self.mul, self.add, self.sub = ops.Abs(), ops.Div(), ops.Mul(), ops.Add(), ops.Sub()
+        self.minimum, self.maximum = ops.Minimum(), ops.Maximum()
+        self.straight_through = _StraightThrough()
+
+    def construct(self, w):  # type: ignore[no-untyped-def]
+        """The quantised weight (float32, the shape of `w`)."""
+        fixed = ops.stop_gradient(w)
+        largest = self.largest(self.abs(fixed), self.axes)
+        if self.clips:
+            largest = self.mul(largest, self.ratio)
+        scale = self.maximum(self.div(largest, self.top), self.floor)
+        steps = self.sub(self.add(self.mul(fixed, self.div(self.one, scale)), self.magic), self.magic)
+        if self.clips:
+            steps = self.minimum(self.maximum(steps, self.bottom), self.top)
+        return self.straight_through(w, self.mul(steps, scale))
+
+
+def _state(name: str, value: float) -> Any:
+    return ms.Parameter(ms.Tensor(np.float32(value)), name=name, requires_grad=False)

@@ -1,0 +1,186 @@
+"""From a graph, rules and a target to a QuantPlan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Optional
+
+from msqkd.graph.ir import Graph, Node
+from msqkd.quant.config import QuantConfig, Rule
+from msqkd.quant.plan import FLOAT_PRECISION, INT8, ActivationQuant, Group, NodePlan, QuantPlan, WeightQuant
+from msqkd.quant.rules import RuleBook
+from msqkd.targets import SHARED, SHARED_ROUNDED, WEIGHTED, Int8Op, Target, get_target
+
+
+def make_plan(graph: Graph, default: Optional[QuantConfig] = None, rules: Sequence[Rule] = (), target: str = "lite_arm") -> QuantPlan:
+    """Decide for every operation and value of a deployment graph (BatchNorm folded) how `target` computes it.
+
+    Raises:
+        PlanError: a rule matches nothing, or asks for what the target cannot do.
+    """
+    return _Placement(graph, RuleBook(graph, default or QuantConfig(), rules), get_target(target)).run()
+
+
+class _Placement:
+    def __init__(self, graph: Graph, book: RuleBook, target: Target) -> None:
+        self.graph, self.book, self.target = graph, book, target
+        self.plan = QuantPlan(target.name, graph.name)
+        self.settings = {node.name: book.settings(node) for node in graph.nodes}
+        self.producers = {output: node for node in graph.nodes for output in node.outputs}
+        self.readers: dict[str, list[Node]] = {}
+        for node in graph.nodes:
+            for name in dict.fromkeys(node.inputs):
+                self.readers.setdefault(name, []).append(node)
+        self.verdicts: dict[str, tuple[str, str]] = {}
+        self.fused: dict[str, str] = {}
+
+    def run(self) -> QuantPlan:
+        self._decide()
+        self._follow_neighbours()
+        self._values()
+        self._weights()
+        for node in self.graph.nodes:
+            precision, reason = self.verdicts[node.name]
+            rule = self.settings[self.fused.get(node.name, node.name)][1]
+            self.plan.nodes.append(
+                NodePlan(node.name, node.op, node.cell_path, node.cell_types, precision, reason, rule, self.fused.get(node.name))
+            )
+        return self.plan
+
+    # -- operations -----------------------------------------------------------------------------------------------
+    def _decide(self) -> None:
+        for node in self.graph.nodes:
+            head = self._fusion_head(node)
+            if head is not None:
+                self.fused[node.name] = head.name
+                self.verdicts[node.name] = (INT8, f"computed in the kernel of {head.name}")
+            else:
+                self.verdicts[node.name] = self._verdict(node)
+
+    def _fusion_head(self, node: Node) -> Optional[Node]:
+        """The int8 node in whose kernel the activation `node` is computed."""
+        source = self.producers.get(node.inputs[0])
+        if source is None or self.settings[node.name][0].is_float:
+            return None
+        support = self.target.ops.get(source.op)
+        alone = len(self.readers.get(source.output, [])) == 1 and source.output not in self.graph.outputs
+        fits = support is not None and node.op in support.activations and alone
+        return source if fits and self.verdicts[source.name][0] == INT8 else None
+
+    def _verdict(self, node: Node) -> tuple[str, str]:
+        config, rule = self.settings[node.name]
+        if config.is_float:
+            return FLOAT_PRECISION, f"kept float by rule '{rule}'"
+        support = self.target.ops.get(node.op)
+        if support is None:
+            known = self.target.float_reasons.get(node.op)
+            return FLOAT_PRECISION, known or f"{self.target.name} has no int8 kernel for {node.op}"
+        obstacle = self._obstacle(node, support)
+        if obstacle:
+            return FLOAT_PRECISION, obstacle
+        return INT8, f"int8 kernel {support.kernel}"
+
+    def _obstacle(self, node: Node, support: Int8Op) -> Optional[str]:
+        shape = self.graph.shape(node.inputs[0])
+        kind = self.graph.values[node.output].type
+        if kind is not None and kind.dtype != "float32":
+            return f"its output is {kind.dtype}, not float32"
+        if support.max_rank is not None and len(shape) > support.max_rank:
+            return f"its input has {len(shape)} dimensions, the int8 kernel takes {support.max_rank}"
+        if support.kind == WEIGHTED and self.graph.values[node.inputs[1]].kind != "param":
+            return "its weight is computed, not a parameter"
+        tensors = self.graph.tensor_inputs(node)
+        if support.same_shape and (len(tensors) != 2 or self.graph.shape(tensors[0]) != self.graph.shape(tensors[1])):
+            return "its operands differ in shape, and the runtime reads a broadcast operand from batch 0 only"
+        return self._window_obstacle(node, support, shape)
+
+    def _window_obstacle(self, node: Node, support: Int8Op, shape: tuple[int, ...]) -> Optional[str]:
+        if support.max_window is None:
+            return None
+        if support.global_spatial:
+            axes = self.graph.const(node.inputs[1])
+            axes = (axes,) if isinstance(axes, int) else tuple(axes or range(len(shape)))
+            if len(shape) != 4 or sorted(a % 4 for a in axes) != [2, 3] or min(shape[2:]) < 1:
+                return "only a mean over the whole height and width of a feature map is an average pool"
+            window = prod(shape[2:])
+        else:
+            window = prod(self.graph.const(node.inputs[1]))
+        return f"its window has {window} elements; above {support.max_window} the runtime's int16 sum overflows" if window > support.max_window else None  # fmt: skip
+
+    def _kind(self, node: Node) -> str:
+        return self.target.ops[node.op].kind if node.op in self.target.ops else ""
+
+    def _is_int8(self, node: Optional[Node]) -> bool:
+        return node is not None and self.verdicts[node.name][0] == INT8
+
+    def _follow_neighbours(self) -> None:
+        """A pool or reshape between float operations gains nothing from int8: it stays float unless a neighbour is int8."""
+        anchored = {n.name for n in self.graph.nodes if self._is_int8(n) and self._kind(n) not in (SHARED, SHARED_ROUNDED)}
+        movable = [n for n in self.graph.nodes if self._is_int8(n) and n.name not in anchored and n.name not in self.fused]
+        for sweep in (movable, movable[::-1]):
+            for node in sweep:
+                source = self.producers.get(node.inputs[0])
+                around = [*self.readers.get(node.output, []), *([source] if source else [])]
+                if any(n.name in anchored for n in around):
+                    anchored.add(node.name)
+        for node in movable:
+            if node.name not in anchored:
+                self.verdicts[node.name] = (FLOAT_PRECISION, "no neighbour runs in int8")
+
+    # -- values ---------------------------------------------------------------------------------------------------
+    def _values(self) -> None:
+        for value in self.graph.activations():
+            source = self.producers.get(value.name)
+            readers = self.readers.get(value.name, [])
+            int8_readers = [n for n in readers if self._is_int8(n) and n.name not in self.fused]
+            fused_away = any(n.name in self.fused and self.fused[n.name] == (source.name if source else "") for n in readers)
+            if fused_away or not (self._is_int8(source) or int8_readers):
+                continue
+            if source is not None and self._is_int8(source) and self._kind(source) in (SHARED, SHARED_ROUNDED):
+                group = self.plan.activations[source.inputs[0]].group
+                self.plan.activations[value.name] = ActivationQuant(value.name, group, exact=self._kind(source) == SHARED)
+                continue
+            self._own_group(value.name, source, readers, int8_readers)
+
+    def _own_group(self, value: str, source: Optional[Node], readers: list[Node], int8_readers: list[Node]) -> None:
+        edges: tuple[tuple[str, int], ...] = ()
+        if source is not None and self._is_int8(source):
+            owner = self.graph.node(self.fused.get(source.name, source.name))
+        else:
+            owner = int8_readers[0]
+            if len(int8_readers) < len(readers) or value in self.graph.outputs:
+                edges = tuple((n.name, i) for n in int8_readers for i, name in enumerate(n.inputs) if name == value)
+        config, rule = self.settings[owner.name]
+        symmetric = self.target.act_symmetric if config.act_symmetric is None else config.act_symmetric
+        bits = config.act_bits
+        assert bits is not None
+        if bits not in self.target.act_bits:
+            self._warn(f"{owner.name}: {self.target.name} clamps activations to 8 bits; {bits}-bit ranges are simulated in training only")
+        self.plan.groups[value] = Group(
+            value, bits, symmetric, config.act_observer, config.act_percentile, config.act_quant_delay, rule
+        )
+        self.plan.activations[value] = ActivationQuant(value, value, edges=edges)
+
+    # -- weights --------------------------------------------------------------------------------------------------
+    def _weights(self) -> None:
+        for node in self.graph.nodes:
+            if not self._is_int8(node) or self._kind(node) != WEIGHTED:
+                continue
+            config, rule = self.settings[node.name]
+            quantizer = config.weight_quantizer
+            axis: Optional[int] = 0 if quantizer.per_channel else None
+            if axis == 0 and not self.target.grouped_per_channel and self._grouped(node):
+                axis = None
+                self._warn(f"{node.name}: {self.target.name} refuses per-channel weights in a grouped convolution; one scale per tensor is used")
+            self.plan.weights[node.name] = WeightQuant(node.name, quantizer.bits, axis, quantizer.observer, rule)
+
+    def _grouped(self, node: Node) -> bool:
+        """A grouped convolution that is not purely depthwise."""
+        group = int(node.attrs.get("group", 1)) if node.op == "Conv2D" else 1
+        weight = self.graph.shape(node.inputs[1])
+        return group > 1 and not (weight[1] == 1 and weight[0] == group)
+
+    def _warn(self, text: str) -> None:
+        if text not in self.plan.warnings:
+            self.plan.warnings.append(text)

@@ -1,0 +1,169 @@
+"""The QuantPlan: the only place that says which value is quantised, how, and by which rule.
+
+Training, calibration, the report and the exporters read it; none of them decides again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Optional
+
+import numpy as np
+
+from msqkd.errors import PlanError
+from msqkd.graph.ir import Graph
+from msqkd.quant.qparams import QParams, activation_qparams, weight_clip_ratio, weight_qparams
+
+INT8 = "int8"
+FLOAT_PRECISION = "float"
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """Where one operation runs.
+
+    Attributes:
+        name, op, cell_path, cell_types: as in the graph.
+        precision: ``int8`` or ``float``.
+        reason: why, in words.
+        rule: the rule that had the last word on the layer's settings.
+        fused_into: the node in whose kernel this one is computed, if any.
+    """
+
+    name: str
+    op: str
+    cell_path: str
+    cell_types: tuple[str, ...]
+    precision: str
+    reason: str
+    rule: str
+    fused_into: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class WeightQuant:
+    """How the weight of one node is quantised (symmetric, zero point 0).
+
+    `axis` is the channel axis, or None per tensor; `clip_ratio` the part of max|w| that is kept (array of shape (C,) or ()).
+    """
+
+    node: str
+    bits: int
+    axis: Optional[int]
+    observer: str
+    rule: str
+    clip_ratio: Any = 1.0
+
+    def qparams(self, weight: np.ndarray) -> QParams:
+        """Scale and zero point for the current `weight`."""
+        return weight_qparams(weight, self.bits, self.axis, clip_ratio=self.clip_ratio, where=self.node)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Values that share one scale and zero point, with the settings of the value they all come from.
+
+    `range` is (lo, hi) once it is known.
+    """
+
+    name: str
+    bits: int
+    symmetric: bool
+    observer: str
+    percentile: float
+    delay: int
+    rule: str
+    range: Optional[tuple[float, float]] = None
+
+    def qparams(self) -> QParams:
+        """Scale and zero point.
+
+        Raises:
+            PlanError: the range is not known yet.
+        """
+        if self.range is None:
+            raise PlanError(f"value '{self.name}' has no range yet; calibrate the network or train it past its delay")
+        return activation_qparams(*self.range, bits=self.bits, symmetric=self.symmetric, where=self.name)
+
+
+@dataclass(frozen=True)
+class ActivationQuant:
+    """One quantised value.
+
+    Attributes:
+        value: its name in the graph.
+        group: whose parameters it has.
+        exact: it is on the grid of its group by itself (a maximum or a reshape of quantised values): nothing to round.
+        edges: where the value is computed in float, the (node, input) places that read it in int8; empty: every reader does.
+    """
+
+    value: str
+    group: str
+    exact: bool = False
+    edges: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass
+class QuantPlan:
+    """The decisions for one graph on one target."""
+
+    target: str
+    network: str
+    nodes: list[NodePlan] = field(default_factory=list)
+    weights: dict[str, WeightQuant] = field(default_factory=dict)
+    activations: dict[str, ActivationQuant] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def node(self, name: str) -> NodePlan:
+        """The plan of node `name`."""
+        return next(node for node in self.nodes if node.name == name)
+
+    def group_of(self, value: str) -> Group:
+        """The group of a quantised value."""
+        return self.groups[self.activations[value].group]
+
+    def sources(self) -> dict[str, str]:
+        """Value to group, for the values whose observed range decides the group's (each group has one)."""
+        return {group.name: group.name for group in self.groups.values()}
+
+    def with_ranges(self, ranges: dict[str, tuple[float, float]]) -> QuantPlan:
+        """A copy with the ranges of the named groups set."""
+        groups = {name: replace(group, range=ranges.get(name, group.range)) for name, group in self.groups.items()}
+        return replace(self, groups=groups)
+
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The known ranges by group."""
+        return {name: group.range for name, group in self.groups.items() if group.range is not None}
+
+    def with_weight_observers(self, graph: Graph) -> QuantPlan:
+        """A copy whose weights with the ``mse`` observer have the clip ratios of the current weights."""
+        weights = {}
+        for name, quant in self.weights.items():
+            if quant.observer == "mse":
+                weight = graph.params[graph.node(name).inputs[1]].data
+                quant = replace(quant, clip_ratio=weight_clip_ratio(weight, quant.bits, quant.axis, where=name))
+            weights[name] = quant
+        return replace(self, weights=weights)
+
+    def int8_share(self) -> float:
+        """Share of the operations that run in int8 (0–1); an activation computed in another's kernel counts with it."""
+        return sum(node.precision == INT8 for node in self.nodes) / len(self.nodes) if self.nodes else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-able data with stable keys."""
+        weights = []
+        for quant in self.weights.values():
+            entry = asdict(quant)
+            entry["clip_ratio"] = np.asarray(quant.clip_ratio).tolist()
+            weights.append(entry)
+        return {
+            "target": self.target,
+            "network": self.network,
+            "int8_share": self.int8_share(),
+            "nodes": [asdict(node) for node in self.nodes],
+            "weights": weights,
+            "activations": [asdict(quant) for quant in self.activations.values()],
+            "groups": [asdict(group) for group in self.groups.values()],
+            "warnings": list(self.warnings),
+        }

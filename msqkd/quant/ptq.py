@@ -1,0 +1,126 @@
+"""Calibration (post-training quantisation): ranges of activations from unlabelled samples, one batch in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any, Callable, Optional
+
+import mindspore as ms
+import numpy as np
+
+from msqkd.errors import DataError
+from msqkd.graph.cell import Hooks, to_cell
+from msqkd.graph.ir import Graph
+from msqkd.quant.fake_quant import FakeQuantWeight
+from msqkd.quant.observers import Observer, make_observer
+from msqkd.quant.plan import Group, QuantPlan
+
+Batches = Iterable[Any]
+Progress = Callable[[int], None]
+
+
+def batches_of(dataset: Batches) -> Iterator[np.ndarray]:
+    """The inputs of a dataset, batch by batch, as float32 arrays of shape (N, ...).
+
+    `dataset` is a MindSpore dataset, or an iterable of arrays, Tensors, or tuples, lists or dictionaries that begin with the input.
+    """
+    source = dataset.create_tuple_iterator(num_epochs=1, output_numpy=True) if hasattr(dataset, "create_tuple_iterator") else dataset  # fmt: skip
+    for item in source:
+        if isinstance(item, Mapping):
+            item = next(iter(item.values()))
+        elif isinstance(item, (tuple, list)):
+            item = item[0]
+        yield item.asnumpy() if isinstance(item, ms.Tensor) else np.asarray(item, np.float32)
+
+
+class Observation:
+    """A network that shows the values a plan quantises, while their observers watch.
+
+    Args:
+        graph: the deployment graph, with its current parameters.
+        plan: whose groups are observed (each at the value its name says) and whose weights are quantised.
+        observer, percentile: one observer for every group, instead of each group's own.
+    """
+
+    def __init__(self, graph: Graph, plan: QuantPlan, observer: Optional[str] = None, percentile: float = 99.99) -> None:
+        self.plan = plan
+        self.groups = list(plan.groups.values())
+        if observer is not None:
+            self.groups = [replace(group, observer=observer, percentile=percentile) for group in self.groups]
+        self.observers: list[Observer] = [_observer(group) for group in self.groups]
+        edges = {
+            (name, 1): FakeQuantWeight(quant, graph.shape(graph.node(name).inputs[1]))
+            for name, quant in plan.with_weight_observers(graph).weights.items()
+        }
+        self.cell = to_cell(graph, Hooks(edges=edges, observe=[group.name for group in self.groups]))
+        self.outputs = len(graph.outputs)
+
+    def update(self, batch: np.ndarray) -> None:
+        """Observe one batch (N, ...) float32."""
+        values = self.cell(ms.Tensor(batch))[self.outputs :]
+        for group, observer, value in zip(self.groups, self.observers, values):
+            observer.update(value.asnumpy(), where=f"value '{group.name}'")
+
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The range of every group.
+
+        Raises:
+            PlanError: nothing was observed.
+        """
+        return {
+            group.name: observer.range(group.bits, group.symmetric, where=f"value '{group.name}'")
+            for group, observer in zip(self.groups, self.observers)
+        }
+
+
+def _observer(group: Group) -> Observer:
+    options = {"percentile": group.percentile} if group.observer == "percentile" else {}
+    return make_observer(group.observer, **options)
+
+
+def calibrate(
+    graph: Graph,
+    plan: QuantPlan,
+    dataset: Batches,
+    *,
+    iterations: Optional[int] = None,
+    observer: Optional[str] = None,
+    percentile: float = 99.99,
+    progress: Optional[Progress] = None,
+) -> QuantPlan:
+    """The plan with the ranges that observers find on `dataset`.
+
+    Args:
+        graph: the deployment graph.
+        plan: its plan.
+        dataset: unlabelled batches (see `batches_of`); only one is held at a time.
+        iterations: stop after this many batches.
+        observer, percentile: override the observers of the plan.
+        progress: called with the number of batches done.
+
+    Raises:
+        DataError: the dataset gives no batch.
+        PlanError: a value is not finite.
+    """
+    observation = Observation(graph, plan, observer, percentile)
+    done = 0
+    for done, batch in enumerate(islice(batches_of(dataset), iterations), start=1):
+        observation.update(batch)
+        if progress is not None:
+            progress(done)
+    if done == 0:
+        raise DataError("the calibration set has 0 samples; give at least one batch")
+    return plan.with_ranges(observation.ranges())
+
+
+def divergence(answers: np.ndarray, reference: np.ndarray) -> float:
+    """Mean KL(softmax(reference) ‖ softmax(answers)) of logits (N, classes); the calibration loss, which needs no labels."""
+    return float((np.exp(_log_softmax(reference)) * (_log_softmax(reference) - _log_softmax(answers))).sum(-1).mean())
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    flat = logits.reshape(len(logits), -1).astype(np.float64)
+    shifted = flat - flat.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

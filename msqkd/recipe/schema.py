@@ -1,0 +1,624 @@
+"""The recipe as typed, validated sections: one pydantic model a section, one described field a key.
+
+Unknown keys, wrong types and out-of-range values are refused, and so is every setting that would have no effect next to
+the others, so that what a recipe says is what is run. A default that depends on another setting (the momentum, which
+some optimisers have and some have not; the percentile of one observer) is filled in here: whoever reads a recipe finds
+None only where there is nothing to use.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_args
+
+from annotated_types import Ge, Gt, Le
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from msqkd.recipe.problems import Allowed, Problem, dotted, listing, refuse, refuse_value, show
+
+TargetName = Literal["lite_arm"]
+TARGETS: tuple[str, ...] = get_args(TargetName)
+"""The names of the runtimes a recipe may aim at."""
+
+Comparison = Literal["qat", "float", "float_kd"]
+COMPARISONS: tuple[Comparison, ...] = get_args(Comparison)
+"""The trainings that can be reported beside the main one."""
+
+DEFAULT_PERCENTILE = 99.99
+LOW_BITS, HIGH_TEMPERATURE = 4, 2.0
+
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def path_pattern(pattern: str) -> re.Pattern[str]:
+    """The compiled form of a rule's `path`, to be used with ``fullmatch`` on a cell path such as ``layer1.0.conv1``.
+
+    ``re:...`` is a regular expression; anything else is a glob in which ``*`` and ``?`` also match dots, and in which a
+    text without wildcards matches itself only. Raises ``re.error`` for a bad regular expression.
+    """
+    return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-4`` (without a dot) as a text; everybody who writes it means the number."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+def _json_problems(value: Any, path: tuple[Any, ...] = ()) -> Iterator[Problem]:
+    """What in a free mapping could not be written to JSON and read back the same."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(key, str):
+                yield from _json_problems(item, (*path, key))
+            else:
+                yield Problem(path, f"key {show(key)} is not a text; write it in quotes")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _json_problems(item, (*path, index))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield Problem(path, f"found {value}, allowed: a finite number")
+    elif value is not None and not isinstance(value, (str, bool, int, float)):
+        yield Problem(path, f"found {show(value)}, allowed: a text, number, true, false, null, list or mapping")
+
+
+def _free(value: Any) -> Any:
+    if isinstance(value, dict):
+        refuse(_json_problems(value))
+    return value
+
+
+def _path(value: str) -> str:
+    try:
+        path_pattern(value)
+    except re.error as error:
+        refuse_value(f"found {value!r}, which is not a regular expression: {error}")
+    return value
+
+
+def _symmetric(value: Any) -> Any:
+    if value is False:
+        refuse_value("found false, allowed: true, since every target has symmetric weights only")
+    return value
+
+
+def _samples(value: Any) -> Any:
+    if value == 0 and not isinstance(value, bool):
+        refuse_value("found 0, but calibration needs at least 1 sample to see a range of values")
+    return value
+
+
+def _distinct(value: list[str]) -> list[str]:
+    twice = sorted({item for item in value if value.count(item) > 1})
+    if twice:
+        refuse_value(f"{listing(twice, 'and')} given twice")
+    return value
+
+
+Text = Annotated[str, Field(min_length=1), Allowed("a text that is not empty")]
+RecipeName = Annotated[
+    str,
+    Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$"),
+    Allowed("a text of a-z, 0-9, '_', '.' and '-' that starts with a letter or digit"),
+]
+Factory = Annotated[
+    str,
+    Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$"),
+    Allowed("a text like 'package.module:factory' or 'folder/file.py:factory'"),
+]
+PathPattern = Annotated[
+    Text, AfterValidator(_path), Allowed("a cell path, a glob such as 'layer1.*' or 're:' and a regular expression")
+]
+FreeMapping = Annotated[dict[str, Any], BeforeValidator(_free), Allowed("a mapping")]
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[Number, Gt(0)]
+NotNegative = Annotated[Number, Ge(0)]
+Fraction = Annotated[Number, Ge(0), Le(1)]
+Percentile = Annotated[Number, Ge(90), Le(100)]
+Count = Annotated[int, Ge(1)]
+Bits = Annotated[int, Ge(2), Le(8)]
+SymmetricWeight = Annotated[
+    bool, BeforeValidator(_symmetric), Allowed("true (every target has symmetric weights only)")
+]
+Shape = Annotated[
+    list[Count], Field(min_length=3, max_length=3), Allowed("a list of three integers [channels, height, width]")
+]
+WeightObserver = Literal["minmax", "mse"]
+ActivationObserver = Literal["minmax", "ema", "percentile", "kl", "mse"]
+
+
+def _filled(values: Any, key: str, default: Any, used: bool) -> Any:
+    """`values` with `key` at its default when it is `used` but not given; pydantic refuses all but mappings."""
+    if used and isinstance(values, dict) and values.get(key) is None:
+        return {**values, key: default}
+    return values
+
+
+def _get(values: Any, key: str, default: Any = None) -> Any:
+    """The value of `key`, or `default` where it is absent or null."""
+    value = values.get(key) if isinstance(values, dict) else None
+    return default if value is None else value
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys refused, null for the default, no conversions between types, read-only."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, values: Any) -> Any:
+        """Drop the known keys that are null: everywhere in a recipe, null takes the default."""
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None or key not in cls.model_fields}
+
+    def _conflicts(self) -> Iterator[Problem]:
+        """The settings of this section that contradict each other; a subclass yields its own."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _no_conflicts(self) -> Section:
+        refuse(self._conflicts())
+        return self
+
+
+def _only_with(key: str, value: Any, owner: str, wanted: str) -> Problem:
+    return Problem((key,), f"found {show(value)}, allowed only with {owner}: {wanted}")
+
+
+class _Network(Section):
+    """What the student's and the teacher's section share."""
+
+    source: str
+    name: Optional[Text] = Field(
+        default=None, description="The network's name in its source; required by msqkd and mindcv."
+    )
+    target: Optional[Factory] = Field(
+        default=None, description="The function that builds the network; source python only."
+    )
+    args: FreeMapping = Field(default={}, description="Keyword arguments of the network's factory.")
+    input_shape: Optional[Shape] = Field(default=None, description="Shape of one input; null takes the network's own.")
+    checkpoint: Optional[Text] = Field(default=None, description="File of trained weights.")
+
+    @property
+    def downloads(self) -> bool:
+        """Whether the source itself brings trained weights (mindcv with ``args.pretrained: true``)."""
+        return self.source == "mindcv" and self.args.get("pretrained") is True
+
+    def _conflicts(self) -> Iterator[Problem]:
+        if self.source == "python":
+            if self.target is None:
+                yield Problem(("target",), "is missing, required by source: python, for instance 'my_nets:resnet'")
+            if self.name is not None:
+                yield Problem(("name",), f"found {self.name!r}, not allowed with source: python, which uses target")
+        elif self.source in ("msqkd", "mindcv"):
+            if self.name is None:
+                yield Problem(("name",), f"is missing, required by source: {self.source}, for instance 'resnet50'")
+            if self.target is not None:
+                yield _only_with("target", self.target, "source", "python")
+        if self.checkpoint is not None and self.downloads:
+            yield Problem(("checkpoint",), "two origins of the weights, this file and args.pretrained: true; keep one")
+
+
+class ModelSection(_Network):
+    """The network to be quantised (the student)."""
+
+    source: Literal["msqkd", "mindcv", "python"] = Field(default="msqkd", description="Where the network comes from.")
+
+
+class TeacherSection(_Network):
+    """The float network whose outputs the student imitates; used by `distillation` only."""
+
+    source: Literal["self", "msqkd", "mindcv", "python"] = Field(
+        default="self", description="Where the teacher comes from; self is the trained float model itself."
+    )
+
+    def _conflicts(self) -> Iterator[Problem]:
+        yield from super()._conflicts()
+        if self.source == "self":
+            for key in ("name", "target", "args", "input_shape", "checkpoint"):
+                if getattr(self, key):
+                    yield Problem((key,), f"found {show(getattr(self, key))}, not allowed with source: self")
+        elif self.checkpoint is None and not self.downloads:
+            yield Problem(
+                ("checkpoint",),
+                "is missing, a teacher must be trained; give the file of its weights here or with "
+                "--set teacher.checkpoint=FILE",
+            )
+
+
+class DataSection(Section):
+    """The images for training, calibration and evaluation."""
+
+    name: Literal["digits", "cifar10", "mnist", "image_folder", "mindrecord", "arrays"] = Field(
+        description="The kind of dataset."
+    )
+    root: Optional[Text] = Field(default=None, description="Its folder (arrays: its .npz file); digits has none.")
+    augment: Annotated[list[Text], AfterValidator(_distinct)] = Field(
+        default=[], description="Augmentations of the training images by name, in this order: flip, crop, …"
+    )
+    eval_batch_size: Count = Field(default=256, description="Images a batch in evaluation.")
+    mean: Optional[list[Number]] = Field(
+        default=None, description="Mean of each channel; null takes the dataset's own."
+    )
+    std: Optional[list[Positive]] = Field(
+        default=None, description="Standard deviation of each channel; null takes the dataset's own."
+    )
+
+    def _conflicts(self) -> Iterator[Problem]:
+        if self.name == "digits" and self.root is not None:
+            yield Problem(("root",), f"found {self.root!r}, not allowed with name: digits, which scikit-learn contains")
+        if (self.mean is None) != (self.std is None):
+            given, absent = ("mean", "std") if self.std is None else ("std", "mean")
+            yield Problem((absent,), f"is missing, required beside {given}")
+        elif self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            yield Problem(("std",), f"found {len(self.std)} values, allowed: {len(self.mean)}, as many as mean has")
+
+
+class TrainSection(Section):
+    """How a training runs: its length, optimiser and learning-rate schedule (the names are those of mindcv)."""
+
+    epoch_size: Count = Field(default=1, description="Epochs.")
+    batch_size: Count = Field(default=64, description="Images a step (of each process).")
+    opt: Literal["momentum", "sgd", "adamw", "adam"] = Field(default="momentum", description="Optimiser.")
+    lr: Positive = Field(default=0.01, description="Learning rate at the start of the schedule (after the warm-up).")
+    momentum: Optional[Fraction] = Field(default=None, description="Momentum; opt momentum and sgd only, 0.9 there.")
+    use_nesterov: bool = Field(default=False, description="Nesterov's form of momentum; opt momentum and sgd only.")
+    weight_decay: NotNegative = Field(default=1e-4, description="Weight decay.")
+    filter_bias_and_bn: bool = Field(default=True, description="No weight decay on biases and BatchNorm parameters.")
+    scheduler: Literal["cosine_decay", "constant", "step_decay"] = Field(
+        default="cosine_decay", description="Learning-rate schedule, step by step."
+    )
+    warmup_epochs: NotNegative = Field(
+        default=0.0, description="Epochs, a part of epoch_size, in which the learning rate rises linearly from 0."
+    )
+    min_lr: NotNegative = Field(default=0.0, description="Learning rate at the end; scheduler cosine_decay only.")
+    decay_epochs: Optional[Count] = Field(
+        default=None, description="Epochs between two decays; scheduler step_decay only, required there."
+    )
+    decay_rate: Optional[Annotated[Number, Gt(0), Le(1)]] = Field(
+        default=None, description="Factor of each decay; scheduler step_decay only, 0.1 there."
+    )
+    label_smoothing: Fraction = Field(
+        default=0.0, description="Label smoothing of the cross-entropy, in the trainings without distillation."
+    )
+    log_interval: Count = Field(default=50, description="Steps between two lines of the log.")
+    max_bad_steps: Count = Field(
+        default=10, description="Consecutive non-finite steps that are skipped before it stops."
+    )
+    clip_grad: Optional[Positive] = Field(
+        default=None, description="Largest global norm of the gradient; null does not clip."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        values = _filled(values, "momentum", 0.9, _get(values, "opt", "momentum") in ("momentum", "sgd"))
+        return _filled(values, "decay_rate", 0.1, _get(values, "scheduler") == "step_decay")
+
+    def _conflicts(self) -> Iterator[Problem]:
+        if self.opt not in ("momentum", "sgd"):
+            if self.momentum is not None:
+                yield _only_with("momentum", self.momentum, "opt", "momentum or sgd")
+            if self.use_nesterov:
+                yield _only_with("use_nesterov", True, "opt", "momentum or sgd")
+        if self.use_nesterov and self.momentum == 0:
+            yield Problem(("use_nesterov",), "found true, not allowed with momentum: 0")
+        if self.scheduler == "step_decay" and self.decay_epochs is None:
+            yield Problem(("decay_epochs",), "is missing, required by scheduler: step_decay")
+        if self.scheduler != "step_decay":
+            for key in ("decay_epochs", "decay_rate"):
+                if getattr(self, key) is not None:
+                    yield _only_with(key, getattr(self, key), "scheduler", "step_decay")
+        if self.min_lr > 0 and self.scheduler != "cosine_decay":
+            yield _only_with("min_lr", self.min_lr, "scheduler", "cosine_decay")
+        if self.min_lr > self.lr:
+            yield Problem(("min_lr",), f"found {self.min_lr}, allowed: at most lr, {self.lr}")
+        if self.warmup_epochs > self.epoch_size:
+            yield Problem(
+                ("warmup_epochs",), f"found {self.warmup_epochs}, allowed: at most epoch_size, {self.epoch_size}"
+            )
+
+
+class WeightSection(Section):
+    """How weights are quantised."""
+
+    bits: Bits = Field(default=8, description="Bits of a weight.")
+    per_channel: bool = Field(default=False, description="One scale per output channel instead of one per tensor.")
+    symmetric: SymmetricWeight = Field(default=True, description="Zero point 0.")
+    observer: WeightObserver = Field(
+        default="minmax", description="How the range is chosen: the largest magnitude, or the least squared error."
+    )
+
+    def overridden(self, by: Optional[WeightOverride]) -> WeightSection:
+        """These settings with those that `by` gives in their place."""
+        return self if by is None else WeightSection(**{**self.model_dump(), **by.model_dump(exclude_none=True)})
+
+
+class WeightOverride(Section):
+    """The weight settings a rule changes; null keeps the general setting."""
+
+    bits: Optional[Bits] = Field(default=None, description="Bits of a weight.")
+    per_channel: Optional[bool] = Field(
+        default=None, description="One scale per output channel instead of one per tensor."
+    )
+    symmetric: Optional[SymmetricWeight] = Field(default=None, description="Zero point 0.")
+    observer: Optional[WeightObserver] = Field(default=None, description="How the range is chosen.")
+
+
+class _RangeSection(Section):
+    """What every section with an observer of activations shares: the percentile belongs to one observer."""
+
+    if TYPE_CHECKING:  # the subclasses have these fields, in the order they are written in
+        observer: Optional[ActivationObserver]
+        percentile: Optional[float]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        observer = _get(values, "observer", cls.model_fields["observer"].default)
+        return _filled(values, "percentile", DEFAULT_PERCENTILE, observer == "percentile")
+
+    def _conflicts(self) -> Iterator[Problem]:
+        if self.percentile is not None and self.observer != "percentile":
+            yield _only_with("percentile", self.percentile, "observer", "percentile")
+
+
+class ActivationSection(_RangeSection):
+    """How activations are quantised in training."""
+
+    bits: Bits = Field(default=8, description="Bits of an activation.")
+    symmetric: Optional[bool] = Field(default=None, description="Zero point 0; null takes what the target wants.")
+    observer: ActivationObserver = Field(default="ema", description="How the range is chosen from the values seen.")
+    percentile: Optional[Percentile] = Field(
+        default=None, description="Part of the values inside the range, in %; observer percentile only, 99.99 there."
+    )
+    delay: Annotated[int, Ge(0)] = Field(
+        default=100, description="Training steps that only observe the ranges before activations are quantised."
+    )
+
+    def overridden(self, by: Optional[ActivationOverride]) -> ActivationSection:
+        """These settings with those that `by` gives in their place; a new observer drops the old one's percentile."""
+        if by is None:
+            return self
+        values = self.model_dump(exclude={"percentile"} if by.observer is not None else None)
+        return ActivationSection(**{**values, **by.model_dump(exclude_none=True)})
+
+
+class ActivationOverride(_RangeSection):
+    """The activation settings a rule changes; null keeps the general setting."""
+
+    bits: Optional[Bits] = Field(default=None, description="Bits of an activation.")
+    symmetric: Optional[bool] = Field(default=None, description="Zero point 0.")
+    observer: Optional[ActivationObserver] = Field(default=None, description="How the range is chosen.")
+    percentile: Optional[Percentile] = Field(
+        default=None,
+        description="Part of the values inside the range, in %; observer percentile only, which the rule has to name.",
+    )
+    delay: Optional[Annotated[int, Ge(0)]] = Field(default=None, description="Training steps that only observe.")
+
+
+class Match(Section):
+    """Which nodes a rule is for: exactly one of the keys."""
+
+    path: Optional[PathPattern] = Field(default=None, description="Path of a cell or operation; what is inside the cell is matched too.")
+    type: Optional[Text] = Field(default=None, description="Class name of the cell or of a cell around it.")
+    op: Optional[Text] = Field(default=None, description="Name of the operation in the captured graph.")
+    position: Optional[Literal["first", "last"]] = Field(
+        default=None, description="The first or the last weighted node."
+    )
+
+    def _conflicts(self) -> Iterator[Problem]:
+        keys = list(type(self).model_fields)
+        given = [key for key in keys if getattr(self, key) is not None]
+        if len(given) != 1:
+            found = listing(given, "and") if given else "none"
+            yield Problem((), f"found {found}, allowed: exactly one of {listing(keys)}")
+
+
+class Rule(Section):
+    """Settings for some nodes only."""
+
+    match: Match = Field(description="Which nodes the rule is for.")
+    precision: Optional[Literal["int8", "float"]] = Field(
+        default=None, description="Quantise these nodes, or keep them float."
+    )
+    weight: WeightOverride = Field(default=WeightOverride(), description="Weight settings to change.")
+    activation: ActivationOverride = Field(default=ActivationOverride(), description="Activation settings to change.")
+
+    def _conflicts(self) -> Iterator[Problem]:
+        changed = [key for key in ("weight", "activation") if getattr(self, key).model_dump(exclude_none=True)]
+        if self.precision is None and not changed:
+            yield Problem((), "the rule sets nothing, allowed: precision, weight or activation with a value")
+        if self.precision == "float":
+            for key in changed:
+                yield Problem((key,), "not allowed with precision: float, which quantises nothing")
+
+
+class QuantizationSection(Section):
+    """What is quantised, and how."""
+
+    weight: WeightSection = Field(default=WeightSection(), description="Weights in general.")
+    activation: ActivationSection = Field(default=ActivationSection(), description="Activations in general.")
+    batchnorm: Literal["fold", "freeze", "live"] = Field(
+        default="fold",
+        description="BatchNorm in training: folded into the convolutions, kept with frozen statistics, or kept live.",
+    )
+    rules: list[Rule] = Field(default=[], description="Exceptions, in order.")
+
+
+class DistillationSection(Section):
+    """The loss by which the student also imitates the teacher (Hinton et al. 2015, arXiv:1503.02531)."""
+
+    alpha: Fraction = Field(
+        default=0.3, description="Weight of the soft loss (teacher); the hard loss (labels) has 1 - alpha."
+    )
+    temperature: Positive = Field(default=5.0, description="Divides the logits of both networks in the soft loss.")
+    hard_loss: Literal["cross_entropy", "label_smoothing", "none"] = Field(
+        default="cross_entropy", description="Loss against the labels."
+    )
+    label_smoothing: Optional[Fraction] = Field(
+        default=None, description="Smoothing; hard_loss label_smoothing only, 0.1 there."
+    )
+    soft_loss: Literal["kl", "mse"] = Field(default="kl", description="Loss against the teacher's outputs.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        return _filled(values, "label_smoothing", 0.1, _get(values, "hard_loss") == "label_smoothing")
+
+    def _conflicts(self) -> Iterator[Problem]:
+        if self.label_smoothing is not None and self.hard_loss != "label_smoothing":
+            yield _only_with("label_smoothing", self.label_smoothing, "hard_loss", "label_smoothing")
+
+
+class CalibrationSection(_RangeSection):
+    """How the ranges of activations are measured without training."""
+
+    samples: Annotated[Count, BeforeValidator(_samples)] = Field(
+        default=1000, description="Training images looked at, at most."
+    )
+    batch_size: Count = Field(default=50, description="Images a batch.")
+    iterations: Optional[Count] = Field(
+        default=None, description="Stop after this many batches; null looks at all samples."
+    )
+    observer: ActivationObserver = Field(
+        default="percentile", description="How the range is chosen from the values seen."
+    )
+    percentile: Optional[Percentile] = Field(
+        default=None, description="Part of the values inside the range, in %; observer percentile only, 99.99 there."
+    )
+
+
+ExportFormat = Literal["lite_mindir", "portable_mindir"]
+
+
+class ExportSection(Section):
+    """The files written at the end."""
+
+    formats: Annotated[list[ExportFormat], AfterValidator(_distinct)] = Field(
+        default=list(get_args(ExportFormat)),
+        description="lite_mindir for the MindSpore Lite converter, portable_mindir for any MindSpore.",
+    )
+    verify_tolerance: NotNegative = Field(
+        default=1e-4,
+        description="Largest absolute difference of outputs accepted when an exported file is verified.",
+    )
+
+
+class Recipe(Section):
+    """A whole recipe; `msqkd.recipe.load_recipe` reads one from a file, `make_recipe` validates a mapping."""
+
+    apiversion: Literal["msqkd/v1"] = Field(description="Version of this format.")
+    name: RecipeName = Field(description="Name of the recipe.")
+    description: str = Field(default="", description="What it is, in a sentence.")
+    result: FreeMapping = Field(default={}, description="The measured result, for the reader.")
+    seed: Annotated[int, Ge(0), Le(2**32 - 1)] = Field(default=0, description="Seed of every random choice.")
+    target: TargetName = Field(default="lite_arm", description="The runtime that will execute the model.")
+    model: ModelSection = Field(description="The network to be quantised.")
+    teacher: TeacherSection = Field(default=TeacherSection(), description="The network that teaches it.")
+    data: DataSection = Field(description="The dataset.")
+    pretrain: Optional[TrainSection] = Field(
+        default=None, description="Float training from scratch, in place of model.checkpoint; null does none."
+    )
+    quantization: QuantizationSection = Field(default=QuantizationSection(), description="What is quantised.")
+    distillation: Optional[DistillationSection] = Field(
+        default=None,
+        description="Distillation in the quantisation-aware training; null does none, {} uses the defaults.",
+    )
+    train: TrainSection = Field(default=TrainSection(), description="The quantisation-aware training.")
+    compare: Annotated[list[Comparison], AfterValidator(_distinct)] = Field(
+        default=list(COMPARISONS),
+        description="Trainings with the same budget reported beside the main one: QAT without distillation, float, "
+        "float with distillation. Without distillation the default is ['float'].",
+    )
+    calibration: CalibrationSection = Field(default=CalibrationSection(), description="Calibration.")
+    export: ExportSection = Field(default=ExportSection(), description="Export.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        alone = _get(values, "distillation") is None
+        return _filled(values, "compare", ["float"] if alone else list(COMPARISONS), True)
+
+    def _conflicts(self) -> Iterator[Problem]:
+        yield from self._weights_conflicts()
+        yield from self._distillation_conflicts()
+        shape, mean = self.model.input_shape, self.data.mean
+        if shape is not None and mean is not None and len(mean) != shape[0]:
+            text = f"found {len(mean)} values, allowed: {shape[0]}, the channels of model.input_shape"
+            yield Problem(("data", "mean"), text)
+
+    def _weights_conflicts(self) -> Iterator[Problem]:
+        """The trained float model needs exactly one origin."""
+        if self.pretrain is not None:
+            other = "args.pretrained: true" if self.model.downloads else "checkpoint" if self.model.checkpoint else ""
+            if other:
+                yield Problem(
+                    ("pretrain",), f"two origins of the weights, training from scratch and model.{other}; keep one"
+                )
+        elif self.model.checkpoint is None and not self.model.downloads:
+            yield Problem(
+                ("model", "checkpoint"),
+                "is missing, quantisation starts from a trained model; give the file of its weights here or with "
+                "--set model.checkpoint=FILE, or a pretrain section to train it first",
+            )
+
+    def _distillation_conflicts(self) -> Iterator[Problem]:
+        if self.distillation is None:
+            if self.teacher != TeacherSection():
+                text = "not used without distillation; add 'distillation: {}', or drop it with --set teacher=null"
+                yield Problem(("teacher",), text)
+            for index, name in enumerate(self.compare):
+                if name == "float_kd":
+                    yield Problem(("compare", index), "found 'float_kd', allowed only with a distillation section")
+                if name == "qat":
+                    yield Problem(
+                        ("compare", index),
+                        "found 'qat', allowed only with a distillation section; without it that is the main training",
+                    )
+        elif self.train.label_smoothing > 0 and not {"qat", "float"} & set(self.compare):
+            yield Problem(
+                ("train", "label_smoothing"),
+                f"found {self.train.label_smoothing}, but every training here has distillation; use "
+                "'hard_loss: label_smoothing' in distillation",
+            )
+
+    def warnings(self) -> list[str]:
+        """Sentences about settings that are possible but known to cost accuracy."""
+        if self.distillation is None or self.distillation.temperature <= HIGH_TEMPERATURE:
+            return []
+        low = [place for place, bits in self._bits() if bits <= LOW_BITS]
+        if not low:
+            return []
+        return [
+            f"distillation.temperature: {self.distillation.temperature:g} above {HIGH_TEMPERATURE:g} together with "
+            f"{LOW_BITS} bits or fewer ({', '.join(low)}); published result: T=5 costs 12 points at W3A8 from scratch"
+        ]
+
+    def _bits(self) -> Iterator[tuple[str, int]]:
+        """Every place where bits are set, with its value."""
+        yield "quantization.weight.bits", self.quantization.weight.bits
+        yield "quantization.activation.bits", self.quantization.activation.bits
+        for index, rule in enumerate(self.quantization.rules):
+            for key, override in (("weight", rule.weight), ("activation", rule.activation)):
+                if override.bits is not None:
+                    yield dotted(("quantization", "rules", index, key, "bits")), override.bits
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting, defaults included, as plain dicts, lists, texts and numbers."""
+        return self.model_dump()
+
+    def sha(self) -> str:
+        """SHA-256 (64 hex digits) of the settings as canonical JSON: sorted keys, no spaces, defaults included.
+
+        `result` is left out: it is written into the recipe after the run, and must not turn it into another recipe.
+        """
+        settings = {key: value for key, value in self.to_dict().items() if key != "result"}
+        text = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -1,0 +1,52 @@
+"""One training step, with and without a teacher: a compiled cell that skips the update when the loss is not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mindspore import nn, ops
+
+from msqkd.quant.qat import advance
+
+
+class TrainStep(nn.TrainOneStepCell):
+    """`nn.TrainOneStepCell` whose network returns the loss, for networks that may hold quantised cells.
+
+    Each call is one step: quantisers begin to quantise when their delay is over (the step is compiled anew then), and a step whose loss is
+    NaN or infinite changes no weight. In GRAPH_MODE without data sinking; with `Model.train` in sink mode use `ActQuantDelay`.
+
+    Attributes:
+        steps_done: number of calls so far; set it when a training is resumed.
+    """
+
+    def __init__(self, network: nn.Cell, optimizer: nn.Optimizer) -> None:
+        super().__init__(network, optimizer)
+        self.steps_done = 0
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run one step and return the loss (scalar Tensor)."""
+        advance(self, self.steps_done)
+        loss = super().__call__(*inputs)
+        self.steps_done += 1
+        return loss
+
+    def construct(self, *inputs):  # type: ignore[no-untyped-def]
+        """Forward, backward and update; returns the loss."""
+        loss = self.network(*inputs)
+        sens = ops.fill(loss.dtype, loss.shape, self.sens)
+        gradients = self.grad_reducer(self.grad(self.network, self.weights)(*inputs, sens))
+        if ops.isfinite(loss):
+            loss = ops.depend(loss, self.optimizer(gradients))
+        return loss
+
+
+class WithLoss(nn.Cell):
+    """Loss of a network's answer: ``loss(network(x), labels)``."""
+
+    def __init__(self, network: nn.Cell, loss: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.network, self.loss = network, loss
+
+    def construct(self, x, labels):  # type: ignore[no-untyped-def]
+        """A batch and its labels to a scalar."""
+        return self.loss(self.network(x), labels)
