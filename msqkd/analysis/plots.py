@@ -35,6 +35,7 @@ _ROWS_PER_CHART = 45
 _MAX_POINTS = 300
 _MAX_NAME = 34
 _ROW_INCHES = 0.175
+_WIDE, _HALF = 7.6, 5.4
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,17 @@ class RangeRow:
     observed_min: Optional[float] = None
     observed_max: Optional[float] = None
     narrow: Optional[float] = None
+
+    @property
+    def reach(self) -> float:
+        """The largest magnitude, representable or observed; 1 where all are 0."""
+        ends = (self.lo, self.hi, self.observed_min or 0.0, self.observed_max or 0.0)
+        return max(map(abs, ends)) or 1.0
+
+    @property
+    def left(self) -> float:
+        """The lowest end as a part of `reach`, at most 0."""
+        return min(self.lo, self.observed_min or 0.0, 0.0) / self.reach
 
     @property
     def clipped(self) -> tuple[bool, bool]:
@@ -112,8 +124,9 @@ def staircase(steps: Sequence[Step], controls: Sequence[Step] = ()) -> str:
     with _style():
         figure, axes = _figure(max(1.3 + 0.95 * len(bars), 3.4), 3.5)
         axes.bar(places, [p - bottom for p in percents], 0.62, bottom, color=[COLOURS[bar.kind] for bar in bars], zorder=2)
-        for left, right, percent in zip(places[: len(steps)], places[1 : len(steps)], percents):
-            axes.plot([left + 0.31, right - 0.31], [percent, percent], color=MUTED, linewidth=0.8, zorder=3)
+        for bar, left, right in zip(steps, places, places[1 : len(steps)]):
+            if bar.kind != "float":
+                axes.plot([left + 0.31, right - 0.31], [bar.percent] * 2, color=MUTED, linewidth=0.8, zorder=3)
         if base is not None:
             axes.axhline(base, color=COLOURS["float"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         for place, bar in zip(places, bars):
@@ -138,13 +151,13 @@ def sizes(rows: Sequence[tuple[str, str, float, str]]) -> str:
     """Horizontal bars of (label, text at the bar's end, bytes, key of `COLOURS`)."""
     largest = max(row[2] for row in rows)
     with _style():
-        figure, axes = _figure(4.9, 0.5 + 0.42 * len(rows))
+        figure, axes = _figure(_WIDE, 0.2 + 0.36 * len(rows))
         places = range(len(rows))
         axes.barh(places, [row[2] for row in rows], 0.6, color=[COLOURS[row[3]] for row in rows], zorder=2)
         for place, row in zip(places, rows):
             _note(axes, row[1], (row[2], place), (5, 0), size=9, ha="left", va="center")
         _rows(axes, [row[0] for row in rows], size=9)
-        axes.set_xlim(0, 1.55 * largest if largest > 0 else 1.0)
+        axes.set_xlim(0, 1.3 * largest if largest > 0 else 1.0)
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
         return _svg(figure, "sizes")
@@ -164,7 +177,7 @@ def sqnr(layers: Sequence[tuple[str, float]]) -> list[str]:
     charts = []
     for first, part in _parts(layers):
         with _style():
-            figure, axes = _figure(5.4, 0.55 + _ROW_INCHES * len(part))
+            figure, axes = _figure(_HALF if len(layers) > ONE_COLUMN else _WIDE, 0.55 + _ROW_INCHES * len(part))
             colours = [HIGHLIGHT if first + i in low else COLOURS["int8"] for i in range(len(part))]
             axes.barh(range(len(part)), [value for _, value in part], 0.7, color=colours, zorder=2)
             for i, (_, value) in enumerate(part):
@@ -187,14 +200,15 @@ def ranges(rows: Sequence[RangeRow], name: str) -> list[str]:
         name: distinguishes the charts of one page.
     """
     charts = []
+    left = min(row.left for row in rows)
     for first, part in _parts(rows):
         with _style():
-            figure, axes = _figure(5.4, 0.3 + _ROW_INCHES * len(part))
+            figure, axes = _figure(_HALF if len(rows) > ONE_COLUMN else _WIDE, 0.3 + _ROW_INCHES * len(part))
             axes.axvline(0, color=MUTED, linewidth=0.7, zorder=1)
             for i, row in enumerate(part):
                 _range(axes, i, row)
             _rows(axes, [row.name for row in part], size=7.5)
-            axes.set_xlim(-1.03, 1.03)
+            axes.set_xlim(left - 0.03, 1.03)
             axes.set_xticks([])
             axes.spines[["left", "bottom"]].set_visible(False)
             charts.append(_svg(figure, f"{name}{first}"))
@@ -202,11 +216,8 @@ def ranges(rows: Sequence[RangeRow], name: str) -> list[str]:
 
 
 def _range(axes: Axes, place: int, row: RangeRow) -> None:
-    ends = [row.lo, row.hi, *(v for v in (row.observed_min, row.observed_max) if v is not None)]
-    reach = max(abs(v) for v in ends) or 1.0
-
     def draw(left: float, right: float, height: float, colour: str, layer: int) -> None:
-        axes.barh(place, (right - left) / reach, height, left / reach, color=colour, zorder=layer)
+        axes.barh(place, (right - left) / row.reach, height, left / row.reach, color=colour, zorder=layer)
 
     draw(row.lo, row.hi, 0.74, RANGE, 2)
     if row.narrow is not None:
@@ -249,6 +260,8 @@ def training(curves: Sequence[Curve], name: str) -> str:
             axes.set_xlabel(curve.axis, fontsize=8)
             axes.grid(axis="both")
             axes.margins(x=0.02)
+            if curve.axis == "epoch":
+                axes.xaxis.get_major_locator().set_params(integer=True)
         return _svg(figure, name)
 
 
@@ -321,7 +334,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _rows(axes: Axes, names: Sequence[str], size: float) -> None:
-    axes.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=size, parse_math=False)
+    axes.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=size)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_ylim(len(names) - 0.4, -0.6)

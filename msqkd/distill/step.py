@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 from mindspore import nn, ops
 
 from msqkd.train.step import TrainStep
@@ -38,10 +40,13 @@ class DistillTrainOneStepCell(TrainStep):
         teacher: the network imitated; put in evaluation mode, its parameters are excluded from training.
         loss: a cell of (student logits, teacher logits, labels), such as `DistillLoss`.
         optimizer: over the student's trainable parameters.
+        clip_grad: largest global norm of the gradient; None does not clip.
     """
 
-    def __init__(self, student: nn.Cell, teacher: nn.Cell, loss: nn.Cell, optimizer: nn.Optimizer) -> None:
-        super().__init__(WithDistillLoss(student, teacher, loss), optimizer)
+    def __init__(
+        self, student: nn.Cell, teacher: nn.Cell, loss: nn.Cell, optimizer: nn.Optimizer, clip_grad: Optional[float] = None
+    ) -> None:
+        super().__init__(WithDistillLoss(student, teacher, loss), optimizer, clip_grad)
 
     def set_train(self, mode: bool = True) -> nn.Cell:
         """Set the mode of the student; the teacher stays in evaluation mode."""

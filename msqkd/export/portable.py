@@ -111,3 +111,8 @@ def _round_activation(graph: Graph, value: str, edges: tuple[tuple[str, int], ..
     else:
         graph.replace_value(value, source)
     graph.insert_after(graph.producer(value), steps)
+
+
+def write_float(graph: Graph, file: PathLike) -> Path:
+    """Write a graph in float32, its batch open: what the quantised files are compared with."""
+    return write_cell(to_cell(graph), [_open_batch(graph, name) for name in graph.inputs], file)

@@ -83,7 +83,7 @@ class FakeQuantActivation(nn.Cell):
         """The value, quantised or as it is (float32, any shape)."""
         if self.phase_of_quant == QUANTIZE:
             return self.round(x, self.inverse, self.scale, self.low, self.high, self.slope, self.offset)
-        if self.phase_of_quant == OBSERVE:
+        if self.phase_of_quant == OBSERVE and self.training:
             self._observe(ops.stop_gradient(x))
         return x
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Optional
 
 from mindspore import nn
@@ -108,14 +108,14 @@ class QuantCell(nn.Cell):
         return deployed, plan
 
 
-def quantize_cell(source: Graph, plan: QuantPlan, batchnorm: str = "fold", *, quantize_weights: bool = True) -> QuantCell:
+def quantize_cell(source: Graph, plan: QuantPlan, batchnorm: str = "fold", *, observe: Sequence[str] = ()) -> QuantCell:
     """Build the trainable fake-quantised cell of a captured graph.
 
     Args:
         source: the captured graph (before folding).
         plan: the plan of its deployment graph.
         batchnorm: fold, freeze or live.
-        quantize_weights: False leaves weights float (to look at activations alone).
+        observe: values returned beside the outputs, as they are before they are quantised themselves.
 
     Returns:
         A cell in evaluation mode, every quantiser in the phase of step 0 where its range is known, else observing.
@@ -124,7 +124,7 @@ def quantize_cell(source: Graph, plan: QuantPlan, batchnorm: str = "fold", *, qu
     plan = plan.with_weight_observers(deployment_graph(source))
     producers = {output: node for node in graph.nodes for output in node.outputs}
     quantizers: dict[str, FakeQuantActivation] = {}
-    hooks = Hooks(values={}, edges={})
+    hooks = Hooks(values={}, edges={}, observe=observe)
     for value, quant in plan.activations.items():
         if quant.exact:
             continue
@@ -135,10 +135,9 @@ def quantize_cell(source: Graph, plan: QuantPlan, batchnorm: str = "fold", *, qu
             hooks.edges.update(dict.fromkeys(quant.edges, cell))  # type: ignore[attr-defined]
         else:
             hooks.values[value] = cell  # type: ignore[index]
-    if quantize_weights:
-        for name, weight in plan.weights.items():
-            node = graph.node(name)
-            hooks.edges[(name, 1)] = FakeQuantWeight(weight, graph.shape(node.inputs[1]))  # type: ignore[index]
+    for name, weight in plan.weights.items():
+        node = graph.node(name)
+        hooks.edges[(name, 1)] = FakeQuantWeight(weight, graph.shape(node.inputs[1]))  # type: ignore[index]
     cell = to_cell(graph, hooks, base=QuantCell)
     cell.setup(source, plan, batchnorm, quantizers)
     return cell

@@ -38,13 +38,14 @@ class Place(NamedTuple):
 Found = tuple[Place, Problem]
 
 
-def load_recipe(path_or_builtin_name: PathLike, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path_or_builtin_name: PathLike, overrides: Sequence[str] = (), *, require_weights: bool = True) -> Recipe:
     """Read and validate a recipe.
 
     `path_or_builtin_name` is a YAML file, or the name of a recipe that comes with msqkd (`list_builtin`). Each of
     `overrides` is ``key.path=value`` with the value in YAML, for instance ``train.epoch_size=3`` or
     ``quantization.rules.0.weight.bits=4``; ``key.path=null`` brings the default back. A later one wins.
     A relative file name in the recipe is looked for in the working directory first, then in the recipe's folder.
+    Without `require_weights` the model may lack trained weights, which is enough for planning.
 
     Raises `RecipeError` with all problems found, one a line: ``recipe.yaml:12: train.lr: found -1, allowed: …``.
     """
@@ -55,15 +56,17 @@ def load_recipe(path_or_builtin_name: PathLike, overrides: Sequence[str] = ()) -
         raise RecipeError(f"{path}:1: found {found}, allowed: a mapping with the keys of a recipe")
     places = {key: Place(line, f"{path}:{line}") for key, line in content.lines.items()}
     problems = [(Place(line, f"{path}:{line}"), problem) for line, problem in content.problems]
-    return _build(_unshared(content.value), overrides, places, problems, path.parent)
+    return _build(_unshared(content.value), overrides, places, problems, path.parent, require_weights)
 
 
-def make_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), folder: PathLike = ".") -> Recipe:
+def make_recipe(
+    values: Mapping[str, Any], overrides: Sequence[str] = (), folder: PathLike = ".", *, require_weights: bool = True
+) -> Recipe:
     """Validate a recipe given as a mapping, for instance the result of `Recipe.to_dict`; otherwise as `load_recipe`.
 
     `folder` stands for the recipe's folder. `values` is not changed.
     """
-    return _build(_unshared(dict(values)), overrides, {(): Place(0, "recipe")}, [], Path(folder))
+    return _build(_unshared(dict(values)), overrides, {(): Place(0, "recipe")}, [], Path(folder), require_weights)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -118,7 +121,12 @@ def _unshared(value: Any) -> Any:
 
 
 def _build(
-    values: dict[str, Any], overrides: Sequence[str], places: dict[KeyPath, Place], found: list[Found], folder: Path
+    values: dict[str, Any],
+    overrides: Sequence[str],
+    places: dict[KeyPath, Place],
+    found: list[Found],
+    folder: Path,
+    require_weights: bool,
 ) -> Recipe:
     """The validated recipe of `values` with `overrides`; `found` are the problems already known, `places` changes."""
     last = max(place.order for place in places.values())
@@ -131,6 +139,9 @@ def _build(
     _resolve_files(values, folder)
     try:
         recipe = Recipe.model_validate(values)
+        missing = recipe.missing_weights() if require_weights else None
+        if missing is not None:
+            found.append((_place_of(missing.path, places), missing))
     except ValidationError as error:
         found += [(_place_of(problem.path, places), problem) for problem in problems_of(error, Recipe)]
     if found:

@@ -554,20 +554,24 @@ class Recipe(Section):
             text = f"found {len(mean)} values, allowed: {shape[0]}, the channels of model.input_shape"
             yield Problem(("data", "mean"), text)
 
+    def missing_weights(self) -> Optional[Problem]:
+        """What is wrong where the float model has no origin of its weights: fine for planning, not for a run."""
+        if self.pretrain is not None or self.model.checkpoint is not None or self.model.downloads:
+            return None
+        return Problem(
+            ("model", "checkpoint"),
+            "is missing, quantisation starts from a trained model; give the file of its weights here or with "
+            "--set model.checkpoint=FILE, or a pretrain section to train it first",
+        )
+
     def _weights_conflicts(self) -> Iterator[Problem]:
-        """The trained float model needs exactly one origin."""
+        """The trained float model needs at most one origin."""
         if self.pretrain is not None:
             other = "args.pretrained: true" if self.model.downloads else "checkpoint" if self.model.checkpoint else ""
             if other:
                 yield Problem(
                     ("pretrain",), f"two origins of the weights, training from scratch and model.{other}; keep one"
                 )
-        elif self.model.checkpoint is None and not self.model.downloads:
-            yield Problem(
-                ("model", "checkpoint"),
-                "is missing, quantisation starts from a trained model; give the file of its weights here or with "
-                "--set model.checkpoint=FILE, or a pretrain section to train it first",
-            )
 
     def _distillation_conflicts(self) -> Iterator[Problem]:
         if self.distillation is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 from mindspore import nn, ops
 
@@ -15,13 +15,19 @@ class TrainStep(nn.TrainOneStepCell):
     Each call is one step: quantisers begin to quantise when their delay is over (the step is compiled anew then), and a step whose loss is
     NaN or infinite changes no weight. In GRAPH_MODE without data sinking; with `Model.train` in sink mode use `ActQuantDelay`.
 
+    Args:
+        network: computes the loss.
+        optimizer: over the trainable parameters.
+        clip_grad: largest global norm of the gradient; None does not clip.
+
     Attributes:
         steps_done: number of calls so far; set it when a training is resumed.
     """
 
-    def __init__(self, network: nn.Cell, optimizer: nn.Optimizer) -> None:
+    def __init__(self, network: nn.Cell, optimizer: nn.Optimizer, clip_grad: Optional[float] = None) -> None:
         super().__init__(network, optimizer)
         self.steps_done = 0
+        self.clip_grad = clip_grad
 
     def __call__(self, *inputs: Any) -> Any:
         """Run one step and return the loss (scalar Tensor)."""
@@ -35,6 +41,8 @@ class TrainStep(nn.TrainOneStepCell):
         loss = self.network(*inputs)
         sens = ops.fill(loss.dtype, loss.shape, self.sens)
         gradients = self.grad_reducer(self.grad(self.network, self.weights)(*inputs, sens))
+        if self.clip_grad is not None:
+            gradients = ops.clip_by_global_norm(gradients, self.clip_grad)
         if ops.isfinite(loss):
             loss = ops.depend(loss, self.optimizer(gradients))
         return loss

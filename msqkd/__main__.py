@@ -1,0 +1,5 @@
+"""`python -m msqkd`."""
+
+from msqkd.cli import main
+
+main()

@@ -1,0 +1,471 @@
+"""The report of a run: `report.json` for programs, `report.html` (one page, nothing loaded from elsewhere) for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+from msqkd.analysis import plots
+from msqkd.files import PathLike, write_json, write_text
+
+API_VERSION = "msqkd/report/v1"
+
+_ACCURACY = {  # key: (words in a sentence and a table, label of the bar, colour)
+    "float": ("float", "float", "float"),
+    "ptq": ("calibration only (PTQ)", "PTQ only", "int8"),
+    "qat": ("QAT", "QAT", "int8"),
+    "qat_kd": ("QAT + distillation", "QAT +\ndistillation", "int8"),
+    "exported": ("exported model", "exported", "exported"),
+    "float_ft": ("float, fine-tuned", "float\nfine-tuned", "control"),
+    "float_kd": ("float, distilled", "float\ndistilled", "control"),
+}
+_CONTROLS = ("float_kd", "float_ft")
+_DEPLOYED = ("exported", "qat_kd", "qat", "ptq")
+_TRAINING = {
+    "qat_kd": "QAT + distillation",
+    "qat": "QAT",
+    "float_kd": "Float, distilled",
+    "float_ft": "Float, fine-tuned",
+    "pretrain": "Float, from scratch",
+}
+_FILES = {
+    "float": "float weights",
+    "int8": "int8 weights",
+    "lite_mindir": "MindIR for MindSpore Lite",
+    "portable_mindir": "portable MindIR",
+    "ascend_mindir": "MindIR for Ascend",
+    "lite_ms": "MindSpore Lite (.ms)",
+    "ms": "MindSpore Lite (.ms)",
+    "onnx": "ONNX",
+}
+
+
+def write_report(result: Mapping[str, Any], folder: PathLike) -> dict[str, Path]:
+    """Write `report.json` and `report.html` into `folder` (made when needed), each whole or not at all.
+
+    Args:
+        result: the result of a run. Parts that are missing or None are left out of the page; NaN and infinities become null in the JSON.
+            Accuracies and agreements are percent, shares 0–1, sizes bytes, times seconds, signal-to-noise ratios dB.
+        folder: where to write.
+
+    Returns:
+        The two paths, under ``json`` and ``html``.
+    """
+    data = _plain({"apiversion": API_VERSION, **result})
+    paths = {"json": Path(folder) / "report.json", "html": Path(folder) / "report.html"}
+    write_json(paths["json"], data)
+    write_text(paths["html"], render_html(data))
+    return paths
+
+
+def render_html(result: Mapping[str, Any]) -> str:
+    """The page for `result` (see `write_report`); every text of it is escaped."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html.j2").render(_view(_plain(result)))
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numpy numbers and arrays unpacked, paths as text, NaN and infinities as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return _plain(value.tolist()) if hasattr(value, "tolist") else value
+
+
+# -- what the page shows -----------------------------------------------------------------------------------------------
+def _view(result: dict[str, Any]) -> dict[str, Any]:
+    layers = result.get("layers") or []
+    plan = result.get("plan") or {}
+    sections = {
+        "accuracy": _accuracy(result.get("accuracy") or {}),
+        "size": _size(result.get("size_bytes") or {}),
+        "layers": _layers(layers),
+        "training": _training(result.get("training") or {}),
+        "plan": _plan(plan, layers),
+        "calibration": _calibration(result.get("calibration") or {}),
+        "files": _files(result.get("export") or {}, result.get("sha256") or {}),
+        "run": _run(result),
+    }
+    return {
+        "name": result.get("name") or plan.get("network") or "msqkd",
+        "description": result.get("description"),
+        "facts_line": " · ".join(_facts(result)),
+        "verdict": _verdict(result),
+        "tiles": _tiles(result),
+        "warnings": list(dict.fromkeys([*(result.get("warnings") or []), *(plan.get("warnings") or [])])),
+        "recipe": result.get("recipe"),
+        "contents": [(anchor, anchor.capitalize()) for anchor, section in sections.items() if section],
+        "colour": {
+            **plots.COLOURS,
+            "ink": plots.INK,
+            "muted": plots.MUTED,
+            "highlight": plots.HIGHLIGHT,
+            "range": plots.RANGE,
+            "narrow": plots.NARROW,
+        },
+        **sections,
+    }
+
+
+def _facts(result: dict[str, Any]) -> list[str]:
+    facts = []
+    if result.get("target"):
+        facts.append(f"target {result['target']}")
+    if result.get("started"):
+        facts.append(f"started {str(result['started']).replace('T', ' ')}")
+    if result.get("seconds") is not None:
+        facts.append(f"took {_duration(result['seconds'])}")
+    return facts
+
+
+def _deployed(accuracy: dict[str, Any]) -> Optional[str]:
+    """The key of the accuracy that stands for the INT8 model: the exported one where it was measured."""
+    return next((key for key in _DEPLOYED if accuracy.get(key) is not None), None)
+
+
+def _verdict(result: dict[str, Any]) -> list[str]:
+    """One sentence on what was reached, and one on the same against the float network with the same training."""
+    accuracy = result.get("accuracy") or {}
+    key, base = _deployed(accuracy), accuracy.get("float")
+    parts = []
+    if key is not None:
+        how = "" if key == "exported" else f" ({_ACCURACY[key][0]}, not exported)"
+        text = f"INT8{how} {accuracy[key]:.2f} %"
+        if base is not None:
+            text += f" vs float {base:.2f} %: {_points(accuracy[key], base)}"
+        parts.append(text)
+    ratio = _ratio(result.get("size_bytes") or {}, "int8")
+    if ratio is not None:
+        parts.append(f"{ratio:.2f} × the size")
+    share = _share(result)
+    if share is not None:
+        target = f" on {result['target']}" if result.get("target") else ""
+        parts.append(f"{_percent(share)} of the operations run in int8{target}")
+    sentences = ["; ".join(parts) + "."] if parts else []
+    control = next((name for name in _CONTROLS if accuracy.get(name) is not None), None)
+    if key is not None and control is not None:
+        how = "distilled" if control == "float_kd" else "fine-tuned"
+        sentences.append(
+            f"Against the float network {how} with the same budget ({accuracy[control]:.2f} %): {_points(accuracy[key], accuracy[control])}."
+        )
+    return sentences
+
+
+def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
+    """The few figures at the top of the page."""
+    accuracy, sizes = result.get("accuracy") or {}, result.get("size_bytes") or {}
+    tiles = []
+    key = _deployed(accuracy)
+    if key is not None:
+        base = accuracy.get("float")
+        tiles.append(_tile(f"{accuracy[key]:.2f} %", f"accuracy, {_ACCURACY[key][0]}", base is not None and f"float {base:.2f} %"))
+    ratio = _ratio(sizes, "int8")
+    if ratio is not None:
+        tiles.append(_tile(f"{ratio:.2f} ×", "size", f"{_bytes(sizes['int8'])} of {_bytes(sizes['float'])}"))
+    share, nodes = _share(result), (result.get("plan") or {}).get("nodes") or []
+    if share is not None:
+        note = nodes and f"{sum(node.get('precision') == 'int8' for node in nodes)} of {len(nodes)} operations"
+        tiles.append(_tile(_percent(share), "in int8", note))
+    noise = [(layer["sqnr_db"], layer["name"]) for layer in result.get("layers") or [] if layer.get("sqnr_db") is not None]
+    if noise:
+        lowest, name = min(noise)
+        tiles.append(_tile(f"{plots.number(lowest)} dB", "lowest layer SQNR", name))
+    return tiles
+
+
+def _tile(value: str, label: str, note: Any) -> dict[str, str]:
+    return {"value": value, "label": label, "note": note or ""}
+
+
+def _accuracy(accuracy: dict[str, Any]) -> Optional[dict[str, Any]]:
+    steps = [plots.Step(label, accuracy[key], kind) for key, (_, label, kind) in _ACCURACY.items() if accuracy.get(key) is not None]
+    if not steps:
+        return None
+    base = accuracy.get("float")
+    rows = []
+    for key, (words, _, kind) in _ACCURACY.items():
+        if accuracy.get(key) is not None:
+            delta = "" if base is None or key == "float" else plots.signed(accuracy[key] - base)
+            rows.append({"label": words, "value": f"{accuracy[key]:.2f}", "delta": delta, "kind": kind})
+    floor = plots.staircase_floor([step.percent for step in steps])
+    main, controls = [s for s in steps if s.kind != "control"], [s for s in steps if s.kind == "control"]
+    return {
+        "plot": _inline(plots.staircase(main, controls)),
+        "rows": rows,
+        "floor": f"{floor:.1f}" if floor > 0 else "",
+        "controls": bool(controls),
+        "compared": base is not None and len(rows) > 1,
+    }
+
+
+def _size(sizes: dict[str, Any]) -> Optional[dict[str, Any]]:
+    rows = []
+    for key, size in sizes.items():
+        if size is not None:
+            ratio = _ratio(sizes, key)
+            text = _bytes(size) + (f"  ({ratio:.2f} ×)" if ratio is not None and key != "float" else "")
+            rows.append((_FILES.get(key, key.replace("_", " ")), text, float(size), "float" if key == "float" else "int8"))
+    return {"plot": _inline(plots.sizes(rows))} if rows else None
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+def _layers(layers: list[dict[str, Any]]) -> Optional[dict[str, Any]]:
+    noise = [(layer["name"], layer["sqnr_db"]) for layer in layers if layer.get("sqnr_db") is not None]
+    weights = [(layer["name"], layer["weight"]) for layer in layers if layer.get("weight")]
+    activations = [(layer["name"], layer["activation"]) for layer in layers if layer.get("activation")]
+    weight_rows = [row for name, weight in weights if (row := _weight_range(name, weight))]
+    activation_rows = [row for name, activation in activations if (row := _activation_range(name, activation))]
+    view = {
+        "sqnr": [_inline(svg) for svg in plots.sqnr(noise)] if noise else [],
+        "worst": [f"{noise[i][0]} ({noise[i][1]:.1f} dB)" for i in _by_value(noise)],
+        "weights": [_inline(svg) for svg in plots.ranges(weight_rows, "weights")] if weight_rows else [],
+        "per_channel": any(row.narrow is not None for row in weight_rows),
+        "activations": [_inline(svg) for svg in plots.ranges(activation_rows, "activations")] if activation_rows else [],
+        "clipped": {
+            "weights": any(any(row.clipped) for row in weight_rows),
+            "activations": any(any(row.clipped) for row in activation_rows),
+        },
+        "rows": [_layer_row(layer) for layer in layers],
+    }
+    return view if layers else None
+
+
+def _by_value(noise: list[tuple[str, float]]) -> list[int]:
+    values = [value for _, value in noise]
+    return sorted(plots.worst(values), key=lambda i: values[i])
+
+
+def _weight_range(name: str, weight: dict[str, Any]) -> Optional[plots.RangeRow]:
+    low, high = weight.get("scale_min"), weight.get("scale_max")
+    if high is None or weight.get("bits") is None:
+        return None
+    levels = 2 ** (weight["bits"] - 1) - 1
+    narrow = levels * low if low is not None and weight.get("per_channel") else None
+    return plots.RangeRow(name, -levels * high, levels * high, weight.get("min"), weight.get("max"), narrow)
+
+
+def _activation_range(name: str, activation: dict[str, Any]) -> Optional[plots.RangeRow]:
+    if activation.get("lo") is None or activation.get("hi") is None:
+        return None
+    return plots.RangeRow(
+        name, activation["lo"], activation["hi"], activation.get("observed_min"), activation.get("observed_max")
+    )
+
+
+def _layer_row(layer: dict[str, Any]) -> dict[str, str]:
+    weight, activation = layer.get("weight") or {}, layer.get("activation") or {}
+    scales = [v for v in dict.fromkeys((weight.get("scale_min"), weight.get("scale_max"))) if v is not None]
+    return {
+        "name": layer["name"],
+        "op": layer.get("op") or "",
+        "sqnr": "" if layer.get("sqnr_db") is None else f"{layer['sqnr_db']:.1f}".replace("-", plots.MINUS),
+        "weight_seen": _interval(weight.get("min"), weight.get("max")),
+        "weight_scale": " … ".join(f"{v:.3g}" for v in scales),
+        "scales": str(weight.get("scales") or ""),
+        "seen": _interval(activation.get("observed_min"), activation.get("observed_max")),
+        "range": _interval(activation.get("lo"), activation.get("hi")),
+        "scale": "" if activation.get("scale") is None else f"{activation['scale']:.3g}",
+        "zero_point": "" if activation.get("zero_point") is None else plots.number(activation["zero_point"], 6),
+    }
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+def _training(trainings: dict[str, Any]) -> list[dict[str, Any]]:
+    names = [*_TRAINING, *(name for name in trainings if name not in _TRAINING)]
+    return [view for name in names if (view := _one_training(name, trainings.get(name) or {}))]
+
+
+def _one_training(name: str, training: dict[str, Any]) -> Optional[dict[str, Any]]:
+    start = training.get("start_of_activation_quantisation")
+    panels = (("loss", "step"), ("learning_rate", "step"), ("accuracy", "epoch"))
+    curves, notes = [], []
+    for key, axis in panels:
+        points = [(x, y) for x, y in training.get(key) or [] if x is not None and y is not None]
+        words, unit = key.replace("_", " "), "%" if key == "accuracy" else ""
+        if len(points) > 1:
+            title = f"{words}, {unit}" if unit else words
+            curves.append(plots.Curve(title, axis, points, start if axis == "step" else None))
+        elif points:
+            notes.append(f"{words} {points[0][1]:.4g} {unit}".rstrip() + f" {'after' if axis == 'epoch' else 'at'} {axis} {points[0][0]}")
+    if training.get("seconds") is not None:
+        notes.append(_duration(training["seconds"]))
+    skipped = training.get("skipped_steps") or 0
+    if skipped:
+        notes.append(f"{skipped} {'step' if skipped == 1 else 'steps'} skipped because of a gradient that was not finite")
+    if start is not None:
+        notes.append(f"activations are quantised from step {start} on" + (" (dashed line)" if curves else ""))
+    if not curves and not notes:
+        return None
+    return {
+        "title": _TRAINING.get(name, name),
+        "notes": notes,
+        "plot": _inline(plots.training(curves, f"training-{len(name)}{''.join(c for c in name if c.isalnum())}")) if curves else "",
+    }
+
+
+# -- plan --------------------------------------------------------------------------------------------------------------
+def _plan(plan: dict[str, Any], layers: list[dict[str, Any]]) -> Optional[dict[str, Any]]:
+    nodes = plan.get("nodes") or []
+    if not nodes:
+        return None
+    weights = {weight["node"]: weight for weight in plan.get("weights") or []}
+    groups = {group["name"]: group for group in plan.get("groups") or []}
+    owners = {value["value"]: groups.get(value["group"]) for value in plan.get("activations") or []}
+    values = {layer["name"]: layer.get("value") for layer in layers}
+    fused: dict[str, list[dict[str, Any]]] = {}
+    for node in nodes:
+        if node.get("fused_into"):
+            fused.setdefault(node["fused_into"], []).append(node)
+    rows = []
+    for node in nodes:
+        if node.get("fused_into"):
+            continue
+        parts = [node, *fused.get(node["name"], [])]
+        group = next((g for part in reversed(parts) if (g := owners.get(values.get(part["name"]) or ""))), None)
+        rows.append(
+            {
+                "name": node["name"],
+                "op": " + ".join(part["op"] for part in parts),
+                "precision": node.get("precision") or "",
+                "weight": _weight_words(weights.get(node["name"])),
+                "activation": _group_words(group),
+                "rule": node.get("rule") or "",
+                "reason": node.get("reason") or "",
+            }
+        )
+    return {
+        "rows": rows,
+        "float": [row for row in rows if row["precision"] == "float"],
+        "fused": sum(len(parts) for parts in fused.values()),
+        "weights": any(row["weight"] for row in rows),
+        "activations": any(row["activation"] for row in rows),
+    }
+
+
+def _weight_words(weight: Optional[dict[str, Any]]) -> str:
+    if not weight:
+        return ""
+    words = f"{weight['bits']} bit, {'per tensor' if weight.get('axis') is None else 'per channel'}"
+    return words + _observer_words(weight)
+
+
+def _group_words(group: Optional[dict[str, Any]]) -> str:
+    if not group:
+        return ""
+    words = f"{group['bits']} bit, {'symmetric' if group.get('symmetric') else 'asymmetric'}" + _observer_words(group)
+    return words + (f", from step {group['delay']}" if group.get("delay") else "")
+
+
+def _observer_words(quant: dict[str, Any]) -> str:
+    if not quant.get("observer"):
+        return ""
+    exact = f" {quant['percentile']:g} %" if quant["observer"] == "percentile" and quant.get("percentile") is not None else ""
+    return f", {quant['observer']}{exact}"
+
+
+# -- calibration, files, run -------------------------------------------------------------------------------------------
+def _calibration(calibration: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    if calibration.get("samples") is not None:
+        rows.append(("samples", f"{calibration['samples']}"))
+    if calibration.get("observer"):
+        rows.append(("observer", f"{calibration['observer']}"))
+    if calibration.get("kept"):
+        rows.append(("kept", f"the {calibration['kept']} ranges"))
+    for name, loss in (calibration.get("loss") or {}).items():
+        if loss is not None:
+            rows.append((f"loss with the {name} ranges", f"{loss:.4g}"))
+    return rows
+
+
+def _files(exports: dict[str, Any], checksums: dict[str, Any]) -> Optional[dict[str, Any]]:
+    rows = []
+    for form, export in exports.items():
+        export = export or {}
+        difference, agreement = export.get("max_abs_diff"), export.get("agreement")
+        rows.append(
+            {
+                "form": _FILES.get(form, form.replace("_", " ")),
+                "file": Path(str(export["file"])).name if export.get("file") else "",
+                "difference": "" if difference is None else f"{difference:.2g}",
+                "agreement": "" if agreement is None else f"{_below(agreement):.2f} %",
+            }
+        )
+    sums = [(name, digest) for name, digest in checksums.items() if digest]
+    return {"exports": rows, "checksums": sums} if rows or sums else None
+
+
+def _run(result: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    data = result.get("data") or {}
+    counts = [f"{data[part]} {part}" for part in ("train", "test", "calibration") if data.get(part) is not None]
+    words = ": ".join(part for part in (data.get("name") or "", ", ".join(counts)) if part)
+    if words:
+        rows.append(("data", words))
+    if result.get("seed") is not None:
+        rows.append(("seed", f"{result['seed']}"))
+    rows += [(name, f"{version}") for name, version in (result.get("versions") or {}).items() if version is not None]
+    if result.get("recipe_sha256"):
+        rows.append(("recipe SHA-256", f"{result['recipe_sha256']}"))
+    return rows
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+def _inline(svg: str) -> Any:
+    from markupsafe import Markup
+
+    return Markup(svg)  # noqa: S704 - matplotlib has escaped every text in it
+
+
+def _share(result: dict[str, Any]) -> Optional[float]:
+    share = result.get("int8_share")
+    return (result.get("plan") or {}).get("int8_share") if share is None else share
+
+
+def _ratio(sizes: dict[str, Any], key: str) -> Optional[float]:
+    return sizes[key] / sizes["float"] if sizes.get(key) is not None and sizes.get("float") else None
+
+
+def _points(value: float, base: float) -> str:
+    return f"{plots.signed(round(value, 2) - round(base, 2))} points"
+
+
+def _below(percent: float, digits: int = 2) -> float:
+    """`percent` such that it prints as 100 only where it is."""
+    return percent if percent >= 100 else min(percent, 100 - 10**-digits)
+
+
+def _percent(share: float) -> str:
+    return f"{_below(100 * share, 1):.1f}".removesuffix(".0") + " %"
+
+
+def _interval(low: Optional[float], high: Optional[float]) -> str:
+    return "" if low is None or high is None else f"{plots.number(low)} … {plots.number(high)}"
+
+
+def _bytes(size: float) -> str:
+    """`size` in B, kB, MB or GB (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,191 @@
+"""The command line: `msqkd VERB`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Callable, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from msqkd.errors import MsqkdError
+from msqkd.version import __version__
+
+app = typer.Typer(
+    name="msqkd", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="From a trained MindSpore network to an INT8 model: quantisation-aware training, distillation, calibration, export.",
+)  # fmt: skip
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one (see `msqkd recipes`).")]
+SetOption = Annotated[
+    Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe, such as data.root=/data. May be repeated.")
+]  # fmt: skip
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+def _overrides(given: Optional[list[str]], rest: Optional[list[str]]) -> list[str]:
+    """`--set a=1 b=2` and `--set a=1 --set b=2` say the same."""
+    extra = list(rest or [])
+    if extra and not given:
+        raise typer.BadParameter(f"'{extra[0]}' is not expected here; settings follow --set")
+    return [*(given or []), *extra]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    rest: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="More settings after --set.")] = None,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder for everything the run writes [runs/NAME].")] = None,
+    settings: SetOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier run in the folder.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Do the whole way: float network, QAT with distillation, calibration, export, report."""
+    from msqkd.recipe import load_recipe
+
+    loaded = load_recipe(recipe, _overrides(settings, rest))
+    folder = output or Path("runs") / loaded.name
+    from msqkd.pipeline.run import run_recipe
+    from msqkd.progress import Reporter
+
+    try:
+        result = run_recipe(loaded, folder, Reporter(), fresh)
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"\nstopped; everything so far is in {folder}: run the same command again to go on", highlight=False)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps({key: result[key] for key in ("accuracy", "size_bytes", "int8_share", "seed", "versions", "sha256")}, indent=2))
+    else:
+        _summary(result, folder)
+
+
+def _summary(result: dict[str, Any], folder: Path) -> None:
+    table = Table(title=f"{result['name']}: top-1 accuracy in percent", title_justify="left")
+    table.add_column("network")
+    table.add_column("accuracy", justify="right")
+    table.add_column("to float", justify="right")
+    names = {
+        "float": "float", "float_ft": "float, fine-tuned with the same budget", "float_kd": "float, with the same distillation",
+        "ptq": "PTQ only", "qat": "QAT", "qat_kd": "QAT + distillation", "exported": "exported INT8 file",
+    }  # fmt: skip
+    base = result["accuracy"]["float"]
+    for key, title in names.items():
+        value = result["accuracy"][key]
+        if value is not None:
+            table.add_row(title, f"{value:.2f}", "" if key == "float" else f"{value - base:+.2f}")
+    console = Console(highlight=False)
+    console.print(table)
+    sizes = result["size_bytes"]
+    if sizes.get("int8"):
+        console.print(f"size: float {sizes['float']:,} bytes, int8 {sizes['int8']:,} bytes ({sizes['int8'] / sizes['float']:.2f}×)")
+    console.print(f"files and report: {folder}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    rest: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="More settings after --set.")] = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show, layer by layer, what is quantised and why, before anything runs. Needs neither data nor weights."""
+    from msqkd.recipe import load_recipe
+
+    loaded = load_recipe(recipe, _overrides(settings, rest), require_weights=False)
+    from msqkd.pipeline.run import plan_recipe
+
+    _, made = plan_recipe(loaded)
+    if as_json:
+        print(json.dumps({"recipe": loaded.name, **made.to_dict()}, indent=2))
+        return
+    table = Table(title=f"{made.network} on {made.target}", title_justify="left")
+    for column in ("layer", "operation", "precision", "weight", "activation", "rule", "why"):
+        table.add_column(column, overflow="fold")
+    outputs = {}
+    for value in made.groups.values():
+        outputs[value.name] = f"{value.bits} bit {'symmetric' if value.symmetric else 'asymmetric'}, {value.observer}, delay {value.delay}"
+    for node in made.nodes:
+        weight = made.weights.get(node.name)
+        how = f"{weight.bits} bit per {'tensor' if weight.axis is None else 'channel'}" if weight else ""
+        table.add_row(node.name, node.op, node.precision, how, _activation_of(made, node.name), node.rule, node.reason)
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
+    console.print(table)
+    console.print(f"{made.int8_share():.0%} of {len(made.nodes)} operations run in int8")
+    for warning in made.warnings:
+        console.print(f"warning: {warning}", style="yellow")
+
+
+@app.command()
+def recipes(as_json: JsonOption = False) -> None:
+    """List the built-in recipes."""
+    from msqkd.recipe import list_builtin
+
+    found = list_builtin()
+    if as_json:
+        print(json.dumps([{"name": r.name, "description": r.description, "path": str(r.path), "result": r.result} for r in found], indent=2))
+        return
+    table = Table()
+    table.add_column("recipe")
+    table.add_column("what it is")
+    for item in found:
+        table.add_row(item.name, item.description)
+    Console(highlight=False).print(table)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Look at the environment and say what is wrong with it, and the cure."""
+    from msqkd.environment import PROBLEM, examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([finding.to_dict() for finding in findings], indent=2))
+    else:
+        table = Table()
+        for column in ("what", "status", "found", "cure"):
+            table.add_column(column, overflow="fold")
+        for finding in findings:
+            table.add_row(finding.name, finding.status, finding.found, finding.cure)
+        Console(highlight=False).print(table)
+    if any(finding.status == PROBLEM for finding in findings):
+        raise typer.Exit(1)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _common(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console script: errors the user can mend are one sentence and exit code 2."""
+    _exit(_guarded(app))
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    try:
+        command()
+    except MsqkdError as error:
+        Console(stderr=True, highlight=False).print(f"msqkd: {error}", markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def _exit(code: int) -> None:
+    """Leave; MindSpore's cells otherwise complain about an interpreter that is half gone."""
+    module = sys.modules.get("mindspore.nn.cell")
+    if module is not None:
+        module.Cell.__del__ = lambda self: None
+    sys.exit(code)

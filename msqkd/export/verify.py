@@ -1,0 +1,55 @@
+"""Is the file the network? Every exported file is read back and compared with the fake-quantised network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable
+
+import mindspore as ms
+import numpy as np
+from mindspore import nn
+
+from msqkd.errors import ExportError
+from msqkd.export.lite import read_marked
+from msqkd.graph.cell import Hooks, to_cell
+from msqkd.quant.fake_quant import QUANTIZE, FakeQuantActivation
+from msqkd.quant.plan import Group
+from msqkd.quant.qparams import QParams
+
+_NON_NEGATIVE = ("ReLU", "ReLU6")
+
+
+def load_portable(file: Path) -> Callable[[Any], Any]:
+    """The portable MindIR as MindSpore runs it."""
+    return nn.GraphCell(ms.load(str(file)))
+
+
+def load_lite(file: Path) -> Any:
+    """The marked MindIR as a cell that rounds where the markers say, for batches of any size.
+
+    Raises:
+        ExportError: a weight in the file is not on its grid.
+    """
+    graph, values, weights = read_marked(file)
+    for (node, index), qparams in weights.items():
+        name = graph.node(node).inputs[index]
+        data = graph.params[name].data
+        if not np.array_equal(qparams.fake_quantize(data), data):
+            raise ExportError(f"{file.name}: weight '{name}' is not on the grid of its marker")
+    hooks = Hooks(values={name: _fixed(name, qparams) for name, qparams in values.items()})
+    return to_cell(graph, hooks)
+
+
+def _fixed(name: str, qparams: QParams) -> FakeQuantActivation:
+    cell = FakeQuantActivation(Group(name, 8, False, "minmax", 100.0, 0, "file"))
+    cell.set_qparams(qparams)
+    cell.phase_of_quant = QUANTIZE
+    return cell
+
+
+def compare(answers: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Largest absolute difference of two sets of logits, and the share (percent) of equal top-1 answers."""
+    return {
+        "max_abs_diff": float(np.abs(answers - reference).max()),
+        "agreement": float((answers.argmax(-1) == reference.argmax(-1)).mean() * 100),
+    }

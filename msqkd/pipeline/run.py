@@ -1,0 +1,439 @@
+"""`msqkd run`: the whole chain, stage by stage; a finished stage is not done again."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import mindspore as ms
+import numpy as np
+from mindspore import nn
+
+from msqkd.analysis.layers import layer_table
+from msqkd.analysis.report import write_report
+from msqkd.checkpoints import load_checkpoint, save_checkpoint
+from msqkd.data import DataBundle, Split, subset
+from msqkd.distill.losses import hard_loss
+from msqkd.distill.step import DistillTrainOneStepCell
+from msqkd.environment import versions
+from msqkd.errors import ExportError, ModelError, PlanError
+from msqkd.export import LITE, export
+from msqkd.export.portable import write_float
+from msqkd.export.verify import compare, load_lite, load_portable
+from msqkd.files import sha256, write_json
+from msqkd.graph.capture import capture
+from msqkd.graph.cell import read_parameters, to_cell
+from msqkd.graph.ir import Graph
+from msqkd.pipeline.build import (
+    build_network, calibration_split, check_classes, distill_loss, input_shape, load_bundle, quant_settings,
+)  # fmt: skip
+from msqkd.pipeline.rundir import RunDirectory
+from msqkd.progress import Reporter
+from msqkd.quant.fake_quant import IN_GRAPH_OBSERVERS, QUANTIZE
+from msqkd.quant.placement import make_plan
+from msqkd.quant.plan import QuantPlan
+from msqkd.quant.ptq import calibrate, divergence
+from msqkd.quant.qat import QuantCell, deployment_graph, quantize_cell
+from msqkd.recipe import Recipe, TrainSection, dump_recipe
+from msqkd.train.evaluate import accuracy, accuracy_of, answers, input_batches
+from msqkd.train.loop import Training, fit, steps_per_epoch
+from msqkd.train.optimizer import make_optimizer
+from msqkd.train.step import TrainStep, WithLoss
+
+_SQNR_SAMPLES = 256
+
+# role of a training -> (title, quantised, distilled)
+_ROLES = {
+    "float_ft": ("float, fine-tuned with the same budget", False, False),
+    "float_kd": ("float, with the same distillation", False, True),
+    "qat": ("quantisation-aware training", True, False),
+    "qat_kd": ("quantisation-aware training with distillation", True, True),
+}
+_COMPARISONS = {"float": "float_ft", "float_kd": "float_kd", "qat": "qat"}
+
+
+def plan_recipe(recipe: Recipe) -> tuple[Graph, QuantPlan]:
+    """Capture the recipe's network and plan it; needs neither data nor weights.
+
+    Raises:
+        MsqkdError: the network cannot be built or captured, or a rule does not fit.
+    """
+    section = recipe.model.model_copy(update={"checkpoint": None, "args": {k: v for k, v in recipe.model.args.items() if k != "pretrained"}})  # fmt: skip
+    net = build_network(section, "model")
+    graph = capture(net, input_shape(recipe))
+    default, rules = quant_settings(recipe)
+    return graph, make_plan(deployment_graph(graph), default, rules, recipe.target)
+
+
+def run_recipe(recipe: Recipe, output: Path, reporter: Optional[Reporter] = None, fresh: bool = False) -> dict[str, Any]:
+    """Run a recipe into a folder and return the report's data.
+
+    Everything is kept in the folder: run again after an interruption, it goes on where it stopped, with the same result.
+
+    Raises:
+        MsqkdError: whatever the user can mend.
+    """
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_seed(recipe.seed)
+    return _Run(recipe, RunDirectory(output, recipe, fresh), reporter or Reporter()).run()
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, folder: RunDirectory, reporter: Reporter) -> None:
+        self.recipe, self.folder, self.reporter = recipe, folder, reporter
+        main = "qat_kd" if recipe.distillation is not None else "qat"
+        self.main = main
+        self.trainings = [*(_COMPARISONS[name] for name in recipe.compare if _COMPARISONS[name] != main), main]
+        reporter.stages = 6 + len(self.trainings)
+        self.started = datetime.now(timezone.utc)
+        self.clock = time.monotonic()
+
+    # -- the stages -----------------------------------------------------------------------------------------------
+    def run(self) -> dict[str, Any]:
+        for warning in self.recipe.warnings():
+            self.reporter.warn(warning)
+        self._float_network()
+        self._plan_stage()
+        self._ptq()
+        for role in self.trainings:
+            self._training_stage(role)
+        self._calibration()
+        self._export()
+        return self._report()
+
+    def _stage(self, name: str, title: str, work: Callable[[], Any], tell: Callable[[Any], str]) -> Any:
+        self.reporter.stage(title)
+        if self.folder.done(name):
+            result = self.folder.result(name)
+            self.reporter.say(f"{tell(result)} (done before)")
+            return result
+        begin = time.monotonic()
+        result = work()
+        if isinstance(result, dict):
+            result.setdefault("seconds", time.monotonic() - begin)
+        self.folder.finish(name, result)
+        self.reporter.say(tell(result))
+        return result
+
+    def _float_network(self) -> None:
+        self.reporter.say(self.bundle.describe())
+
+        def work() -> dict[str, Any]:
+            history = self._pretrain() if self.recipe.pretrain is not None else None
+            graph = self.captured
+            if history is None:
+                self._save_graph(graph, "float.ckpt")
+            measured = accuracy(to_cell(graph), self.bundle.test, self.recipe.data.eval_batch_size)
+            return {"accuracy": measured, "history": history}
+
+        title = "Float network: training from scratch" if self.recipe.pretrain else "Float network"
+        self._stage("float", title, work, lambda r: f"float accuracy {r['accuracy']:.2f} %")
+
+    def _plan_stage(self) -> None:
+        def work() -> dict[str, Any]:
+            write_json(self.folder.file("plan.json"), self.plan.to_dict())
+            return {"int8_share": self.plan.int8_share()}
+
+        result = self._stage("plan", f"Plan for {self.recipe.target}", work, lambda r: f"{r['int8_share']:.0%} of the operations run in int8")
+        for node in self.plan.nodes:
+            if node.precision != "int8":
+                self.reporter.say(f"float: {node.name} ({node.op}): {node.reason}")
+        for warning in self.plan.warnings:
+            self.reporter.warn(warning)
+        if not self.plan.weights:
+            raise PlanError(f"no layer of {self.plan.network} can be quantised on {self.recipe.target} (int8 share {result['int8_share']:.0%})")
+
+    def _ptq(self) -> None:
+        def work() -> dict[str, Any]:
+            plan = self._calibrate(self.deployed, "calibration")
+            cell = quantize_cell(self.deployed, plan)
+            cell.set_phase(QUANTIZE)
+            measured = accuracy(cell, self.bundle.test, self.recipe.data.eval_batch_size)
+            return {"accuracy": measured, "ranges": plan.ranges(), "samples": len(self.calibration)}
+
+        self._stage("ptq", "Calibration of the float network (PTQ)", work, lambda r: f"PTQ accuracy {r['accuracy']:.2f} %")
+
+    def _training_stage(self, role: str) -> None:
+        title, _, _ = _ROLES[role]
+        self._stage(role, title[0].upper() + title[1:], lambda: self._train(role), lambda r: f"accuracy {r['accuracy']:.2f} %")
+
+    def _calibration(self) -> None:
+        """Re-range the trained network; keep the ranges that answer more like the teacher."""
+
+        def work() -> dict[str, Any]:
+            cell = self._trained_cell(self.main)
+            graph, plan = cell.sync()
+            reference = answers(self.teacher, self.calibration, self._calibration_batch())
+            found = self._calibrate(graph, "calibration").ranges()
+            candidates = {"trained": plan.ranges(), "calibrated": found}
+            loss = {}
+            for name, ranges in candidates.items():
+                cell.set_ranges(ranges)
+                cell.set_phase(QUANTIZE)
+                loss[name] = divergence(answers(cell, self.calibration, self._calibration_batch()), reference)
+            kept = min(loss, key=lambda name: loss[name])
+            observer = self.recipe.calibration.observer
+            return {"kept": kept, "loss": loss, "ranges": candidates[kept], "samples": len(self.calibration), "observer": observer}
+
+        def tell(result: dict[str, Any]) -> str:
+            loss = result["loss"]
+            return f"kept the {result['kept']} ranges (calibration loss: trained {loss['trained']:.3g}, calibrated {loss['calibrated']:.3g})"
+
+        self._stage("calibration", "Calibration of the trained network", work, tell)
+
+    def _export(self) -> None:
+        def work() -> dict[str, Any]:
+            return self._export_files()
+
+        self._stage("export", "Export and verification", work, lambda r: f"exported accuracy {r['accuracy']:.2f} %, files {', '.join(r['files'])}")
+
+    # -- objects, made when first needed ------------------------------------------------------------------------------
+    @cached_property
+    def bundle(self) -> DataBundle:
+        return load_bundle(self.recipe)
+
+    @cached_property
+    def calibration(self) -> Split:
+        return calibration_split(self.recipe, self.bundle.train)
+
+    @cached_property
+    def captured(self) -> Graph:
+        """The float network with its trained weights."""
+        recipe = self.recipe
+        if self.folder.file("float.ckpt").exists() and (self.folder.done("float") or recipe.pretrain is not None):
+            section = recipe.model.model_copy(update={"checkpoint": None})
+            net = build_network(section, "model")
+            load_checkpoint(net, str(self.folder.file("float.ckpt")))
+        else:
+            net = build_network(recipe.model, "model")
+        graph = capture(net, input_shape(recipe))
+        self._check_network(graph)
+        return graph
+
+    @cached_property
+    def deployed(self) -> Graph:
+        return deployment_graph(self.captured)
+
+    @cached_property
+    def plan(self) -> QuantPlan:
+        default, rules = quant_settings(self.recipe)
+        plan = make_plan(self.deployed, default, rules, self.recipe.target)
+        self._check_delays(plan)
+        return plan
+
+    @cached_property
+    def teacher(self) -> Any:
+        section = self.recipe.teacher
+        if section.source == "self":
+            return to_cell(self.captured)
+        net = build_network(section, "teacher")
+        sample = ms.Tensor(self.bundle.train.batch(np.arange(1))[0])
+        found, wanted = net(sample).shape, to_cell(self.captured)(sample).shape
+        if found != wanted:
+            raise ModelError(f"teacher: its answers have shape {tuple(found)}, the student's {tuple(wanted)}; they must have the same classes")
+        return net
+
+    # -- work -----------------------------------------------------------------------------------------------------
+    def _check_network(self, graph: Graph) -> None:
+        shape = graph.shape(graph.outputs[0])
+        if len(graph.inputs) != 1 or len(shape) != 2:
+            raise ModelError(f"{graph.name}: a recipe trains classifiers with one input and (N, classes) outputs; this one gives {shape}")
+        check_classes(self.bundle, shape[1])
+
+    def _check_delays(self, plan: QuantPlan) -> None:
+        train = self.recipe.train
+        steps = train.epoch_size * steps_per_epoch(self.bundle.train, train.batch_size)
+        late = [group for group in plan.groups.values() if group.delay >= steps]
+        if late:
+            raise PlanError(
+                f"quantization.activation.delay is {late[0].delay} steps, but the training has {steps}: "
+                f"'{late[0].name}' would never be quantised; choose a smaller delay or more epochs"
+            )
+
+    def _save_graph(self, graph: Graph, name: str) -> None:
+        save_checkpoint({key: param.data for key, param in graph.params.items()}, self.folder.file(name))
+
+    def _calibration_batch(self) -> int:
+        return min(self.recipe.calibration.batch_size, len(self.calibration))
+
+    def _calibrate(self, graph: Graph, title: str) -> QuantPlan:
+        section = self.recipe.calibration
+        return self._observe(graph, title, section.observer, section.percentile or 99.99)
+
+    def _observe(self, graph: Graph, title: str, observer: Optional[str], percentile: float) -> QuantPlan:
+        size = self._calibration_batch()
+        total = -(-len(self.calibration) // size)
+        with self.reporter.task(title, total) as task:
+            return calibrate(
+                graph, self.plan, input_batches(self.calibration, size), observer=observer, percentile=percentile, progress=task.update
+            )
+
+    def _pretrain(self) -> dict[str, Any]:
+        settings = self.recipe.pretrain
+        assert settings is not None
+        section = self.recipe.model
+        ms.set_seed(self.recipe.seed)
+        graph = capture(build_network(section, "model"), input_shape(self.recipe))
+        self._check_network(graph)
+        network = to_cell(graph)
+        step = TrainStep(WithLoss(network, self._hard_loss(settings)), self._optimizer(network, settings), settings.clip_grad)
+        history = self._fit("pretrain", "training from scratch", network, step, settings)
+        read_parameters(network, graph)
+        self._save_graph(graph, "float.ckpt")
+        return history
+
+    def _hard_loss(self, settings: TrainSection) -> nn.Cell:
+        loss = hard_loss("label_smoothing" if settings.label_smoothing else "cross_entropy", settings.label_smoothing)
+        assert loss is not None
+        return loss
+
+    def _optimizer(self, network: nn.Cell, settings: TrainSection) -> nn.Optimizer:
+        return make_optimizer(network, settings, steps_per_epoch(self.bundle.train, settings.batch_size))
+
+    def _fit(self, key: str, title: str, network: Any, step: TrainStep, settings: TrainSection, delay: Optional[int] = None) -> dict[str, Any]:  # fmt: skip
+        training = Training(
+            title=title, key=f"{self.recipe.sha()}/{key}", network=network, step=step, settings=settings, train=self.bundle.train,
+            test=self.bundle.test, seed=self.recipe.seed, state_file=self.folder.file(f"{key}.state.npz"),
+            eval_batch_size=self.recipe.data.eval_batch_size, activation_delay=delay,
+        )  # fmt: skip
+        return fit(training, self.reporter).to_dict()
+
+    def _train(self, role: str) -> dict[str, Any]:
+        title, quantised, distilled = _ROLES[role]
+        settings = self.recipe.train
+        network = self._quantised_cell() if quantised else to_cell(self.captured)
+        optimizer = self._optimizer(network, settings)
+        loss = distill_loss(self.recipe) if distilled else None
+        if loss is not None:
+            step: TrainStep = DistillTrainOneStepCell(network, self.teacher, loss, optimizer, settings.clip_grad)
+        else:
+            step = TrainStep(WithLoss(network, self._hard_loss(settings)), optimizer, settings.clip_grad)
+        delay = min((g.delay for g in self.plan.groups.values()), default=None) if quantised else None
+        history = self._fit(role, title, network, step, settings, delay)
+        result: dict[str, Any] = {"history": history}
+        if quantised:
+            network.set_phase(QUANTIZE)
+            result["ranges"] = network.ranges()
+        result["accuracy"] = accuracy(network, self.bundle.test, self.recipe.data.eval_batch_size)
+        weights = {p.name: p.asnumpy() for p in network.get_parameters() if p.name in network.graph.params}
+        save_checkpoint(weights, self.folder.file(f"{role}.ckpt"))
+        return result
+
+    def _quantised_cell(self) -> QuantCell:
+        """The cell to train; where a range is needed before training it is calibrated with the layer's own observer."""
+        plan = self.plan
+        early = {n for n, g in plan.groups.items() if g.delay == 0 or g.observer not in IN_GRAPH_OBSERVERS}
+        if early:
+            found = self._observe(self.deployed, "ranges before training", None, 99.99).ranges()
+            plan = plan.with_ranges({name: span for name, span in found.items() if name in early})
+        return quantize_cell(self.captured, plan, self.recipe.quantization.batchnorm)
+
+    def _trained_cell(self, role: str) -> QuantCell:
+        ranges = {name: tuple(span) for name, span in self.folder.result(role)["ranges"].items()}
+        cell = quantize_cell(self.captured, self.plan.with_ranges(ranges), self.recipe.quantization.batchnorm)  # type: ignore[arg-type]
+        load_weights(cell, self.folder.file(f"{role}.ckpt"))
+        cell.set_phase(QUANTIZE)
+        return cell
+
+    def _final(self) -> QuantCell:
+        cell = self._trained_cell(self.main)
+        ranges = self.folder.result("calibration")["ranges"]
+        cell.set_ranges({name: (low, high) for name, (low, high) in ranges.items()})
+        return cell
+
+    def _export_files(self) -> dict[str, Any]:
+        cell = self._final()
+        graph, plan = cell.sync()
+        size = self.recipe.data.eval_batch_size
+        labels = self.bundle.test.labels
+        reference = answers(cell, self.bundle.test, size)
+        float_file = write_float(self.captured, self.folder.file("float.mindir"))
+        files = {"float": float_file.name}
+        verified: dict[str, Any] = {}
+        measured = None
+        for name in self.recipe.export.formats:
+            file = export(graph, plan, self.folder.file(f"{self.recipe.name}_{name.split('_')[0]}.mindir"), name)
+            files[name] = file.name
+            reader = load_lite if name == LITE else load_portable
+            logits = answers(reader(file), self.bundle.test, size)
+            verified[name] = {"file": file.name, **compare(logits, reference), "accuracy": accuracy_of(logits, labels)}  # type: ignore[arg-type]
+            self._check_export(name, verified[name])
+            # The portable file is what MindSpore itself computes; the marked one is interpreted here.
+            if measured is None or name != LITE:
+                measured = verified[name]["accuracy"]
+        if measured is None:
+            raise ExportError("export.formats is empty; choose at least one format")
+        sizes = {name: self.folder.file(file).stat().st_size for name, file in files.items()}
+        checksums = {file: sha256(self.folder.file(file)) for file in files.values()}
+        return {"accuracy": measured, "files": list(files.values()), "sizes": sizes, "sha256": checksums, "verified": verified}
+
+    def _check_export(self, name: str, result: dict[str, Any]) -> None:
+        tolerance = self.recipe.export.verify_tolerance
+        # Dense layers of the marked file are convolutions: equal but for the order of sums, which may move a value to the next level.
+        wrong = result["agreement"] < 99.0 if name == LITE else result["max_abs_diff"] > tolerance
+        if wrong:
+            raise ExportError(
+                f"{result['file']} does not answer as the trained network: largest difference {result['max_abs_diff']:.3g} "
+                f"(allowed {tolerance:g}), equal answers {result['agreement']:.2f} %"
+            )
+
+    # -- the report -----------------------------------------------------------------------------------------------
+    def _report(self) -> dict[str, Any]:
+        self.reporter.stage("Report")
+        folder, recipe = self.folder, self.recipe
+        graph, plan = self._final().sync()
+        samples = subset(self.bundle.test, min(_SQNR_SAMPLES, len(self.bundle.test)))
+        layers = layer_table(graph, plan, self.deployed, input_batches(samples, min(64, len(samples))))
+        stages = folder.state["stages"]
+        exported = stages["export"]
+        histories = {role: stages[role]["history"] for role in _ROLES if role in stages}
+        if stages["float"]["history"]:
+            histories["pretrain"] = stages["float"]["history"]
+        sizes = dict(exported["sizes"])
+        int8 = sizes.get("portable_mindir")
+        result = {
+            "apiversion": "msqkd/report/v1",
+            "name": recipe.name,
+            "description": recipe.description,
+            "recipe": dump_recipe(recipe),
+            "recipe_sha256": recipe.sha(),
+            "started": self.started.isoformat(timespec="seconds"),
+            "seconds": sum(stage["seconds"] for stage in stages.values()),
+            "seed": recipe.seed,
+            "target": recipe.target,
+            "versions": versions(),
+            "data": {
+                "name": self.bundle.name, "train": len(self.bundle.train), "test": len(self.bundle.test), "calibration": len(self.calibration),
+            },
+            "accuracy": {
+                **{role: stages[role]["accuracy"] if role in stages else None for role in ("float", "float_ft", "float_kd", "ptq", "qat", "qat_kd")},
+                "exported": exported["accuracy"],
+            },
+            "size_bytes": {"float": sizes.pop("float"), "int8": int8, **{k: v for k, v in sizes.items() if k != "portable_mindir"}},
+            "int8_share": plan.int8_share(),
+            "sha256": exported["sha256"],
+            "export": exported["verified"],
+            "calibration": {key: stages["calibration"][key] for key in ("samples", "observer", "kept", "loss")},
+            "training": histories,
+            "layers": layers,
+            "plan": plan.to_dict(),
+            "warnings": [*recipe.warnings(), *plan.warnings],
+        }  # fmt: skip
+        write_report(result, folder.path)
+        for state in folder.path.glob("*.state.npz*"):
+            state.unlink()
+        self.reporter.say(f"{folder.file('report.html')}")
+        return result
+
+
+def load_weights(cell: QuantCell, file: Path) -> None:
+    """Load the weights a training saved into its quantised cell, leaving the quantisers' ranges alone."""
+    from msqkd.checkpoints import read_checkpoint
+
+    stored = read_checkpoint(str(file))
+    for parameter in cell.get_parameters():
+        if parameter.name in cell.graph.params:
+            parameter.set_data(ms.Tensor(stored[parameter.name]))

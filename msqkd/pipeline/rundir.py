@@ -1,0 +1,101 @@
+"""The folder of a run: what is finished, and for which recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from msqkd.errors import ExportError, RecipeError
+from msqkd.files import write_json, write_text
+from msqkd.recipe import Recipe, dump_recipe
+
+_STATE = "state.json"
+
+
+class RunDirectory:
+    """The output folder of one recipe.
+
+    Args:
+        path: created when it does not exist.
+        recipe: the recipe it belongs to.
+        fresh: forget what is there.
+
+    Raises:
+        ExportError: the folder cannot be written.
+        RecipeError: it holds the run of another recipe; names the settings that differ.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, fresh: bool = False) -> None:
+        self.path = path
+        self.state: dict[str, Any] = {"recipe_sha256": recipe.sha(), "recipe": recipe.to_dict(), "stages": {}}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExportError(f"output folder {path} cannot be created: {error.strerror}") from error
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise ExportError(f"output folder {path} is not writable; choose another with --output")
+        held = self._read()
+        if fresh and held is not None:
+            self._clear()
+        elif held is not None:
+            self._check(held, recipe)
+            self.state = held
+        elif any(path.iterdir()) and not fresh:
+            raise ExportError(f"output folder {path} holds other files; choose an empty or new one with --output")
+        write_text(path / "recipe.yaml", dump_recipe(recipe))
+        self._write()
+
+    def _read(self) -> Any:
+        file = self.path / _STATE
+        if not file.exists():
+            return None
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecipeError(f"{file} is damaged ({error}); start over with --fresh") from error
+
+    def _check(self, held: dict[str, Any], recipe: Recipe) -> None:
+        if held["recipe_sha256"] == recipe.sha():
+            return
+        differing = _differences(held["recipe"], recipe.to_dict())
+        shown = ", ".join(differing[:5]) + (" …" if len(differing) > 5 else "")
+        raise RecipeError(
+            f"{self.path} holds a run of another recipe (differs in {shown}); choose another folder with --output, or start over with --fresh"
+        )
+
+    def _clear(self) -> None:
+        for child in self.path.iterdir():
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            else:
+                child.unlink()
+
+    def _write(self) -> None:
+        write_json(self.path / _STATE, self.state)
+
+    def done(self, stage: str) -> bool:
+        """Whether `stage` was finished in this folder."""
+        return stage in self.state["stages"]
+
+    def result(self, stage: str) -> Any:
+        """What `finish` recorded for a stage."""
+        return self.state["stages"][stage]
+
+    def finish(self, stage: str, result: Any) -> None:
+        """Record a finished stage with its JSON-able result; its files are already written."""
+        self.state["stages"][stage] = result
+        self._write()
+
+    def file(self, name: str) -> Path:
+        """A file in the folder."""
+        return self.path / name
+
+
+def _differences(old: Any, new: Any, place: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [d for key in keys if key != "result" for d in _differences(old.get(key), new.get(key), f"{place}.{key}".strip("."))]
+    return [] if old == new else [f"{place}: {old!r} → {new!r}"]

@@ -1,0 +1,175 @@
+"""The training loop: reproducible from (seed, epoch, step), interruptible at any step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import mindspore as ms
+import numpy as np
+
+from msqkd.data import Split
+from msqkd.errors import DataError, TrainingError
+from msqkd.graph.cell import Hooks, read_parameters, to_cell
+from msqkd.graph.ir import Graph
+from msqkd.progress import Reporter, Task
+from msqkd.train.evaluate import accuracy
+from msqkd.train.optimizer import TrainSettings, learning_rates
+from msqkd.train.state import History, load_state, save_state
+from msqkd.train.step import TrainStep
+
+_SAVE_SECONDS = 120.0  # between two saves within an epoch
+
+
+@dataclass
+class Training:
+    """One training to be run.
+
+    Attributes:
+        title: for people.
+        key: identifies it in its state file (recipe and role).
+        network: the cell trained, generated from a graph (it has `graph`).
+        step: the compiled step over it; its optimiser has one learning rate a step.
+        settings: epochs, batch size and so on.
+        train, test: what is trained on, and what accuracy is measured on after every epoch.
+        seed: of shuffling and augmentation.
+        state_file: where the state is kept while it runs.
+        eval_batch_size: samples a batch in evaluation.
+        activation_delay: the step from which activations are quantised, for the record.
+    """
+
+    title: str
+    key: str
+    network: Any
+    step: TrainStep
+    settings: TrainSettings
+    train: Split
+    test: Split
+    seed: int
+    state_file: Path
+    eval_batch_size: int = 256
+    activation_delay: Optional[int] = None
+
+
+def steps_per_epoch(split: Split, batch_size: int) -> int:
+    """Whole batches in an epoch (the rest is left out, other samples each epoch).
+
+    Raises:
+        DataError: the split is smaller than one batch.
+    """
+    if len(split) < batch_size:
+        raise DataError(f"{split.name} has {len(split)} samples, fewer than one batch of {batch_size}; choose a smaller batch_size")
+    return len(split) // batch_size
+
+
+def fit(training: Training, reporter: Reporter) -> History:
+    """Run (or continue) a training; the network holds the last weights afterwards.
+
+    A KeyboardInterrupt saves the state before it goes on; the next call continues at the same step.
+
+    Raises:
+        TrainingError: the loss stayed NaN or infinite for `max_bad_steps` steps in a row; says where it arose.
+        DataError: too few samples.
+    """
+    per_epoch = steps_per_epoch(training.train, training.settings.batch_size)
+    history = History(start_of_activation_quantisation=training.activation_delay)
+    if training.state_file.exists():
+        history = load_state(training.step, training.network, training.key, training.state_file)
+    run = _Run(training, history, per_epoch, reporter)
+    total = training.settings.epoch_size * per_epoch
+    with reporter.task(training.title, total, training.step.steps_done) as task:
+        try:
+            while training.step.steps_done < total:
+                run.epoch(task)
+        except KeyboardInterrupt:
+            run.save()
+            raise
+    return history
+
+
+class _Run:
+    def __init__(self, training: Training, history: History, per_epoch: int, reporter: Reporter) -> None:
+        self.training, self.history, self.per_epoch, self.reporter = training, history, per_epoch, reporter
+        self.rates = learning_rates(training.settings, per_epoch)
+        self.bad = 0
+        self.window: list[float] = []
+        self.clock = self.saved = time.monotonic()
+
+    def epoch(self, task: Task) -> None:
+        training, step = self.training, self.training.step
+        epoch, first = divmod(step.steps_done, self.per_epoch)
+        order = np.random.default_rng([training.seed, epoch]).permutation(len(training.train))
+        size = training.settings.batch_size
+        step.set_train()
+        for index in range(first, self.per_epoch):
+            rng = np.random.default_rng([training.seed, epoch, index])
+            images, labels = training.train.batch(order[index * size : (index + 1) * size], rng)
+            loss = self._step(images, labels)
+            task.update(step.steps_done, epoch=f"{epoch + 1}/{training.settings.epoch_size}", loss=loss, **self._last_accuracy())
+            if time.monotonic() - self.saved > _SAVE_SECONDS:
+                self.save()
+        measured = accuracy(training.network, training.test, training.eval_batch_size)
+        self.history.accuracy.append((epoch + 1, measured))
+        self.save()
+
+    def _last_accuracy(self) -> dict[str, float]:
+        return {"accuracy": self.history.accuracy[-1][1]} if self.history.accuracy else {}
+
+    def _step(self, images: np.ndarray, labels: np.ndarray) -> float:
+        training, number = self.training, self.training.step.steps_done
+        if np.isfinite(images).all():
+            loss = float(training.step(ms.Tensor(images), ms.Tensor(labels)).asnumpy())
+        else:
+            loss = float("nan")
+            training.step.steps_done += 1
+        if np.isfinite(loss):
+            self.bad = 0
+            self._record(number, loss)
+            return loss
+        self.bad += 1
+        self.history.skipped_steps += 1
+        if self.bad == 1:
+            self.reporter.warn(f"the loss of step {number} is {loss}: the step is skipped")
+        if self.bad >= training.settings.max_bad_steps:
+            place = non_finite_place(training.network, images)
+            raise TrainingError(
+                f"{training.title}: the loss is {loss} at step {number} after {self.bad} skipped steps in a row; it first arises in {place}; "
+                "lower train.lr, set train.clip_grad, or look at the data of these steps"
+            )
+        return loss
+
+    def _record(self, number: int, loss: float) -> None:
+        self.window.append(loss)
+        interval = self.training.settings.log_interval
+        if (number + 1) % interval == 0 or number + 1 == len(self.rates):
+            self.history.loss.append((number + 1, float(np.mean(self.window))))
+            self.history.learning_rate.append((number + 1, float(self.rates[number])))
+            self.window.clear()
+
+    def save(self) -> None:
+        now = time.monotonic()
+        self.history.seconds += now - self.clock
+        self.clock = self.saved = now
+        save_state(self.training.step, self.training.network, self.history, self.training.key, self.training.state_file)
+
+
+def non_finite_place(network: Any, images: np.ndarray) -> str:
+    """In words, where the first NaN or infinity arises when `network` (built from a graph) sees `images`."""
+    if not np.isfinite(images).all():
+        return "the input batch"
+    graph: Graph = network.graph.copy()
+    read_parameters(network, graph)
+    for name, parameter in graph.params.items():
+        if not np.isfinite(parameter.data).all():
+            return f"parameter '{name}'"
+    values = [output for node in graph.nodes for output in node.outputs[:1]]
+    probe = to_cell(graph, Hooks(observe=values))
+    probe.set_train(True)
+    results = probe(ms.Tensor(images))[len(graph.outputs) :]
+    for node, result in zip(graph.nodes, results):
+        if not np.isfinite(result.asnumpy()).all():
+            return f"layer '{node.name}' ({node.op})"
+    return "the loss function"
+
