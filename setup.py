@@ -8,8 +8,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "msqkd" / "version.py").read_text()).group(1)
 
-REPORT = ["jinja2>=3.1", "matplotlib>=3.7"]
-TEST = ["pytest>=8", "hypothesis>=6.100", "ruff==0.17.5", "mypy==2.4.1", "types-PyYAML"]
+MINDCV = ["mindcv>=0.3"]
+TEST = [*MINDCV, "pytest>=8", "hypothesis>=6.100", "ruff==0.17.5", "mypy==2.4.1", "types-PyYAML"]
+RECIPES = sorted(str(file.relative_to(HERE)) for file in (HERE / "recipes").glob("*.yaml"))
 
 setup(
     name="msqkd",
@@ -23,18 +24,20 @@ setup(
     python_requires=">=3.9",
     install_requires=[
         "mindspore>=2.7",
+        "jinja2>=3.1",
+        "matplotlib>=3.7",
         "numpy>=1.25,<2",  # MindSpore 2.10 fails on its first eager operation with numpy 2
         "protobuf>=3.20",
-        "pillow>=9",
+        "pillow>=9.1",
         "pydantic>=2.5",
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4",
         "scikit-learn>=1.3",
         "typer>=0.12",
-        *REPORT,
     ],
-    extras_require={"mindcv": ["mindcv>=0.3"], "test": TEST},
+    extras_require={"mindcv": MINDCV, "test": TEST},
+    data_files=[("share/msqkd/recipes", RECIPES)],
     entry_points={"console_scripts": ["msqkd=msqkd.cli:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

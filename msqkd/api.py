@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import nn
 
 from msqkd.errors import DataError, PlanError
-from msqkd.export import export as _export_formats
+from msqkd.exporters import export as _export_formats
 from msqkd.graph.capture import capture
 from msqkd.graph.ir import Graph
 from msqkd.quant.config import QuantConfig, Rule
@@ -40,7 +40,8 @@ def QuantizationAwareTraining(cell: nn.Cell, quant_config: Optional[QuantConfig]
 def recorded_rules(net: nn.Cell) -> tuple[QuantConfig, list[Rule]]:
     """The default settings and the path rules that `QuantizationAwareTraining` recorded on `net` and its cells.
 
-    Without any record the whole net has the default settings; with records on sub-cells alone, the rest of the net has them too.
+    Without any record the whole net has the default settings; with records on sub-cells alone, the rest of the net has
+    them too.
     """
     default = getattr(net, _CONFIG, None) or QuantConfig()
     rules = [
@@ -52,7 +53,11 @@ def recorded_rules(net: nn.Cell) -> tuple[QuantConfig, list[Rule]]:
 
 
 def plan_network(
-    net: nn.Cell, example_input: Any, config: Optional[QuantConfig] = None, rules: Sequence[Rule] = (), target: str = "lite_arm"
+    net: nn.Cell,
+    example_input: Any,
+    config: Optional[QuantConfig] = None,
+    rules: Sequence[Rule] = (),
+    target: str = "lite_arm",
 ) -> tuple[Graph, QuantPlan]:
     """Capture `net` and decide how each layer is computed on `target`; nothing is trained or changed.
 
@@ -90,8 +95,8 @@ def prepare_qat(
         rules: rules beside those recorded on cells.
         batchnorm: ``fold``, ``freeze`` or ``live`` (see `msqkd.graph.passes.fold_batchnorm`).
         target: the runtime.
-        calib_dataset: unlabelled batches; needed where activations are quantised from the first step, or by an observer that cannot
-            watch while training (percentile, kl, mse).
+        calib_dataset: unlabelled batches; needed where activations are quantised from the first step, or by an
+            observer that cannot watch while training (percentile, kl, mse).
 
     Raises:
         PlanError: a rule matches nothing, or ranges are needed and `calib_dataset` is not given.
@@ -101,8 +106,14 @@ def prepare_qat(
     if calib_dataset is not None:
         plan = calibrate(deployment_graph(graph), plan, calib_dataset)
     elif early:
-        why = "act_quant_delay is 0" if early[0].delay == 0 else f"the observer '{early[0].observer}' cannot watch while training"
-        raise PlanError(f"value '{early[0].name}' needs a range before training ({why}): give calib_dataset, or set act_quant_delay")
+        why = (
+            "act_quant_delay is 0"
+            if early[0].delay == 0
+            else f"the observer '{early[0].observer}' cannot watch while training"
+        )
+        raise PlanError(
+            f"value '{early[0].name}' needs a range before training ({why}): give calib_dataset, or set act_quant_delay"
+        )
     return quantize_cell(graph, plan, batchnorm)
 
 
@@ -141,7 +152,9 @@ def create_ptq_network(
         raise PlanError(f"calib_iteration is {calib_iteration}; allowed: 1 or more")
     if isinstance(network, QuantCell):
         if config is not None or rules:
-            raise PlanError("the network already has its quantisation plan; leave out config and rules, or give the float network")
+            raise PlanError(
+                "the network already has its quantisation plan; leave out config and rules, or give the float network"
+            )
         graph, plan = network.sync()
         return PTQNetwork(graph, plan, calib_dataset, calib_iteration)
     if example_input is None:
@@ -177,8 +190,8 @@ def export(quantized_net: QuantCell, x: Any, file_name: str, file_format: str = 
         quantized_net: from `quantize` or `prepare_qat`, with every range known.
         x: an example input (Tensor, array or sample shape), checked against the network's input.
         file_name: with or without the suffix ``.mindir``.
-        file_format: ``MINDIR`` (float weights with FakeQuantParam markers, for MindSpore Lite's converter) or ``MINDIR_PORTABLE``
-            (int8 weights and ordinary operations; MindSpore loads and runs it).
+        file_format: ``MINDIR`` (float weights with FakeQuantParam markers, for MindSpore Lite's converter) or
+            ``MINDIR_PORTABLE`` (int8 weights and ordinary operations; MindSpore loads and runs it).
 
     Raises:
         ExportError: an unknown format, an input of another shape, or a network that cannot be written.

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
+import shutil
+import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Callable, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from msqkd.errors import MsqkdError
@@ -16,12 +22,17 @@ from msqkd.version import __version__
 
 app = typer.Typer(
     name="msqkd", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    help="From a trained MindSpore network to an INT8 model: quantisation-aware training, distillation, calibration, export.",
+    help="From a trained MindSpore network to an INT8 model: quantisation-aware training, distillation, calibration, "
+    "export.",
 )  # fmt: skip
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one (see `msqkd recipes`).")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one (see `msqkd recipes`).")
+]
 SetOption = Annotated[
-    Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe, such as data.root=/data. May be repeated.")
+    Optional[list[str]], typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one setting of the recipe, such as data.root=/data. May be repeated."
+    )
 ]  # fmt: skip
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
@@ -34,30 +45,60 @@ def _overrides(given: Optional[list[str]], rest: Optional[list[str]]) -> list[st
     return [*(given or []), *extra]
 
 
+RestArgument = Annotated[
+    Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="More settings after --set.")
+]
+OutputOption = Annotated[
+    Optional[Path], typer.Option("--output", "-o", help="Folder for everything that is written [runs/NAME].")
+]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Forget an earlier run in the folder.")]
+
+
 @app.command()
 def run(
     recipe: RecipeArgument,
-    rest: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="More settings after --set.")] = None,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder for everything the run writes [runs/NAME].")] = None,
+    rest: RestArgument = None,
+    output: OutputOption = None,
     settings: SetOption = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier run in the folder.")] = False,
+    fresh: FreshOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Do the whole way: float network, QAT with distillation, calibration, export, report."""
+    _run(recipe, _overrides(settings, rest), output, fresh, as_json, train=True)
+
+
+@app.command()
+def calibrate(
+    recipe: RecipeArgument,
+    rest: RestArgument = None,
+    output: OutputOption = None,
+    settings: SetOption = None,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Calibrate the float network on unlabelled samples (PTQ), export and report, without quantised training."""
+    _run(recipe, _overrides(settings, rest), output, fresh, as_json, train=False)
+
+
+def _run(recipe: str, overrides: list[str], output: Optional[Path], fresh: bool, as_json: bool, train: bool) -> None:
     from msqkd.recipe import load_recipe
 
-    loaded = load_recipe(recipe, _overrides(settings, rest))
-    folder = output or Path("runs") / loaded.name
+    loaded = load_recipe(recipe, overrides)
+    folder = output or Path("runs") / (loaded.name if train else f"{loaded.name}_ptq")
     from msqkd.pipeline.run import run_recipe
     from msqkd.progress import Reporter
 
+    # While it runs a network MindSpore answers Ctrl-C itself, by sending SIGTERM to the process.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        result = run_recipe(loaded, folder, Reporter(), fresh)
+        result = run_recipe(loaded, folder, Reporter(), fresh, train=train)
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"\nstopped; everything so far is in {folder}: run the same command again to go on", highlight=False)
+        text = f"\nstopped; everything so far is in {folder}: run the same command again to go on"
+        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if as_json:
-        print(json.dumps({key: result[key] for key in ("accuracy", "size_bytes", "int8_share", "seed", "versions", "sha256")}, indent=2))
+        keys = ("accuracy", "size_bytes", "int8_share", "seed", "versions", "sha256")
+        print(json.dumps({key: result[key] for key in keys}, indent=2))
     else:
         _summary(result, folder)
 
@@ -68,7 +109,8 @@ def _summary(result: dict[str, Any], folder: Path) -> None:
     table.add_column("accuracy", justify="right")
     table.add_column("to float", justify="right")
     names = {
-        "float": "float", "float_ft": "float, fine-tuned with the same budget", "float_kd": "float, with the same distillation",
+        "float": "float", "float_ft": "float, fine-tuned with the same budget",
+        "float_kd": "float, with the same distillation",
         "ptq": "PTQ only", "qat": "QAT", "qat_kd": "QAT + distillation", "exported": "exported INT8 file",
     }  # fmt: skip
     base = result["accuracy"]["float"]
@@ -80,14 +122,19 @@ def _summary(result: dict[str, Any], folder: Path) -> None:
     console.print(table)
     sizes = result["size_bytes"]
     if sizes.get("int8"):
-        console.print(f"size: float {sizes['float']:,} bytes, int8 {sizes['int8']:,} bytes ({sizes['int8'] / sizes['float']:.2f}×)")
+        console.print(
+            f"size: float {sizes['float']:,} bytes, int8 {sizes['int8']:,} bytes "
+            f"({sizes['int8'] / sizes['float']:.2f}×)"
+        )
     console.print(f"files and report: {folder}", soft_wrap=True)
 
 
 @app.command()
 def plan(
     recipe: RecipeArgument,
-    rest: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="More settings after --set.")] = None,
+    rest: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="More settings after --set.")
+    ] = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -96,26 +143,28 @@ def plan(
 
     loaded = load_recipe(recipe, _overrides(settings, rest), require_weights=False)
     from msqkd.pipeline.run import plan_recipe
+    from msqkd.quant.qat import deployment_graph
 
-    _, made = plan_recipe(loaded)
+    graph, made = plan_recipe(loaded)
     if as_json:
         print(json.dumps({"recipe": loaded.name, **made.to_dict()}, indent=2))
         return
     table = Table(title=f"{made.network} on {made.target}", title_justify="left")
     for column in ("layer", "operation", "precision", "weight", "activation", "rule", "why"):
         table.add_column(column, overflow="fold")
-    outputs = {}
-    for value in made.groups.values():
-        outputs[value.name] = f"{value.bits} bit {'symmetric' if value.symmetric else 'asymmetric'}, {value.observer}, delay {value.delay}"
+    outputs = {node.name: node.output for node in deployment_graph(graph).nodes}
     for node in made.nodes:
         weight = made.weights.get(node.name)
         how = f"{weight.bits} bit per {'tensor' if weight.axis is None else 'channel'}" if weight else ""
-        table.add_row(node.name, node.op, node.precision, how, _activation_of(made, node.name), node.rule, node.reason)
+        output = outputs.get(node.name)
+        group = made.group_of(output) if output in made.activations else None
+        what = f"{group.bits} bit {'symmetric' if group.symmetric else 'asymmetric'}" if group else ""
+        table.add_row(node.name, node.op, node.precision, how, what, escape(node.rule), escape(node.reason))
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
     console.print(table)
     console.print(f"{made.int8_share():.0%} of {len(made.nodes)} operations run in int8")
     for warning in made.warnings:
-        console.print(f"warning: {warning}", style="yellow")
+        console.print(f"warning: {warning}", style="yellow", markup=False)
 
 
 @app.command()
@@ -125,7 +174,15 @@ def recipes(as_json: JsonOption = False) -> None:
 
     found = list_builtin()
     if as_json:
-        print(json.dumps([{"name": r.name, "description": r.description, "path": str(r.path), "result": r.result} for r in found], indent=2))
+        print(
+            json.dumps(
+                [
+                    {"name": r.name, "description": r.description, "path": str(r.path), "result": r.result}
+                    for r in found
+                ],
+                indent=2,
+            )
+        )
         return
     table = Table()
     table.add_column("recipe")
@@ -161,8 +218,21 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _common(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
-    pass
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    _quiet_compiler()
+
+
+def _quiet_compiler() -> None:
+    """MindSpore's own account of a network that does not compile: the sentence of a MsqkdError tells it better."""
+    os.environ.setdefault("GLOG_v", "4")
+    if "MS_OM_PATH" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="msqkd_compiler_")
+        os.environ["MS_OM_PATH"] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def main() -> None:
@@ -175,6 +245,12 @@ def _guarded(command: Callable[[], Any]) -> int:
         command()
     except MsqkdError as error:
         Console(stderr=True, highlight=False).print(f"msqkd: {error}", markup=False, soft_wrap=True)
+        return 2
+    except OSError as error:  # a full disk, a folder that went away
+        place = f"{error.filename}: " if error.filename else ""
+        Console(stderr=True, highlight=False).print(
+            f"msqkd: {place}{error.strerror or error}", markup=False, soft_wrap=True
+        )
         return 2
     except KeyboardInterrupt:
         return 130

@@ -73,7 +73,12 @@ def _mindspore() -> Finding:
 def _numpy() -> Finding:
     found = version_of("numpy") or "not installed"
     if _tuple(found) >= (2,) or found == "not installed":
-        return Finding("numpy", PROBLEM, found, "pip install 'numpy<2': MindSpore 2.10 fails on its first eager operation with numpy 2")
+        return Finding(
+            "numpy",
+            PROBLEM,
+            found,
+            "pip install 'numpy<2': MindSpore 2.10 fails on its first eager operation with numpy 2",
+        )
     return Finding("numpy", OK, found)
 
 
@@ -86,7 +91,9 @@ def _onednn() -> Finding:
         value = os.environ.get("ONEDNN_MAX_CPU_ISA")
     if value == "AVX2":
         return Finding("oneDNN", OK, "ONEDNN_MAX_CPU_ISA=AVX2 (set by msqkd unless you set it)")
-    cure = "unset ONEDNN_MAX_CPU_ISA, or set it to AVX2: above it MindSpore 2.10 takes convolutions 25 to 100 times slower"
+    cure = (
+        "unset ONEDNN_MAX_CPU_ISA, or set it to AVX2: above it MindSpore 2.10 takes convolutions 25 to 100 times slower"
+    )
     return Finding("oneDNN", PROBLEM, f"ONEDNN_MAX_CPU_ISA={value} on a CPU with AVX-512", cure)
 
 
@@ -98,7 +105,9 @@ def _device() -> Finding:
 
         return Finding("device", OK, f"{ms.get_context('device_target')}, {os.cpu_count()} CPU cores")
     except Exception as error:  # whatever an incomplete installation raises
-        return Finding("device", PROBLEM, f"MindSpore cannot be imported: {str(error).splitlines()[0]}", "reinstall mindspore")
+        return Finding(
+            "device", PROBLEM, f"MindSpore cannot be imported: {str(error).splitlines()[0]}", "reinstall mindspore"
+        )
 
 
 def _temporary_space() -> Finding:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from typing import Any
+
+from msqkd.errors import MissingDependencyError
 
 _ONEDNN_VARIABLE = "ONEDNN_MAX_CPU_ISA"
 
@@ -23,8 +26,8 @@ def cpu_flags() -> set[str]:
 def avoid_slow_convolutions() -> None:
     """On AVX-512 machines let oneDNN use AVX2, unless the user has chosen.
 
-    The oneDNN of the MindSpore 2.10 wheel falls back to its reference convolution there, 25 to 100 times slower. The variable is
-    read at the first oneDNN operation, so calling this after ``import mindspore`` is early enough.
+    The oneDNN of the MindSpore 2.10 wheel falls back to its reference convolution there, 25 to 100 times slower. The
+    variable is read at the first oneDNN operation, so calling this after ``import mindspore`` is early enough.
     """
     if "avx512f" in cpu_flags():
         os.environ.setdefault(_ONEDNN_VARIABLE, "AVX2")
@@ -37,6 +40,13 @@ def mindspore() -> Any:
         MissingDependencyError: MindSpore is not installed, or numpy 2 is.
     """
     avoid_slow_convolutions()
-    import mindspore as ms
-
+    if version("numpy").split(".")[0] not in ("0", "1"):
+        raise MissingDependencyError(
+            f"numpy {version('numpy')} is installed, and MindSpore's operations fail with it; pip install 'numpy<2'"
+        )
+    try:
+        import mindspore as ms
+    except ImportError as error:
+        reason = str(error).splitlines()[0]
+        raise MissingDependencyError(f"MindSpore cannot be imported ({reason}); pip install mindspore") from error
     return ms

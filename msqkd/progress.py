@@ -45,7 +45,13 @@ class Reporter:
         if not self.console.is_terminal:
             yield _PlainTask(self, title, total, done)
             return
-        columns = [TextColumn("      {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+        columns = [
+            TextColumn("      {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        ]
         with Progress(*columns, TextColumn("{task.fields[info]}"), console=self.console, transient=True) as progress:
             yield _BarTask(progress, progress.add_task(title, total=total, completed=done, info=""))
 
@@ -82,7 +88,9 @@ class _PlainTask(Task):
 
 
 def _words(info: dict[str, Any]) -> str:
-    return " ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in info.items())
+    return " ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in info.items()
+    )
 
 
 def _clock(seconds: float) -> str:

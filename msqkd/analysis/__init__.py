@@ -1,0 +1,1 @@
+"""What quantisation did to a network: the layer table, plots and the report."""

@@ -18,8 +18,8 @@ from msqkd.quant.qat import quantize_cell
 def layer_table(graph: Graph, plan: QuantPlan, reference: Graph, batches: Iterable[np.ndarray]) -> list[dict[str, Any]]:
     """One row an operation that begins a quantised value, in execution order.
 
-    `sqnr_db` is 10·log10(E[x²] / E[(x − x̂)²]) between the value in `reference` (the float network, same value names) and in the quantised
-    network, where everything before it is quantised too: it shows how the error builds up.
+    `sqnr_db` is 10·log10(E[x²] / E[(x − x̂)²]) between the value in `reference` (the float network, same value names)
+    and in the quantised network, where everything before it is quantised too: it shows how the error builds up.
 
     Args:
         graph: the deployment graph with the quantised network's parameters.

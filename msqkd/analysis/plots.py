@@ -1,7 +1,7 @@
 """The plots of the report, each returned as an inline SVG element.
 
-Figures are built without pyplot, so neither the caller's backend nor its open figures are touched. Text stays text: it can be searched, takes
-the font of the page, and is escaped by the SVG writer. Names are never read as TeX, whatever they contain.
+Figures are built without pyplot, so neither the caller's backend nor its open figures are touched. Text stays text: it
+can be searched, takes the font of the page, and is escaped by the SVG writer. Names are never read as TeX.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,9 +28,8 @@ RANGE = "#bcd3ec"
 NARROW = "#7fa8d6"
 MINUS = "\N{MINUS SIGN}"
 
-ONE_COLUMN = 16
-"""Up to this many layers are drawn in one chart."""
-
+_Row = TypeVar("_Row")
+_ONE_CHART = 16
 _ROWS_PER_CHART = 45
 _MAX_POINTS = 300
 _MAX_NAME = 34
@@ -83,11 +82,12 @@ class RangeRow:
 
 @dataclass(frozen=True)
 class Curve:
-    """One panel of a training: (x, y) points."""
+    """One panel of a training: (x, y) points; `axis` is ``step`` or ``epoch``, `percent` whether y is a percentage."""
 
     title: str
     axis: str
     points: Sequence[tuple[float, float]]
+    percent: bool = False
     marked: Optional[float] = None
 
 
@@ -98,13 +98,18 @@ def signed(value: float, digits: int = 2) -> str:
     return f"{sign}{abs(rounded):.{digits}f}"
 
 
+def difference(percent: float, base: float) -> str:
+    """How far `percent` is from `base`, as the two print with two decimals: ``−0.19``."""
+    return signed(round(percent, 2) - round(base, 2))
+
+
 def number(value: float, digits: int = 3) -> str:
     """`value` with `digits` significant digits and a typographic minus."""
     return f"{value:.{digits}g}".replace("-", MINUS)
 
 
 def staircase_floor(percents: Sequence[float]) -> float:
-    """Where the accuracy axis of `staircase` begins: below the lowest bar far enough that the differences show, never below 0."""
+    """Where the accuracy axis of `staircase` begins: low enough for the differences to show, never below 0."""
     lo, hi = min(percents), max(percents)
     return max(0.0, lo - 0.8 * max(hi - lo, 0.5))
 
@@ -123,7 +128,8 @@ def staircase(steps: Sequence[Step], controls: Sequence[Step] = ()) -> str:
     bottom, span = staircase_floor(percents), max(max(percents) - min(percents), 0.5)
     with _style():
         figure, axes = _figure(max(1.3 + 0.95 * len(bars), 3.4), 3.5)
-        axes.bar(places, [p - bottom for p in percents], 0.62, bottom, color=[COLOURS[bar.kind] for bar in bars], zorder=2)
+        heights, colours = [percent - bottom for percent in percents], [COLOURS[bar.kind] for bar in bars]
+        axes.bar(places, heights, 0.62, bottom, color=colours, zorder=2)
         for bar, left, right in zip(steps, places, places[1 : len(steps)]):
             if bar.kind != "float":
                 axes.plot([left + 0.31, right - 0.31], [bar.percent] * 2, color=MUTED, linewidth=0.8, zorder=3)
@@ -131,16 +137,15 @@ def staircase(steps: Sequence[Step], controls: Sequence[Step] = ()) -> str:
             axes.axhline(base, color=COLOURS["float"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         for place, bar in zip(places, bars):
             lift = 3
-            if base is not None and bar.percent != base:
-                _note(axes, signed(bar.percent - base), (place, bar.percent), (0, lift), size=8, color=MUTED)
+            if base is not None and bar.kind != "float":
+                _note(axes, difference(bar.percent, base), (place, bar.percent), (0, lift), size=8, color=MUTED)
                 lift = 14
             _note(axes, f"{bar.percent:.2f}", (place, bar.percent), (0, lift), size=10, weight="bold")
         if steps and controls:
             axes.axvline((places[len(steps) - 1] + places[len(steps)]) / 2, color=GRID, linewidth=1.2)
         axes.set_xticks(places, [bar.label for bar in bars])
         axes.set_xlim(places[0] - 0.6, places[-1] + 0.6)
-        axes.set_ylim(bottom, max(percents) + 0.35 * span)
-        axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100])
+        _percent_axis(axes, bottom, max(percents) + 0.35 * span)
         axes.set_title("test accuracy, %")
         axes.grid(axis="y")
         axes.tick_params(axis="x", length=0)
@@ -170,14 +175,16 @@ def worst(values: Sequence[float]) -> set[int]:
 
 
 def sqnr(layers: Sequence[tuple[str, float]]) -> list[str]:
-    """Charts of (layer, signal-to-quantisation-noise ratio in dB), in the order given and on one scale; the worst are highlighted."""
+    """Charts of (layer, signal-to-quantisation-noise ratio in dB), in the order given; the worst are highlighted."""
+    if not layers:
+        return []
     values = [value for _, value in layers]
     low = worst(values)
     right = max(max(values), 1.0)
     charts = []
     for first, part in _parts(layers):
         with _style():
-            figure, axes = _figure(_HALF if len(layers) > ONE_COLUMN else _WIDE, 0.55 + _ROW_INCHES * len(part))
+            figure, axes = _figure(_HALF if len(layers) > _ONE_CHART else _WIDE, 0.55 + _ROW_INCHES * len(part))
             colours = [HIGHLIGHT if first + i in low else COLOURS["int8"] for i in range(len(part))]
             axes.barh(range(len(part)), [value for _, value in part], 0.7, color=colours, zorder=2)
             for i, (_, value) in enumerate(part):
@@ -199,11 +206,13 @@ def ranges(rows: Sequence[RangeRow], name: str) -> list[str]:
         rows: one a layer.
         name: distinguishes the charts of one page.
     """
+    if not rows:
+        return []
     charts = []
     left = min(row.left for row in rows)
     for first, part in _parts(rows):
         with _style():
-            figure, axes = _figure(_HALF if len(rows) > ONE_COLUMN else _WIDE, 0.3 + _ROW_INCHES * len(part))
+            figure, axes = _figure(_HALF if len(rows) > _ONE_CHART else _WIDE, 0.3 + _ROW_INCHES * len(part))
             axes.axvline(0, color=MUTED, linewidth=0.7, zorder=1)
             for i, row in enumerate(part):
                 _range(axes, i, row)
@@ -244,7 +253,8 @@ def training(curves: Sequence[Curve], name: str) -> str:
     """The curves of one training side by side; where `marked` is set, a vertical line stands at that x.
 
     Args:
-        curves: at least one, each with at least one point; above 300 points the mean and the spread of equal parts are drawn.
+        curves: at least one, each with at least one point; of more than 300 points the means and spreads of equal parts
+            are drawn.
         name: distinguishes the charts of one page.
     """
     with _style():
@@ -253,20 +263,25 @@ def training(curves: Sequence[Curve], name: str) -> str:
             x, y, low, high = _thinned(curve.points)
             if low:
                 axes.fill_between(x, low, high, color=RANGE, linewidth=0, zorder=2)
-            axes.plot(x, y, color=COLOURS["int8"], linewidth=1.4, marker="o" if len(x) <= 12 else "", markersize=3.5, zorder=3)
+            marker = "o" if len(x) <= 12 else ""
+            axes.plot(x, y, color=COLOURS["int8"], linewidth=1.4, marker=marker, markersize=3.5, zorder=3)
             if curve.marked is not None:
                 axes.axvline(curve.marked, color=HIGHLIGHT, linewidth=1.1, linestyle=(0, (4, 2)), zorder=4)
             axes.set_title(curve.title)
             axes.set_xlabel(curve.axis, fontsize=8)
             axes.grid(axis="both")
             axes.margins(x=0.02)
+            axes.yaxis.set_major_formatter(lambda value, _: number(value, 6))
+            if curve.percent:
+                pad = max(0.08 * (max(y) - min(y)), 0.5)
+                _percent_axis(axes, max(min(y) - pad, 0.0), max(y) + pad)
             if curve.axis == "epoch":
                 axes.xaxis.get_major_locator().set_params(integer=True)
         return _svg(figure, name)
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float], list[float], list[float]]:
-    """x and y of few enough points to draw, with the lowest and highest y of each part (empty where every point is kept)."""
+    """x and y of at most 300 points, with the lowest and highest y each stands for (empty where all are kept)."""
     if len(points) <= _MAX_POINTS:
         return [x for x, _ in points], [y for _, y in points], [], []
     size = ceil(len(points) / _MAX_POINTS)
@@ -276,9 +291,9 @@ def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
     return x, y, [min(p[1] for p in part) for part in parts], [max(p[1] for p in part) for part in parts]
 
 
-def _parts(rows: Sequence) -> list[tuple[int, Sequence]]:
-    """`rows` cut into charts of about equal height, an even number of them where one is not enough, with the place of each first row."""
-    count = 1 if len(rows) <= ONE_COLUMN else 2 * ceil(len(rows) / (2 * _ROWS_PER_CHART))
+def _parts(rows: Sequence[_Row]) -> list[tuple[int, Sequence[_Row]]]:
+    """`rows` cut into charts of about equal height (one, or an even number), each with the place of its first row."""
+    count = 1 if len(rows) <= _ONE_CHART else 2 * ceil(len(rows) / (2 * _ROWS_PER_CHART))
     size = ceil(len(rows) / count)
     return [(i, rows[i : i + size]) for i in range(0, len(rows), size)]
 
@@ -288,7 +303,7 @@ def _parts(rows: Sequence) -> list[tuple[int, Sequence]]:
 def _style() -> Iterator[None]:
     import matplotlib
 
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "msqkd",  # the same data give the same bytes
         "font.family": "sans-serif",
@@ -333,6 +348,12 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
+def _percent_axis(axes: Axes, bottom: float, top: float) -> None:
+    """The y axis from `bottom` to `top`, which may leave room above 100 but has no tick there."""
+    axes.set_ylim(bottom, top)
+    axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= min(top, 100)])
+
+
 def _rows(axes: Axes, names: Sequence[str], size: float) -> None:
     axes.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=size)
     axes.tick_params(axis="y", length=0)
@@ -341,9 +362,12 @@ def _rows(axes: Axes, names: Sequence[str], size: float) -> None:
 
 
 def _short(name: str) -> str:
-    """`name` on one line, with its middle left out where it is long."""
-    line = " ".join(name.split())
-    half = _MAX_NAME // 2
+    """`name` on one line; where it is long, its first parts are cut to a letter, then its middle is left out."""
+    parts = " ".join(name.split()).split(".")
+    for i, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) > _MAX_NAME and not part.isdigit():
+            parts[i] = part[:1]
+    line, half = ".".join(parts), _MAX_NAME // 2
     return line if len(line) <= _MAX_NAME else f"{line[: half - 1]}…{line[-half:]}"
 
 

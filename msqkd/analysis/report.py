@@ -1,9 +1,9 @@
-"""The report of a run: `report.json` for programs, `report.html` (one page, nothing loaded from elsewhere) for people."""
+"""The report of a run: `report.json` for programs, `report.html` for people (one page that loads nothing)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -31,8 +31,8 @@ _TRAINING = {
     "pretrain": "Float, from scratch",
 }
 _FILES = {
-    "float": "float weights",
-    "int8": "int8 weights",
+    "float": "float",
+    "int8": "int8",
     "lite_mindir": "MindIR for MindSpore Lite",
     "portable_mindir": "portable MindIR",
     "ascend_mindir": "MindIR for Ascend",
@@ -46,8 +46,9 @@ def write_report(result: Mapping[str, Any], folder: PathLike) -> dict[str, Path]
     """Write `report.json` and `report.html` into `folder` (made when needed), each whole or not at all.
 
     Args:
-        result: the result of a run. Parts that are missing or None are left out of the page; NaN and infinities become null in the JSON.
-            Accuracies and agreements are percent, shares 0–1, sizes bytes, times seconds, signal-to-noise ratios dB.
+        result: the result of a run. Parts that are missing or None are left out of the page; NaN and infinities become
+            null in the JSON. Accuracies and agreements are percent, shares 0–1, sizes bytes, times seconds,
+            signal-to-noise ratios dB.
         folder: where to write.
 
     Returns:
@@ -100,11 +101,10 @@ def _view(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": result.get("name") or plan.get("network") or "msqkd",
         "description": result.get("description"),
-        "facts_line": " · ".join(_facts(result)),
+        "facts": " · ".join(_facts(result)),
         "verdict": _verdict(result),
         "tiles": _tiles(result),
         "warnings": list(dict.fromkeys([*(result.get("warnings") or []), *(plan.get("warnings") or [])])),
-        "recipe": result.get("recipe"),
         "contents": [(anchor, anchor.capitalize()) for anchor, section in sections.items() if section],
         "colour": {
             **plots.COLOURS,
@@ -143,7 +143,7 @@ def _verdict(result: dict[str, Any]) -> list[str]:
         how = "" if key == "exported" else f" ({_ACCURACY[key][0]}, not exported)"
         text = f"INT8{how} {accuracy[key]:.2f} %"
         if base is not None:
-            text += f" vs float {base:.2f} %: {_points(accuracy[key], base)}"
+            text += f" vs float {base:.2f} %: {plots.difference(accuracy[key], base)} points"
         parts.append(text)
     ratio = _ratio(result.get("size_bytes") or {}, "int8")
     if ratio is not None:
@@ -155,10 +155,9 @@ def _verdict(result: dict[str, Any]) -> list[str]:
     sentences = ["; ".join(parts) + "."] if parts else []
     control = next((name for name in _CONTROLS if accuracy.get(name) is not None), None)
     if key is not None and control is not None:
-        how = "distilled" if control == "float_kd" else "fine-tuned"
-        sentences.append(
-            f"Against the float network {how} with the same budget ({accuracy[control]:.2f} %): {_points(accuracy[key], accuracy[control])}."
-        )
+        how, reached = "distilled" if control == "float_kd" else "fine-tuned", accuracy[control]
+        gap = plots.difference(accuracy[key], reached)
+        sentences.append(f"Against the float network {how} with the same budget ({reached:.2f} %): {gap} points.")
     return sentences
 
 
@@ -168,36 +167,37 @@ def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
     tiles = []
     key = _deployed(accuracy)
     if key is not None:
-        base = accuracy.get("float")
-        tiles.append(_tile(f"{accuracy[key]:.2f} %", f"accuracy, {_ACCURACY[key][0]}", base is not None and f"float {base:.2f} %"))
+        note = f"float {accuracy['float']:.2f} %" if accuracy.get("float") is not None else ""
+        tiles.append(_tile(f"{accuracy[key]:.2f} %", f"accuracy, {_ACCURACY[key][0]}", note))
     ratio = _ratio(sizes, "int8")
     if ratio is not None:
         tiles.append(_tile(f"{ratio:.2f} ×", "size", f"{_bytes(sizes['int8'])} of {_bytes(sizes['float'])}"))
     share, nodes = _share(result), (result.get("plan") or {}).get("nodes") or []
     if share is not None:
-        note = nodes and f"{sum(node.get('precision') == 'int8' for node in nodes)} of {len(nodes)} operations"
+        int8 = sum(node.get("precision") == "int8" for node in nodes)
+        note = f"{int8} of {len(nodes)} operations" if nodes else ""
         tiles.append(_tile(_percent(share), "in int8", note))
-    noise = [(layer["sqnr_db"], layer["name"]) for layer in result.get("layers") or [] if layer.get("sqnr_db") is not None]
+    noise = _noise(result.get("layers") or [])
     if noise:
-        lowest, name = min(noise)
-        tiles.append(_tile(f"{plots.number(lowest)} dB", "lowest layer SQNR", name))
+        name, lowest = min(noise, key=lambda pair: pair[1])
+        tiles.append(_tile(f"{_decibel(lowest)} dB", "lowest layer SQNR", name))
     return tiles
 
 
-def _tile(value: str, label: str, note: Any) -> dict[str, str]:
-    return {"value": value, "label": label, "note": note or ""}
+def _tile(value: str, label: str, note: str) -> dict[str, str]:
+    return {"value": value, "label": label, "note": note}
 
 
 def _accuracy(accuracy: dict[str, Any]) -> Optional[dict[str, Any]]:
-    steps = [plots.Step(label, accuracy[key], kind) for key, (_, label, kind) in _ACCURACY.items() if accuracy.get(key) is not None]
+    base = accuracy.get("float")
+    steps, rows = [], []
+    for key, (words, label, kind) in _ACCURACY.items():
+        if accuracy.get(key) is not None:
+            delta = "" if base is None or key == "float" else plots.difference(accuracy[key], base)
+            rows.append({"label": words, "value": f"{accuracy[key]:.2f}", "delta": delta, "kind": kind})
+            steps.append(plots.Step(label, accuracy[key], kind))
     if not steps:
         return None
-    base = accuracy.get("float")
-    rows = []
-    for key, (words, _, kind) in _ACCURACY.items():
-        if accuracy.get(key) is not None:
-            delta = "" if base is None or key == "float" else plots.signed(accuracy[key] - base)
-            rows.append({"label": words, "value": f"{accuracy[key]:.2f}", "delta": delta, "kind": kind})
     floor = plots.staircase_floor([step.percent for step in steps])
     main, controls = [s for s in steps if s.kind != "control"], [s for s in steps if s.kind == "control"]
     return {
@@ -215,35 +215,35 @@ def _size(sizes: dict[str, Any]) -> Optional[dict[str, Any]]:
         if size is not None:
             ratio = _ratio(sizes, key)
             text = _bytes(size) + (f"  ({ratio:.2f} ×)" if ratio is not None and key != "float" else "")
-            rows.append((_FILES.get(key, key.replace("_", " ")), text, float(size), "float" if key == "float" else "int8"))
+            kind = "float" if key == "float" else "int8"
+            rows.append((_file_words(key), text, float(size), kind))
     return {"plot": _inline(plots.sizes(rows))} if rows else None
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
 def _layers(layers: list[dict[str, Any]]) -> Optional[dict[str, Any]]:
-    noise = [(layer["name"], layer["sqnr_db"]) for layer in layers if layer.get("sqnr_db") is not None]
-    weights = [(layer["name"], layer["weight"]) for layer in layers if layer.get("weight")]
-    activations = [(layer["name"], layer["activation"]) for layer in layers if layer.get("activation")]
-    weight_rows = [row for name, weight in weights if (row := _weight_range(name, weight))]
-    activation_rows = [row for name, activation in activations if (row := _activation_range(name, activation))]
-    view = {
-        "sqnr": [_inline(svg) for svg in plots.sqnr(noise)] if noise else [],
-        "worst": [f"{noise[i][0]} ({noise[i][1]:.1f} dB)" for i in _by_value(noise)],
-        "weights": [_inline(svg) for svg in plots.ranges(weight_rows, "weights")] if weight_rows else [],
-        "per_channel": any(row.narrow is not None for row in weight_rows),
-        "activations": [_inline(svg) for svg in plots.ranges(activation_rows, "activations")] if activation_rows else [],
+    if not layers:
+        return None
+    noise = _noise(layers)
+    lowest = sorted((noise[i] for i in plots.worst([value for _, value in noise])), key=lambda pair: pair[1])
+    weights = [row for layer in layers if (row := _weight_range(layer["name"], layer.get("weight") or {}))]
+    activations = [row for layer in layers if (row := _activation_range(layer["name"], layer.get("activation") or {}))]
+    return {
+        "sqnr": [_inline(svg) for svg in plots.sqnr(noise)],
+        "worst": [f"{name} ({_decibel(value)} dB)" for name, value in lowest],
+        "weights": [_inline(svg) for svg in plots.ranges(weights, "weights")],
+        "per_channel": any(row.narrow is not None for row in weights),
+        "activations": [_inline(svg) for svg in plots.ranges(activations, "activations")],
         "clipped": {
-            "weights": any(any(row.clipped) for row in weight_rows),
-            "activations": any(any(row.clipped) for row in activation_rows),
+            "weights": any(any(row.clipped) for row in weights),
+            "activations": any(any(row.clipped) for row in activations),
         },
         "rows": [_layer_row(layer) for layer in layers],
     }
-    return view if layers else None
 
 
-def _by_value(noise: list[tuple[str, float]]) -> list[int]:
-    values = [value for _, value in noise]
-    return sorted(plots.worst(values), key=lambda i: values[i])
+def _noise(layers: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    return [(layer["name"], layer["sqnr_db"]) for layer in layers if layer.get("sqnr_db") is not None]
 
 
 def _weight_range(name: str, weight: dict[str, Any]) -> Optional[plots.RangeRow]:
@@ -258,9 +258,8 @@ def _weight_range(name: str, weight: dict[str, Any]) -> Optional[plots.RangeRow]
 def _activation_range(name: str, activation: dict[str, Any]) -> Optional[plots.RangeRow]:
     if activation.get("lo") is None or activation.get("hi") is None:
         return None
-    return plots.RangeRow(
-        name, activation["lo"], activation["hi"], activation.get("observed_min"), activation.get("observed_max")
-    )
+    seen = activation.get("observed_min"), activation.get("observed_max")
+    return plots.RangeRow(name, activation["lo"], activation["hi"], *seen)
 
 
 def _layer_row(layer: dict[str, Any]) -> dict[str, str]:
@@ -269,7 +268,7 @@ def _layer_row(layer: dict[str, Any]) -> dict[str, str]:
     return {
         "name": layer["name"],
         "op": layer.get("op") or "",
-        "sqnr": "" if layer.get("sqnr_db") is None else f"{layer['sqnr_db']:.1f}".replace("-", plots.MINUS),
+        "sqnr": "" if layer.get("sqnr_db") is None else _decibel(layer["sqnr_db"]),
         "weight_seen": _interval(weight.get("min"), weight.get("max")),
         "weight_scale": " … ".join(f"{v:.3g}" for v in scales),
         "scales": str(weight.get("scales") or ""),
@@ -283,35 +282,36 @@ def _layer_row(layer: dict[str, Any]) -> dict[str, str]:
 # -- training ----------------------------------------------------------------------------------------------------------
 def _training(trainings: dict[str, Any]) -> list[dict[str, Any]]:
     names = [*_TRAINING, *(name for name in trainings if name not in _TRAINING)]
-    return [view for name in names if (view := _one_training(name, trainings.get(name) or {}))]
+    views = (_one_training(name, trainings.get(name) or {}, f"training{i}") for i, name in enumerate(names))
+    return [view for view in views if view]
 
 
-def _one_training(name: str, training: dict[str, Any]) -> Optional[dict[str, Any]]:
+def _one_training(name: str, training: dict[str, Any], mark: str) -> Optional[dict[str, Any]]:
     start = training.get("start_of_activation_quantisation")
-    panels = (("loss", "step"), ("learning_rate", "step"), ("accuracy", "epoch"))
     curves, notes = [], []
-    for key, axis in panels:
+    for key, axis in (("loss", "step"), ("learning_rate", "step"), ("accuracy", "epoch")):
         points = [(x, y) for x, y in training.get(key) or [] if x is not None and y is not None]
-        words, unit = key.replace("_", " "), "%" if key == "accuracy" else ""
+        words, percent = key.replace("_", " "), key == "accuracy"
         if len(points) > 1:
-            title = f"{words}, {unit}" if unit else words
-            curves.append(plots.Curve(title, axis, points, start if axis == "step" else None))
+            title = f"{words}, %" if percent else words
+            curves.append(plots.Curve(title, axis, points, percent, start if axis == "step" else None))
         elif points:
-            notes.append(f"{words} {points[0][1]:.4g} {unit}".rstrip() + f" {'after' if axis == 'epoch' else 'at'} {axis} {points[0][0]}")
+            x, y = points[0]
+            when = "after" if axis == "epoch" else "at"
+            notes.append(f"{words} {y:.4g}{' %' if percent else ''} {when} {axis} {x}")
     if training.get("seconds") is not None:
         notes.append(_duration(training["seconds"]))
     skipped = training.get("skipped_steps") or 0
     if skipped:
-        notes.append(f"{skipped} {'step' if skipped == 1 else 'steps'} skipped because of a gradient that was not finite")
+        steps = "step" if skipped == 1 else "steps"
+        notes.append(f"{skipped} {steps} skipped because of a gradient that was not finite")
     if start is not None:
-        notes.append(f"activations are quantised from step {start} on" + (" (dashed line)" if curves else ""))
+        line = " (dashed line)" if any(curve.marked is not None for curve in curves) else ""
+        notes.append(f"activations are quantised from step {start} on{line}")
     if not curves and not notes:
         return None
-    return {
-        "title": _TRAINING.get(name, name),
-        "notes": notes,
-        "plot": _inline(plots.training(curves, f"training-{len(name)}{''.join(c for c in name if c.isalnum())}")) if curves else "",
-    }
+    plot = _inline(plots.training(curves, mark)) if curves else ""
+    return {"title": _TRAINING.get(name, name), "notes": notes, "plot": plot}
 
 
 # -- plan --------------------------------------------------------------------------------------------------------------
@@ -327,19 +327,22 @@ def _plan(plan: dict[str, Any], layers: list[dict[str, Any]]) -> Optional[dict[s
     for node in nodes:
         if node.get("fused_into"):
             fused.setdefault(node["fused_into"], []).append(node)
+    # Where the owner of every group is known, an int8 operation that owns none has the parameters of its input.
+    complete = bool(groups) and groups.keys() <= set(values.values())
     rows = []
     for node in nodes:
         if node.get("fused_into"):
             continue
         parts = [node, *fused.get(node["name"], [])]
         group = next((g for part in reversed(parts) if (g := owners.get(values.get(part["name"]) or ""))), None)
+        shared = "as its input" if complete and node.get("precision") == "int8" else ""
         rows.append(
             {
                 "name": node["name"],
                 "op": " + ".join(part["op"] for part in parts),
                 "precision": node.get("precision") or "",
                 "weight": _weight_words(weights.get(node["name"])),
-                "activation": _group_words(group),
+                "activation": _group_words(group) or shared,
                 "rule": node.get("rule") or "",
                 "reason": node.get("reason") or "",
             }
@@ -370,8 +373,9 @@ def _group_words(group: Optional[dict[str, Any]]) -> str:
 def _observer_words(quant: dict[str, Any]) -> str:
     if not quant.get("observer"):
         return ""
-    exact = f" {quant['percentile']:g} %" if quant["observer"] == "percentile" and quant.get("percentile") is not None else ""
-    return f", {quant['observer']}{exact}"
+    if quant["observer"] == "percentile" and quant.get("percentile") is not None:
+        return f", percentile {quant['percentile']:g} %"
+    return f", {quant['observer']}"
 
 
 # -- calibration, files, run -------------------------------------------------------------------------------------------
@@ -396,17 +400,19 @@ def _files(exports: dict[str, Any], checksums: dict[str, Any]) -> Optional[dict[
         difference, agreement = export.get("max_abs_diff"), export.get("agreement")
         rows.append(
             {
-                "form": _FILES.get(form, form.replace("_", " ")),
+                "form": _file_words(form),
                 "file": Path(str(export["file"])).name if export.get("file") else "",
+                "accuracy": "" if export.get("accuracy") is None else f"{export['accuracy']:.2f} %",
                 "difference": "" if difference is None else f"{difference:.2g}",
                 "agreement": "" if agreement is None else f"{_below(agreement):.2f} %",
             }
         )
     sums = [(name, digest) for name, digest in checksums.items() if digest]
-    return {"exports": rows, "checksums": sums} if rows or sums else None
+    measured = any(row["accuracy"] for row in rows)
+    return {"exports": rows, "measured": measured, "checksums": sums} if rows or sums else None
 
 
-def _run(result: dict[str, Any]) -> list[tuple[str, str]]:
+def _run(result: dict[str, Any]) -> Optional[dict[str, Any]]:
     rows = []
     data = result.get("data") or {}
     counts = [f"{data[part]} {part}" for part in ("train", "test", "calibration") if data.get(part) is not None]
@@ -418,14 +424,22 @@ def _run(result: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [(name, f"{version}") for name, version in (result.get("versions") or {}).items() if version is not None]
     if result.get("recipe_sha256"):
         rows.append(("recipe SHA-256", f"{result['recipe_sha256']}"))
-    return rows
+    return {"rows": rows, "recipe": result.get("recipe")} if rows or result.get("recipe") else None
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
 def _inline(svg: str) -> Any:
     from markupsafe import Markup
 
-    return Markup(svg)  # noqa: S704 - matplotlib has escaped every text in it
+    return Markup(svg)  # matplotlib has escaped every text in it
+
+
+def _file_words(key: str) -> str:
+    return _FILES.get(key, key.replace("_", " "))
+
+
+def _decibel(value: float) -> str:
+    return f"{value:.1f}".replace("-", plots.MINUS)
 
 
 def _share(result: dict[str, Any]) -> Optional[float]:
@@ -435,10 +449,6 @@ def _share(result: dict[str, Any]) -> Optional[float]:
 
 def _ratio(sizes: dict[str, Any], key: str) -> Optional[float]:
     return sizes[key] / sizes["float"] if sizes.get(key) is not None and sizes.get("float") else None
-
-
-def _points(value: float, base: float) -> str:
-    return f"{plots.signed(round(value, 2) - round(base, 2))} points"
 
 
 def _below(percent: float, digits: int = 2) -> float:
@@ -464,7 +474,7 @@ def _bytes(size: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

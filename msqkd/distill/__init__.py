@@ -1,0 +1,1 @@
+"""Losses and training steps in which a student network imitates a teacher."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Callable, Optional, Union
 
 from mindspore import nn, ops
@@ -51,7 +52,8 @@ class DistillLoss(nn.Cell):
     """(1 − alpha) · hard(student, labels) + alpha · soft(student, teacher, T).
 
     Args:
-        hard_loss: loss of (logits, labels); ``cross_entropy`` when not given, None or ``none`` leaves the soft loss alone.
+        hard_loss: loss of (logits, labels); ``cross_entropy`` when not given, None or ``none`` leaves the soft loss
+            alone.
         soft_loss: ``kl``, ``mse``, or a cell of (student logits, teacher logits, temperature).
         alpha: share of the soft loss, 0 to 1.
         temperature: T > 0; higher temperatures show more of what the teacher thinks of wrong classes.
@@ -70,11 +72,12 @@ class DistillLoss(nn.Cell):
         super().__init__()
         if not 0 <= alpha <= 1:
             raise PlanError(f"DistillLoss.alpha is {alpha}; allowed: 0 to 1")
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise PlanError(f"DistillLoss.temperature is {temperature}; allowed: above 0")
         if isinstance(soft_loss, str) and soft_loss not in SOFT_LOSSES:
             raise PlanError(
-                f"DistillLoss.soft_loss is '{soft_loss}'; allowed: {', '.join(SOFT_LOSSES)}{did_you_mean(soft_loss, SOFT_LOSSES)}"
+                f"DistillLoss.soft_loss is '{soft_loss}'; allowed: {', '.join(SOFT_LOSSES)}"
+                f"{did_you_mean(soft_loss, SOFT_LOSSES)}"
             )
         self.hard: Any = _named_hard(hard_loss)
         self.soft = SOFT_LOSSES[soft_loss]() if isinstance(soft_loss, str) else soft_loss

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
 
 from mindspore import nn, ops
 
@@ -44,12 +46,43 @@ class DistillTrainOneStepCell(TrainStep):
     """
 
     def __init__(
-        self, student: nn.Cell, teacher: nn.Cell, loss: nn.Cell, optimizer: nn.Optimizer, clip_grad: Optional[float] = None
+        self,
+        student: nn.Cell,
+        teacher: nn.Cell,
+        loss: nn.Cell,
+        optimizer: nn.Optimizer,
+        clip_grad: Optional[float] = None,
     ) -> None:
         super().__init__(WithDistillLoss(student, teacher, loss), optimizer, clip_grad)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run one step on a batch and its labels; returns the loss (scalar Tensor)."""
+        with _apart(self.network.teacher):
+            return super().__call__(*inputs)
 
     def set_train(self, mode: bool = True) -> nn.Cell:
         """Set the mode of the student; the teacher stays in evaluation mode."""
         super().set_train(mode)
         self.network.set_train(mode)
         return self
+
+    def quantized_part(self) -> nn.Cell:
+        """The student: a quantised teacher keeps its phase and its ranges."""
+        return self.network.student
+
+
+@contextmanager
+def _apart(teacher: nn.Cell) -> Iterator[None]:
+    """Give the teacher's parameters names of their own for a while.
+
+    Student and teacher usually have the same names. MindSpore's compiler tells parameters apart by name, and renames
+    those of both networks for good where two are equal: neither would find its checkpoint again.
+    """
+    names = [(parameter, parameter.name) for parameter in teacher.get_parameters()]
+    try:
+        for parameter, name in names:
+            parameter.name = f"teacher.{name}"
+        yield
+    finally:
+        for parameter, name in names:
+            parameter.name = name

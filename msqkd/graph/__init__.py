@@ -1,0 +1,1 @@
+"""A network as a graph: captured from an `nn.Cell`, rewritten by passes, built into a trainable cell again."""

@@ -1,14 +1,14 @@
 """Graph, Node and Value: the one description of a network every other part of msqkd reads.
 
-The graph knows nothing of quantisation and nothing of MindSpore: parameters and constants are numpy arrays and Python values,
-operators are named as MindSpore names its primitives (``Conv2D``, ``MatMul``, ``Add`` ...).
+The graph knows nothing of quantisation and nothing of MindSpore: parameters and constants are numpy arrays and Python
+values, operators are named as MindSpore names its primitives (``Conv2D``, ``MatMul``, ``Add`` ...).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 
@@ -25,7 +25,8 @@ class TensorType:
 class Value:
     """A named edge of the graph.
 
-    `kind` is ``input`` (fed by the caller), ``param`` (a Parameter, by its name), ``const`` (a literal) or ``node`` (computed).
+    `kind` is ``input`` (fed by the caller), ``param`` (a Parameter, by its name), ``const`` (a literal) or ``node``
+    (computed).
     """
 
     name: str
@@ -34,7 +35,7 @@ class Value:
     const: Any = None
 
 
-@dataclass
+@dataclass(eq=False)  # two nodes are never the same one
 class Node:
     """One operation.
 
@@ -47,6 +48,8 @@ class Node:
         cell_path: path of the cell the operation belongs to (``layer1.0.conv1``); empty for the root.
         cell_types: class names from the root to that cell.
         functional: whether the primitive takes its attributes as arguments (True) or as attributes (False).
+        sequences: (start, length) of the runs of `inputs` that are one argument together, as the tensors of ``Concat``.
+        unpack: whether the operation gives a tuple (of one output or more).
     """
 
     name: str
@@ -57,11 +60,24 @@ class Node:
     cell_path: str = ""
     cell_types: tuple[str, ...] = ()
     functional: bool = True
+    sequences: tuple[tuple[int, int], ...] = ()
+    unpack: bool = False
 
     @property
     def output(self) -> str:
         """The first (usually the only) output."""
         return self.outputs[0]
+
+    def arguments(self) -> list[Union[int, tuple[int, ...]]]:
+        """What the primitive is called with: positions in `inputs`, a tuple of them where an argument is a sequence."""
+        runs = dict(self.sequences)
+        found: list[Union[int, tuple[int, ...]]] = []
+        position = 0
+        while position < len(self.inputs) or position in runs:
+            length = runs.pop(position, None)
+            found.append(position if length is None else tuple(range(position, position + length)))
+            position += 1 if length is None else length
+        return found
 
 
 @dataclass
@@ -111,11 +127,11 @@ class Graph:
 
     def unique_value(self, hint: str) -> str:
         """A value name not in use, built from `hint`."""
-        return _unique(hint, self.values)
+        return unique_name(hint, self.values)
 
     def unique_node(self, hint: str) -> str:
         """A node name not in use, built from `hint`."""
-        return _unique(hint, {node.name for node in self.nodes})
+        return unique_name(hint, {node.name for node in self.nodes})
 
     def insert_after(self, anchor: Optional[Node], nodes: Iterable[Node]) -> None:
         """Insert `nodes` behind `anchor` (at the front when it is None), keeping their order."""
@@ -123,7 +139,7 @@ class Graph:
         self.nodes[at:at] = list(nodes)
 
     def replace_value(self, old: str, new: str, *, outputs: bool = True) -> None:
-        """Let every reader of value `old` read `new` instead (and the graph's outputs too, unless `outputs` is False)."""
+        """Let every reader of value `old` read `new` instead, and the graph's outputs too unless `outputs` is False."""
         for node in self.nodes:
             node.inputs = [new if name == old else name for name in node.inputs]
         if outputs:
@@ -132,10 +148,7 @@ class Graph:
     # -- reading --------------------------------------------------------------------------------------------------
     def producer(self, value: str) -> Optional[Node]:
         """The node that computes `value`, or None for inputs, parameters and literals."""
-        return self._producers().get(value)
-
-    def _producers(self) -> dict[str, Node]:
-        return {output: node for node in self.nodes for output in node.outputs}
+        return next((node for node in self.nodes if value in node.outputs), None)
 
     def consumers(self, value: str) -> list[Node]:
         """The nodes that read `value`, in execution order."""
@@ -183,7 +196,8 @@ class Graph:
         twin = Graph(self.name)
         twin.inputs, twin.outputs = list(self.inputs), list(self.outputs)
         twin.nodes = [
-            replace(node, inputs=list(node.inputs), outputs=list(node.outputs), attrs=dict(node.attrs)) for node in self.nodes
+            replace(node, inputs=list(node.inputs), outputs=list(node.outputs), attrs=dict(node.attrs))
+            for node in self.nodes
         ]
         twin.values = dict(self.values)
         twin.params = {name: replace(param) for name, param in self.params.items()}
@@ -215,7 +229,8 @@ class Graph:
         assert set(self.outputs) <= known, "an output is never computed"
 
 
-def _unique(hint: str, taken: Iterable[str]) -> str:
+def unique_name(hint: str, taken: Container[str]) -> str:
+    """`hint`, or `hint` with the first number that makes it a name not in `taken`."""
     if hint not in taken:
         return hint
     number = 1

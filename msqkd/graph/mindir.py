@@ -1,8 +1,8 @@
 """MindIR (the protobuf that `mindspore.export` writes) to Graph.
 
-The compiler has already flattened every cell, method and operator overload. What is left to undo is its bookkeeping: ``Load``,
-``UpdateState`` and ``Depend`` order side effects (a network in evaluation has none but in-place additions), ``MakeTuple`` and
-``TupleGetItem`` wrap multiple outputs.
+The compiler has already flattened every cell, method and operator overload. What is left to undo is its bookkeeping:
+``Load``, ``UpdateState`` and ``Depend`` order side effects (a network in evaluation has none but in-place operations),
+``MakeTuple`` and ``TupleGetItem`` wrap sequences of inputs and multiple outputs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,21 @@ from typing import Any, Optional
 import numpy as np
 
 from msqkd.errors import CaptureError
-from msqkd.graph.ir import Graph, Node, TensorType, Value
+from msqkd.graph.ir import Graph, Node, TensorType, Value, unique_name
 
 # TensorProto.DataType -> numpy
-_DTYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 17: "float64"}  # fmt: skip
-# MindSpore's in-place additions write their first operand; without other readers they are plain additions.
-_INPLACE = {"InplaceAddExt": "AddExt", "InplaceSubExt": "SubExt", "InplaceMul": "Mul", "InplaceDiv": "Div"}
+_DTYPES = {
+    1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool", 10: "float16",
+    11: "float64", 12: "uint32", 13: "uint64", 17: "float64",
+}  # fmt: skip
+# In-place operations write their first operand; where nobody reads it afterwards they are the plain ones.
+_INPLACE = {
+    "InplaceAddExt": "AddExt", "InplaceAddsExt": "AddScalar",
+    "InplaceSubExt": "SubExt", "InplaceSubScalar": "SubScalar",
+    "InplaceMul": "Mul", "InplaceMuls": "Muls", "InplaceDiv": "Div", "InplaceDivs": "Divs",
+}  # fmt: skip
+# Operations that hand their first input on: they order side effects, or copy because an in-place operation follows.
+_PASS_THROUGH = ("Load", "Depend", "TensorMove")
 _SKIP_SCOPE = ("Default", "Gradients", "recompute_Default")
 
 
@@ -39,8 +48,8 @@ def read_mindir(data: bytes, name: str, types: Optional[dict[str, str]] = None) 
     model.ParseFromString(data)
     if model.functions:
         raise CaptureError(
-            f"{name}: the network branches or loops on tensor values ({_where(model)}); such control flow cannot be quantised: "
-            "decide with Python values fixed at construction, or use ops.select / masks"
+            f"{name}: the network branches or loops on tensor values ({_where(model)}); such control flow cannot be "
+            "quantised: decide with Python values fixed at construction, or use ops.select / masks"
         )
     return _Reader(model, name, types or {}).read()
 
@@ -52,13 +61,15 @@ class _Reader:
         self.types = types
         self.primitives = {primitive.name: primitive for primitive in model.primitives}
         self.alias: dict[str, str] = {}  # proto name -> value name
-        self.tuples: dict[str, list[str]] = {}  # proto name of a MakeTuple -> proto names of its elements
+        self.tuples: dict[str, list[str]] = {}  # proto name of a tuple -> proto names of its elements
         self.monads: set[str] = set()
+        self.overwritten: dict[str, str] = {}  # proto name of a value written in place -> where
 
     def read(self) -> Graph:
         graph, proto = self.graph, self.proto
         for info in proto.input:
             name = graph.unique_value(_short(info.name))
+            _known_dtype(info.tensor[0], name)
             graph.add_value(Value(name, "input", _tensor_type(info.tensor[0])))
             graph.inputs.append(name)
             self.alias[info.name] = name
@@ -67,95 +78,135 @@ class _Reader:
         for node in proto.node:
             self._node(node)
         for info in proto.output:
-            for element in self.tuples.get(info.name, [info.name]):
-                graph.outputs.append(self._value(element))
+            self._check_fresh(info.name)
+            graph.outputs += self._values(info.name)
         _repair_scopes(graph, self.types)
         _name_nodes(graph, self.types)
         graph.prune()
         graph.check()
         return graph
 
-    def _value(self, proto_name: str) -> str:
-        return self.alias[proto_name]
+    def _values(self, proto_name: str) -> list[str]:
+        """The values behind a proto name, nested tuples flattened."""
+        if proto_name in self.tuples:
+            return [value for element in self.tuples[proto_name] for value in self._values(element)]
+        return [self.alias[proto_name]]
 
     def _node(self, proto: Any) -> None:
         out = proto.output[0]
         if proto.op_type == "Constant":
-            value = _attribute(proto.attribute[0])
-            if value is _MONAD:
-                self.monads.add(out)
-            else:
-                hint = re.sub(r"\W", "", _short(out)) or "const"
-                self.alias[out] = self.graph.add_const(value, "c_" + hint)
+            self._constant(out, _attribute(proto.attribute[0]))
             return
         if not proto.op_type.startswith("REF::"):
-            raise CaptureError(f"{self.graph.name}: node {proto.name} of kind {proto.op_type} is not a primitive operation")
+            raise CaptureError(f"{self.graph.name}: node {proto.name} ({proto.op_type}) is not a primitive operation")
         primitive = self.primitives[proto.op_type[len("REF::") :]]
         op = primitive.op_type
         if op == "UpdateState":
             self.monads.add(out)
             return
-        if op in ("Load", "Depend"):
-            self._pass_through(proto)
-            return
-        if op == "MakeTuple":
-            self.tuples[out] = [name for name in proto.input if name not in self.monads]
-            return
         inputs = [name for name in proto.input if name not in self.monads]
-        if op == "TupleGetItem":
-            index = self.graph.const(self._value(inputs[1]))
-            self.alias[out] = self._element(inputs[0], int(index))
-            return
-        self._operation(proto, primitive, inputs)
+        if op in _PASS_THROUGH:
+            self._pass_through(out, proto.input[0], copy=op != "Depend")
+        elif op == "MakeTuple":
+            self.tuples[out] = inputs
+        elif op == "TupleGetItem":
+            self._element(out, inputs[0], int(self.graph.const(self.alias[inputs[1]])))
+        else:
+            self._operation(proto, primitive, inputs)
 
-    def _pass_through(self, proto: Any) -> None:
-        source, out = proto.input[0], proto.output[0]
-        if source in self.tuples:
-            self.tuples[out] = self.tuples[source]
-        elif source in self.monads:
+    def _constant(self, out: str, value: Any) -> None:
+        if value is _MONAD:
             self.monads.add(out)
         else:
-            self.alias[out] = self._value(source)
+            self.alias[out] = self.graph.add_const(value, _constant_name(out))
 
-    def _element(self, source: str, index: int) -> str:
+    def _pass_through(self, out: str, source: str, copy: bool) -> None:
+        if source in self.monads:
+            self.monads.add(out)
+            return
+        if copy:
+            self._check_fresh(source)
+        elif source in self.overwritten:
+            self.overwritten[out] = self.overwritten[source]
         if source in self.tuples:
-            return self._value(self.tuples[source][index])
-        node = self.graph.producer(self._value(source))
-        assert node is not None
-        return node.outputs[index]
+            self.tuples[out] = self.tuples[source]
+        else:
+            self.alias[out] = self.alias[source]
+
+    def _element(self, out: str, source: str, index: int) -> None:
+        element = self.tuples[source][index]
+        if element in self.tuples:
+            self.tuples[out] = self.tuples[element]
+        else:
+            self.alias[out] = self.alias[element]
 
     def _operation(self, proto: Any, primitive: Any, inputs: list[str]) -> None:
         op, out = primitive.op_type, proto.output[0]
         path, types = _scope(proto.domain)
-        names: list[str] = []
-        for name in inputs:
-            if name in self.tuples:  # an operation on a sequence, such as Concat
-                names.extend(self._value(element) for element in self.tuples[name])
-            else:
-                names.append(self._value(name))
-        shapes = _output_types(proto)
+        names, sequences = self._arguments(inputs)
+        kinds = _output_types(proto)
         hint = re.sub(r"\W+", "_", f"{path or 'net'}_{op}").lower()
         outputs = [self.graph.unique_value(hint)]
-        outputs += [f"{outputs[0]}_{i}" for i in range(1, len(shapes))]
-        for value, kind in zip(outputs, shapes):
+        outputs += [f"{outputs[0]}_out{i}" for i in range(1, len(kinds))]
+        for value, kind in zip(outputs, kinds):
             self.graph.add_value(Value(value, "node", kind))
-        functional = primitive.prim_type != 1
         attrs = {a.name: _attribute(a) for a in primitive.attribute}
-        if op in _INPLACE:
-            self._check_inplace(proto, names[0])
-            op, attrs = _INPLACE[op], {}
-        if op == "AddExt" and len(names) == 3 and self.graph.const(names[2]) == 1:
-            op, names = "Add", names[:2]
-        self.graph.nodes.append(Node(out, op, names, outputs, attrs, path, (self.graph.name, *types), functional))
-        self.alias[out] = outputs[0]
+        if op.startswith("Inplace"):
+            op, attrs = self._out_of_place(op, path, inputs[0]), {}
+        functional = primitive.prim_type != 1
+        types = (self.graph.name, *types)
+        node = Node(out, op, names, outputs, attrs, path, types, functional, sequences, _gives_tuple(proto))
+        self.graph.nodes.append(node)
+        if node.unpack:
+            self.tuples[out] = [f"{out}[{index}]" for index in range(len(outputs))]
+            self.alias.update(zip(self.tuples[out], outputs))
+        else:
+            self.alias[out] = outputs[0]
 
-    def _check_inplace(self, proto: Any, operand: str) -> None:
-        kind = self.graph.values[operand].kind
-        if kind != "node":
+    def _arguments(self, inputs: list[str]) -> tuple[list[str], tuple[tuple[int, int], ...]]:
+        """Value names and the runs among them that are one argument; a tuple of literals is one literal."""
+        names: list[str] = []
+        sequences: list[tuple[int, int]] = []
+        for name in inputs:
+            self._check_fresh(name)
+            values = self._values(name)
+            if name not in self.tuples:
+                names += values
+            elif all(self._is_literal(value) for value in values):
+                names.append(self.graph.add_const(tuple(self.graph.const(value) for value in values), "c_tuple"))
+            else:
+                sequences.append((len(names), len(values)))
+                names += values
+        return names, tuple(sequences)
+
+    def _is_literal(self, value: str) -> bool:
+        return self.graph.values[value].kind == "const" and not isinstance(self.graph.const(value), np.ndarray)
+
+    def _check_fresh(self, name: str) -> None:
+        for element in self.tuples.get(name, ()):
+            self._check_fresh(element)
+        if name in self.overwritten:
             raise CaptureError(
-                f"{self.graph.name}: '{_scope(proto.domain)[0] or 'the network'}' adds in place (+=) to a network {kind}; "
-                "write `y = x + ...` instead of `x += ...`"
+                f"{self.graph.name}: {self.overwritten[name]} changes a tensor in place that is read again afterwards; "
+                "write `y = y + ...` instead of `y += ...`"
             )
+
+    def _out_of_place(self, op: str, path: str, operand: str) -> str:
+        """The plain twin of an in-place operation, after which nobody may read `operand`."""
+        place = f"'{path}'" if path else "its construct"
+        if op not in _INPLACE:
+            raise CaptureError(
+                f"{self.graph.name}: {place} uses the in-place operation {op}; "
+                "of those that change a tensor in place, msqkd knows +=, -=, *= and /="
+            )
+        kind = self.graph.values[self.alias[operand]].kind
+        if kind != "node":
+            what = {"input": "an input of the network", "param": "a parameter", "const": "a constant"}[kind]
+            raise CaptureError(
+                f"{self.graph.name}: {place} changes {what} in place; write `y = x + ...` instead of `x += ...`"
+            )
+        self.overwritten[operand] = place
+        return _INPLACE[op]
 
 
 class _Monad:
@@ -204,10 +255,17 @@ class _Opaque:
 
 
 def _array(tensor: Any) -> np.ndarray:
+    dtype = _known_dtype(tensor, tensor.ref_key or tensor.name)
+    return np.frombuffer(tensor.raw_data, dtype=dtype).reshape(tuple(tensor.dims)).copy()
+
+
+def _known_dtype(tensor: Any, name: str) -> str:
     dtype = _DTYPES.get(tensor.data_type)
     if dtype is None:
-        raise CaptureError(f"parameter {tensor.ref_key or tensor.name} has a data type msqkd cannot hold (code {tensor.data_type})")
-    return np.frombuffer(tensor.raw_data, dtype=dtype).reshape(tuple(tensor.dims)).copy()
+        kind = tensor.DataType.Name(tensor.data_type).lower()
+        known = ", ".join(dict.fromkeys(_DTYPES.values()))
+        raise CaptureError(f"'{name}' has data type {kind}, which is not one of {known}")
+    return dtype
 
 
 def _tensor_type(tensor: Any) -> TensorType:
@@ -215,15 +273,30 @@ def _tensor_type(tensor: Any) -> TensorType:
 
 
 def _output_types(proto: Any) -> list[Optional[TensorType]]:
-    for attr in proto.attribute:
-        if attr.name == "shape":
-            entries = list(attr.values) or [attr]
-            return [_tensor_type(entry.tensors[0]) if entry.tensors else None for entry in entries]
-    return [None]
+    shape = _shape_attribute(proto)
+    if shape is None:
+        return [None]
+    entries = list(shape.values) or [shape]
+    return [_tensor_type(entry.tensors[0]) if entry.tensors else None for entry in entries]
+
+
+def _gives_tuple(proto: Any) -> bool:
+    shape = _shape_attribute(proto)
+    return shape is not None and bool(shape.values)
+
+
+def _shape_attribute(proto: Any) -> Any:
+    return next((attr for attr in proto.attribute if attr.name == "shape"), None)
 
 
 def _short(name: str) -> str:
     return name.rsplit(":", 1)[-1] if not name.rsplit(":", 1)[-1].isdigit() else name.rsplit(":", 2)[-2]
+
+
+def _constant_name(proto_name: str) -> str:
+    """``c_`` and the name in the source, without the compiler's numbers (they differ from one run to the next)."""
+    hint = re.sub(r"_\d+$", "", re.sub(r"\W", "", _short(proto_name)))
+    return "c" if hint in ("", "CNode", "ValueNode", "Parameter") else f"c_{hint}"
 
 
 def _scope(domain: str) -> tuple[str, tuple[str, ...]]:
@@ -238,33 +311,63 @@ def _scope(domain: str) -> tuple[str, tuple[str, ...]]:
 def _repair_scopes(graph: Graph, types: dict[str, str]) -> None:
     """Give functional operations of a repeated block their own block back.
 
-    The compiler parses the code of equal operator calls once, so `x + y` in the fifth and the eighth block can both say "block 5". An
-    operation is moved to the block of its producer when that block has the same class, and began only after the recorded one ended.
+    The compiler parses the code of equal blocks once, so the `x + y` of the eighth block can say "block 5". Layers do
+    know their place. An operation whose neighbours lie in another block of the same class, one that began only after
+    the recorded one had ended, is moved there; what a block computes before its first layer goes by its readers, the
+    rest by its producers.
     """
+    containers = _containers(types)
+    fixed = {id(n) for n in graph.nodes if graph.param_inputs(n) or (n.cell_path and n.cell_path not in containers)}
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for index, node in enumerate(graph.nodes):
-        if graph.param_inputs(node) or not _is_container(node.cell_path, types):
+        if id(node) in fixed:
             for prefix in _prefixes(node.cell_path):
                 first.setdefault(prefix, index)
                 last[prefix] = index
-    producers = {output: (i, node) for i, node in enumerate(graph.nodes) for output in node.outputs}
+    place = {id(node): index for index, node in enumerate(graph.nodes)}
+    producers = {output: node for node in graph.nodes for output in node.outputs}
+    readers: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if graph.param_inputs(node) or not node.cell_path:
-            continue
-        found = [producers[name] for name in node.inputs if name in producers]
-        if not found:
-            continue
-        source = max(found, key=lambda pair: pair[0])[1]
-        depth = node.cell_path.count(".") + 1
-        candidate = ".".join(source.cell_path.split(".")[:depth])
-        same = source.cell_types[: depth + 1] == node.cell_types
-        if same and candidate != node.cell_path and first.get(candidate, -1) > last.get(node.cell_path, len(graph.nodes)):
-            node.cell_path = candidate
+        for name in node.inputs:
+            readers.setdefault(name, []).append(node)
+    opening: dict[
+        tuple[str, str], bool
+    ] = {}  # whether the first such operation of a block comes before the block's first layer
+    for node in graph.nodes:
+        opening.setdefault((node.cell_path, node.op), place[id(node)] < first.get(node.cell_path, 0))
+    early = {id(node) for node in graph.nodes if opening[node.cell_path, node.op]}
+
+    def move(node: Node, neighbour: Optional[Node]) -> bool:
+        if neighbour is None or (neighbour.cell_path + ".").startswith(node.cell_path + "."):
+            return neighbour is not None
+        parts, others = _prefixes(node.cell_path), _prefixes(neighbour.cell_path)
+        for depth in range(min(len(parts), len(others)), 0, -1):
+            mine, other = parts[depth - 1], others[depth - 1]
+            path = other + node.cell_path[len(mine) :]
+            alike = (
+                node.cell_types[: depth + 1] == neighbour.cell_types[: depth + 1]
+                and types.get(path) == node.cell_types[-1]
+            )
+            if mine != other and alike and first.get(other, -1) > last.get(mine, len(graph.nodes)):
+                node.cell_path = path
+                return True
+        return False
+
+    movable = [node for node in graph.nodes if node.cell_path and id(node) not in fixed]
+    settled: set[int] = set()
+    for node in movable:
+        sources = [producers[name] for name in node.inputs if name in producers]
+        if id(node) not in early and move(node, max(sources, key=lambda n: place[id(n)], default=None)):
+            settled.add(id(node))
+    for node in reversed(movable):
+        if id(node) not in settled:
+            move(node, next((n for output in node.outputs for n in readers.get(output, ())), None))
 
 
-def _is_container(path: str, types: dict[str, str]) -> bool:
-    return any(other.startswith(path + ".") for other in types) if path else True
+def _containers(types: dict[str, str]) -> set[str]:
+    """The paths of cells that have cells inside."""
+    return {prefix for path in types for prefix in _prefixes(path)[:-1]}
 
 
 def _prefixes(path: str) -> list[str]:
@@ -273,22 +376,31 @@ def _prefixes(path: str) -> list[str]:
 
 
 def _name_nodes(graph: Graph, types: dict[str, str]) -> None:
-    """Name a leaf cell's main operation after the cell, every other after the cell and the operation."""
+    """Name a layer's main operation after its cell, every other after the cell and the operation.
+
+    The main operation of a layer is the first that has parameters, or its only one.
+    """
+    containers = _containers(types)
+    main: dict[str, str] = {}  # path of a layer -> the operation that gets its name
+    kinds: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        if node.cell_path and node.cell_path not in containers:
+            kinds.setdefault(node.cell_path, set()).add(node.op)
+            if graph.param_inputs(node):
+                main.setdefault(node.cell_path, node.op)
+    for path, ops in kinds.items():
+        if len(ops) == 1:
+            main.setdefault(path, *ops)
     taken: set[str] = set()
     for node in graph.nodes:
-        leaf = bool(node.cell_path) and not _is_container(node.cell_path, types)
-        base = node.cell_path if leaf else ".".join(filter(None, (node.cell_path, _snake(node.op))))
-        if leaf and node.op in ("BiasAdd",):
-            base = f"{node.cell_path}.bias_add"
-        name, number = base, 1
-        while name in taken:
-            name = f"{base}_{number}"
-            number += 1
-        node.name = name
-        taken.add(name)
+        alone = main.get(node.cell_path) == node.op
+        base = node.cell_path if alone else ".".join(filter(None, (node.cell_path, _snake(node.op))))
+        node.name = unique_name(base, taken)
+        taken.add(node.name)
 
 
 def _snake(op: str) -> str:
+    op = op.removesuffix("Ext")  # MindSpore's newer form of an operation; a reader does not care
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", op).lower()
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
-from typing import Any, Optional
+from functools import cache
+from typing import Any, Optional, Union
 
 from msqkd.graph.ir import Graph, Node
 
+Argument = Union[int, tuple[int, ...]]
 
-@lru_cache(maxsize=None)
+
+@cache
 def _functional_class(op: str) -> Optional[type]:
     """The generated class of a functional primitive, whose attributes are trailing arguments."""
     from mindspore.ops.auto_generate import gen_ops_prim
@@ -18,23 +20,24 @@ def _functional_class(op: str) -> Optional[type]:
     return cls if inspect.isclass(cls) else None
 
 
-def primitive(graph: Graph, node: Node) -> tuple[Any, list[str]]:
-    """The primitive of `node`, ready to be called, and the names of the inputs to call it with.
+def primitive(graph: Graph, node: Node) -> tuple[Any, list[Argument]]:
+    """The primitive of `node`, ready to be called, and what to call it with (as `Node.arguments`).
 
-    A functional primitive records its attributes as trailing literal arguments; they are set on the instance and are not passed.
-    Any other is rebuilt from its recorded attributes.
+    A functional primitive records its attributes as trailing literal arguments; they are set on the instance and are
+    not passed. Any other is rebuilt from its recorded attributes.
     """
     from mindspore import ops
 
+    arguments = node.arguments()
     cls = _functional_class(node.op) if node.functional else None
     if cls is not None:
-        called = list(inspect.signature(cls.__call__).parameters)[1:]
-        settings = list(inspect.signature(cls.__init__).parameters)[1:]
-        literals = [graph.const(name) for name in node.inputs[len(called) :]]
-        instance = cls(**{s: p.default for s, p in zip(settings, _parameters(cls)) if p.default is not inspect.Parameter.empty})
-        for name, value in zip(settings, literals):
+        called = len(inspect.signature(cls.__call__).parameters) - 1
+        settings = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
+        literals = {s.name: graph.const(node.inputs[index]) for s, index in zip(settings, arguments[called:])}  # type: ignore[index]
+        instance = cls(**{s.name: literals[s.name] if s.default is s.empty else s.default for s in settings})
+        for name, value in literals.items():
             instance._set_prim_arg(name, value)  # the literal is the encoded form, past the argument's own handler
-        return instance, node.inputs[: len(called)]
+        return instance, arguments[:called]
     instance = ops.Primitive(node.op)
     for name, value in node.attrs.items():
         if name not in ("input_names", "output_names"):
@@ -43,8 +46,4 @@ def primitive(graph: Graph, node: Node) -> tuple[Any, list[str]]:
     inputs, outputs = node.attrs.get("input_names"), node.attrs.get("output_names")
     if inputs and outputs:
         instance.init_prim_io_names(inputs=list(inputs), outputs=list(outputs))
-    return instance, list(node.inputs)
-
-
-def _parameters(cls: type) -> list[inspect.Parameter]:
-    return list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
+    return instance, arguments

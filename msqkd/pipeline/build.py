@@ -26,7 +26,9 @@ def input_shape(recipe: Recipe) -> Shape:
     model = recipe.model
     shape = model.input_shape or default_input_shape(model.source, model.name, model.args)
     if shape is None:
-        raise ModelError(f"model '{model.name or model.target}' does not say its input shape; set model.input_shape: [C, H, W]")
+        raise ModelError(
+            f"model '{model.name or model.target}' does not say its input shape; set model.input_shape: [C, H, W]"
+        )
     return shape[0], shape[1], shape[2]
 
 
@@ -44,7 +46,13 @@ def load_bundle(recipe: Recipe) -> DataBundle:
     """The recipe's data, fitted to the network's input."""
     data = recipe.data
     return load_data(
-        data.name, data.root, input_shape=input_shape(recipe), augment=tuple(data.augment), mean=data.mean, std=data.std, seed=recipe.seed
+        data.name,
+        data.root,
+        input_shape=input_shape(recipe),
+        augment=tuple(data.augment),
+        mean=data.mean,
+        std=data.std,
+        seed=recipe.seed,
     )
 
 

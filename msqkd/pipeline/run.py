@@ -18,18 +18,24 @@ from msqkd.checkpoints import load_checkpoint, save_checkpoint
 from msqkd.data import DataBundle, Split, subset
 from msqkd.distill.losses import hard_loss
 from msqkd.distill.step import DistillTrainOneStepCell
-from msqkd.environment import versions
 from msqkd.errors import ExportError, ModelError, PlanError
-from msqkd.export import LITE, export
-from msqkd.export.portable import write_float
-from msqkd.export.verify import compare, load_lite, load_portable
+from msqkd.exporters import LITE, export
+from msqkd.exporters.portable import write_float
+from msqkd.exporters.verify import compare, load_lite, load_portable
 from msqkd.files import sha256, write_json
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import read_parameters, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.pipeline.build import (
-    build_network, calibration_split, check_classes, distill_loss, input_shape, load_bundle, quant_settings,
+    build_network,
+    calibration_split,
+    check_classes,
+    distill_loss,
+    input_shape,
+    load_bundle,
+    quant_settings,
 )  # fmt: skip
+from msqkd.pipeline.result import assemble
 from msqkd.pipeline.rundir import RunDirectory
 from msqkd.progress import Reporter
 from msqkd.quant.fake_quant import IN_GRAPH_OBSERVERS, QUANTIZE
@@ -37,13 +43,14 @@ from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.ptq import calibrate, divergence
 from msqkd.quant.qat import QuantCell, deployment_graph, quantize_cell
-from msqkd.recipe import Recipe, TrainSection, dump_recipe
+from msqkd.recipe import Recipe, TrainSection
 from msqkd.train.evaluate import accuracy, accuracy_of, answers, input_batches
 from msqkd.train.loop import Training, fit, steps_per_epoch
 from msqkd.train.optimizer import make_optimizer
 from msqkd.train.step import TrainStep, WithLoss
 
 _SQNR_SAMPLES = 256
+_COLLAPSE = 5.0  # points a training may lose before it is called diverged
 
 # role of a training -> (title, quantised, distilled)
 _ROLES = {
@@ -61,33 +68,48 @@ def plan_recipe(recipe: Recipe) -> tuple[Graph, QuantPlan]:
     Raises:
         MsqkdError: the network cannot be built or captured, or a rule does not fit.
     """
-    section = recipe.model.model_copy(update={"checkpoint": None, "args": {k: v for k, v in recipe.model.args.items() if k != "pretrained"}})  # fmt: skip
+    args = {key: value for key, value in recipe.model.args.items() if key != "pretrained"}
+    section = recipe.model.model_copy(update={"checkpoint": None, "args": args})
     net = build_network(section, "model")
     graph = capture(net, input_shape(recipe))
     default, rules = quant_settings(recipe)
     return graph, make_plan(deployment_graph(graph), default, rules, recipe.target)
 
 
-def run_recipe(recipe: Recipe, output: Path, reporter: Optional[Reporter] = None, fresh: bool = False) -> dict[str, Any]:
+def run_recipe(
+    recipe: Recipe, output: Path, reporter: Optional[Reporter] = None, fresh: bool = False, *, train: bool = True
+) -> dict[str, Any]:
     """Run a recipe into a folder and return the report's data.
 
-    Everything is kept in the folder: run again after an interruption, it goes on where it stopped, with the same result.
+    Everything is kept in the folder: run again after an interruption, it goes on where it stopped, with the same
+    result.
+
+    Args:
+        recipe: what to do.
+        output: the folder; created when it does not exist.
+        reporter: where progress is told.
+        fresh: forget an earlier run in the folder.
+        train: False leaves the trainings out and exports the calibrated float network (PTQ).
 
     Raises:
         MsqkdError: whatever the user can mend.
     """
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_seed(recipe.seed)
-    return _Run(recipe, RunDirectory(output, recipe, fresh), reporter or Reporter()).run()
+    folder = RunDirectory(output, recipe, fresh, verb="run" if train else "calibrate")
+    return _Run(recipe, folder, reporter or Reporter(), train).run()
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, folder: RunDirectory, reporter: Reporter) -> None:
+    def __init__(self, recipe: Recipe, folder: RunDirectory, reporter: Reporter, train: bool) -> None:
         self.recipe, self.folder, self.reporter = recipe, folder, reporter
         main = "qat_kd" if recipe.distillation is not None else "qat"
         self.main = main
-        self.trainings = [*(_COMPARISONS[name] for name in recipe.compare if _COMPARISONS[name] != main), main]
-        reporter.stages = 6 + len(self.trainings)
+        self.classes = 0
+        self.warnings: list[str] = []
+        others = [_COMPARISONS[name] for name in recipe.compare if _COMPARISONS[name] != main]
+        self.trainings = [*others, main] if train else []
+        reporter.stages = 5 + (len(self.trainings) + 1 if train else 0)
         self.started = datetime.now(timezone.utc)
         self.clock = time.monotonic()
 
@@ -95,14 +117,29 @@ class _Run:
     def run(self) -> dict[str, Any]:
         for warning in self.recipe.warnings():
             self.reporter.warn(warning)
+        self._preflight()
         self._float_network()
         self._plan_stage()
         self._ptq()
         for role in self.trainings:
             self._training_stage(role)
-        self._calibration()
+        if self.trainings:
+            self._calibration()
         self._export()
         return self._report()
+
+    def _preflight(self) -> None:
+        """What must be refused is refused now, not after hours of training."""
+        pretrain = self.recipe.pretrain
+        if pretrain is None or self.folder.done("float"):
+            self._check_plan(self.plan)
+        else:
+            graph, plan = plan_recipe(self.recipe)
+            self._check_network(graph)
+            self._check_plan(plan)
+            steps_per_epoch(self.bundle.train, pretrain.batch_size)
+        if self.trainings and self.recipe.distillation is not None and self.recipe.teacher.source != "self":
+            _ = self.other_teacher
 
     def _stage(self, name: str, title: str, work: Callable[[], Any], tell: Callable[[Any], str]) -> Any:
         self.reporter.stage(title)
@@ -137,14 +174,17 @@ class _Run:
             write_json(self.folder.file("plan.json"), self.plan.to_dict())
             return {"int8_share": self.plan.int8_share()}
 
-        result = self._stage("plan", f"Plan for {self.recipe.target}", work, lambda r: f"{r['int8_share']:.0%} of the operations run in int8")
+        self._stage(
+            "plan",
+            f"Plan for {self.recipe.target}",
+            work,
+            lambda r: f"{r['int8_share']:.0%} of the operations run in int8",
+        )
         for node in self.plan.nodes:
             if node.precision != "int8":
                 self.reporter.say(f"float: {node.name} ({node.op}): {node.reason}")
         for warning in self.plan.warnings:
             self.reporter.warn(warning)
-        if not self.plan.weights:
-            raise PlanError(f"no layer of {self.plan.network} can be quantised on {self.recipe.target} (int8 share {result['int8_share']:.0%})")
 
     def _ptq(self) -> None:
         def work() -> dict[str, Any]:
@@ -154,11 +194,22 @@ class _Run:
             measured = accuracy(cell, self.bundle.test, self.recipe.data.eval_batch_size)
             return {"accuracy": measured, "ranges": plan.ranges(), "samples": len(self.calibration)}
 
-        self._stage("ptq", "Calibration of the float network (PTQ)", work, lambda r: f"PTQ accuracy {r['accuracy']:.2f} %")
+        self._stage(
+            "ptq", "Calibration of the float network (PTQ)", work, lambda r: f"PTQ accuracy {r['accuracy']:.2f} %"
+        )
 
     def _training_stage(self, role: str) -> None:
-        title, _, _ = _ROLES[role]
-        self._stage(role, title[0].upper() + title[1:], lambda: self._train(role), lambda r: f"accuracy {r['accuracy']:.2f} %")
+        title, quantised, _ = _ROLES[role]
+        result = self._stage(
+            role, title[0].upper() + title[1:], lambda: self._train(role), lambda r: f"accuracy {r['accuracy']:.2f} %"
+        )
+        untrained = self.folder.result("ptq" if quantised else "float")["accuracy"]
+        if result["accuracy"] < untrained - _COLLAPSE:
+            self.warnings.append(
+                f"{title}: {result['accuracy']:.2f} % after training, {untrained:.2f} % before: the training diverged; "
+                "lower train.lr, or set quantization.batchnorm: freeze, which takes a larger one than folded weights do"
+            )
+            self.reporter.warn(self.warnings[-1])
 
     def _calibration(self) -> None:
         """Re-range the trained network; keep the ranges that answer more like the teacher."""
@@ -176,11 +227,18 @@ class _Run:
                 loss[name] = divergence(answers(cell, self.calibration, self._calibration_batch()), reference)
             kept = min(loss, key=lambda name: loss[name])
             observer = self.recipe.calibration.observer
-            return {"kept": kept, "loss": loss, "ranges": candidates[kept], "samples": len(self.calibration), "observer": observer}
+            return {
+                "kept": kept,
+                "loss": loss,
+                "ranges": candidates[kept],
+                "samples": len(self.calibration),
+                "observer": observer,
+            }
 
         def tell(result: dict[str, Any]) -> str:
             loss = result["loss"]
-            return f"kept the {result['kept']} ranges (calibration loss: trained {loss['trained']:.3g}, calibrated {loss['calibrated']:.3g})"
+            losses = f"trained {loss['trained']:.3g}, calibrated {loss['calibrated']:.3g}"
+            return f"kept the {result['kept']} ranges (calibration loss: {losses})"
 
         self._stage("calibration", "Calibration of the trained network", work, tell)
 
@@ -188,7 +246,12 @@ class _Run:
         def work() -> dict[str, Any]:
             return self._export_files()
 
-        self._stage("export", "Export and verification", work, lambda r: f"exported accuracy {r['accuracy']:.2f} %, files {', '.join(r['files'])}")
+        self._stage(
+            "export",
+            "Export and verification",
+            work,
+            lambda r: f"exported accuracy {r['accuracy']:.2f} %, files {', '.join(r['files'])}",
+        )
 
     # -- objects, made when first needed ------------------------------------------------------------------------------
     @cached_property
@@ -220,30 +283,48 @@ class _Run:
     @cached_property
     def plan(self) -> QuantPlan:
         default, rules = quant_settings(self.recipe)
-        plan = make_plan(self.deployed, default, rules, self.recipe.target)
-        self._check_delays(plan)
-        return plan
+        return make_plan(self.deployed, default, rules, self.recipe.target)
 
     @cached_property
     def teacher(self) -> Any:
-        section = self.recipe.teacher
-        if section.source == "self":
-            return to_cell(self.captured)
-        net = build_network(section, "teacher")
+        return to_cell(self.captured) if self.recipe.teacher.source == "self" else self.other_teacher
+
+    @cached_property
+    def other_teacher(self) -> Any:
+        """A teacher that is not the float network itself, found to answer what the student is asked."""
+        net = build_network(self.recipe.teacher, "teacher")
         sample = ms.Tensor(self.bundle.train.batch(np.arange(1))[0])
-        found, wanted = net(sample).shape, to_cell(self.captured)(sample).shape
-        if found != wanted:
-            raise ModelError(f"teacher: its answers have shape {tuple(found)}, the student's {tuple(wanted)}; they must have the same classes")
+        try:
+            found = tuple(net(sample).shape)
+        except Exception as error:  # MindSpore raises whatever its compiler met
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(
+                f"teacher: it cannot take the student's input of shape {tuple(sample.shape)}: {reason}"
+            ) from error
+        if found != (1, self.classes):
+            raise ModelError(
+                f"teacher: its answers have shape {found}, the student's {(1, self.classes)}; "
+                "they must have the same classes"
+            )
         return net
 
     # -- work -----------------------------------------------------------------------------------------------------
     def _check_network(self, graph: Graph) -> None:
         shape = graph.shape(graph.outputs[0])
         if len(graph.inputs) != 1 or len(shape) != 2:
-            raise ModelError(f"{graph.name}: a recipe trains classifiers with one input and (N, classes) outputs; this one gives {shape}")
-        check_classes(self.bundle, shape[1])
+            raise ModelError(
+                f"{graph.name}: a recipe trains classifiers with one input and (N, classes) outputs; "
+                f"this one gives {shape}"
+            )
+        self.classes = shape[1]
+        check_classes(self.bundle, self.classes)
 
-    def _check_delays(self, plan: QuantPlan) -> None:
+    def _check_plan(self, plan: QuantPlan) -> None:
+        if not plan.weights:
+            share = f"int8 share {plan.int8_share():.0%}"
+            raise PlanError(f"no layer of {plan.network} can be quantised on {self.recipe.target} ({share})")
+        if not self.trainings:
+            return
         train = self.recipe.train
         steps = train.epoch_size * steps_per_epoch(self.bundle.train, train.batch_size)
         late = [group for group in plan.groups.values() if group.delay >= steps]
@@ -268,7 +349,12 @@ class _Run:
         total = -(-len(self.calibration) // size)
         with self.reporter.task(title, total) as task:
             return calibrate(
-                graph, self.plan, input_batches(self.calibration, size), observer=observer, percentile=percentile, progress=task.update
+                graph,
+                self.plan,
+                input_batches(self.calibration, size),
+                observer=observer,
+                percentile=percentile,
+                progress=task.update,
             )
 
     def _pretrain(self) -> dict[str, Any]:
@@ -279,7 +365,9 @@ class _Run:
         graph = capture(build_network(section, "model"), input_shape(self.recipe))
         self._check_network(graph)
         network = to_cell(graph)
-        step = TrainStep(WithLoss(network, self._hard_loss(settings)), self._optimizer(network, settings), settings.clip_grad)
+        step = TrainStep(
+            WithLoss(network, self._hard_loss(settings)), self._optimizer(network, settings), settings.clip_grad
+        )
         history = self._fit("pretrain", "training from scratch", network, step, settings)
         read_parameters(network, graph)
         self._save_graph(graph, "float.ckpt")
@@ -293,9 +381,12 @@ class _Run:
     def _optimizer(self, network: nn.Cell, settings: TrainSection) -> nn.Optimizer:
         return make_optimizer(network, settings, steps_per_epoch(self.bundle.train, settings.batch_size))
 
-    def _fit(self, key: str, title: str, network: Any, step: TrainStep, settings: TrainSection, delay: Optional[int] = None) -> dict[str, Any]:  # fmt: skip
+    def _fit(
+        self, key: str, title: str, network: Any, step: TrainStep, settings: TrainSection, delay: Optional[int] = None
+    ) -> dict[str, Any]:
         training = Training(
-            title=title, key=f"{self.recipe.sha()}/{key}", network=network, step=step, settings=settings, train=self.bundle.train,
+            title=title, key=f"{self.recipe.sha()}/{key}", network=network, step=step, settings=settings,
+            train=self.bundle.train,
             test=self.bundle.test, seed=self.recipe.seed, state_file=self.folder.file(f"{key}.state.npz"),
             eval_batch_size=self.recipe.data.eval_batch_size, activation_delay=delay,
         )  # fmt: skip
@@ -333,15 +424,20 @@ class _Run:
 
     def _trained_cell(self, role: str) -> QuantCell:
         ranges = {name: tuple(span) for name, span in self.folder.result(role)["ranges"].items()}
-        cell = quantize_cell(self.captured, self.plan.with_ranges(ranges), self.recipe.quantization.batchnorm)  # type: ignore[arg-type]
+        cell = quantize_cell(self.captured, self.plan.with_ranges(ranges), self.recipe.quantization.batchnorm)
         load_weights(cell, self.folder.file(f"{role}.ckpt"))
         cell.set_phase(QUANTIZE)
         return cell
 
     def _final(self) -> QuantCell:
-        cell = self._trained_cell(self.main)
-        ranges = self.folder.result("calibration")["ranges"]
+        """The network that is exported: trained where the run trains, else the float network with calibrated ranges."""
+        ranges = self.folder.result("calibration" if self.trainings else "ptq")["ranges"]
+        if self.trainings:
+            cell = self._trained_cell(self.main)
+        else:
+            cell = quantize_cell(self.deployed, self.plan)
         cell.set_ranges({name: (low, high) for name, (low, high) in ranges.items()})
+        cell.set_phase(QUANTIZE)
         return cell
 
     def _export_files(self) -> dict[str, Any]:
@@ -368,15 +464,23 @@ class _Run:
             raise ExportError("export.formats is empty; choose at least one format")
         sizes = {name: self.folder.file(file).stat().st_size for name, file in files.items()}
         checksums = {file: sha256(self.folder.file(file)) for file in files.values()}
-        return {"accuracy": measured, "files": list(files.values()), "sizes": sizes, "sha256": checksums, "verified": verified}
+        return {
+            "accuracy": measured,
+            "files": list(files.values()),
+            "sizes": sizes,
+            "sha256": checksums,
+            "verified": verified,
+        }
 
     def _check_export(self, name: str, result: dict[str, Any]) -> None:
         tolerance = self.recipe.export.verify_tolerance
-        # Dense layers of the marked file are convolutions: equal but for the order of sums, which may move a value to the next level.
+        # Dense layers of the marked file are convolutions: equal but for the order of sums, which may move a value to
+        # the next level.
         wrong = result["agreement"] < 99.0 if name == LITE else result["max_abs_diff"] > tolerance
         if wrong:
             raise ExportError(
-                f"{result['file']} does not answer as the trained network: largest difference {result['max_abs_diff']:.3g} "
+                f"{result['file']} does not answer as the trained network: "
+                f"largest difference {result['max_abs_diff']:.3g} "
                 f"(allowed {tolerance:g}), equal answers {result['agreement']:.2f} %"
             )
 
@@ -387,43 +491,18 @@ class _Run:
         graph, plan = self._final().sync()
         samples = subset(self.bundle.test, min(_SQNR_SAMPLES, len(self.bundle.test)))
         layers = layer_table(graph, plan, self.deployed, input_batches(samples, min(64, len(samples))))
-        stages = folder.state["stages"]
-        exported = stages["export"]
-        histories = {role: stages[role]["history"] for role in _ROLES if role in stages}
-        if stages["float"]["history"]:
-            histories["pretrain"] = stages["float"]["history"]
-        sizes = dict(exported["sizes"])
-        int8 = sizes.get("portable_mindir")
-        result = {
-            "apiversion": "msqkd/report/v1",
-            "name": recipe.name,
-            "description": recipe.description,
-            "recipe": dump_recipe(recipe),
-            "recipe_sha256": recipe.sha(),
-            "started": self.started.isoformat(timespec="seconds"),
-            "seconds": sum(stage["seconds"] for stage in stages.values()),
-            "seed": recipe.seed,
-            "target": recipe.target,
-            "versions": versions(),
-            "data": {
-                "name": self.bundle.name, "train": len(self.bundle.train), "test": len(self.bundle.test), "calibration": len(self.calibration),
-            },
-            "accuracy": {
-                **{role: stages[role]["accuracy"] if role in stages else None for role in ("float", "float_ft", "float_kd", "ptq", "qat", "qat_kd")},
-                "exported": exported["accuracy"],
-            },
-            "size_bytes": {"float": sizes.pop("float"), "int8": int8, **{k: v for k, v in sizes.items() if k != "portable_mindir"}},
-            "int8_share": plan.int8_share(),
-            "sha256": exported["sha256"],
-            "export": exported["verified"],
-            "calibration": {key: stages["calibration"][key] for key in ("samples", "observer", "kept", "loss")},
-            "training": histories,
-            "layers": layers,
-            "plan": plan.to_dict(),
-            "warnings": [*recipe.warnings(), *plan.warnings],
-        }  # fmt: skip
+        counts = {"train": len(self.bundle.train), "test": len(self.bundle.test), "calibration": len(self.calibration)}
+        result = assemble(
+            recipe,
+            folder.state["stages"],
+            plan,
+            layers,
+            {"name": self.bundle.name, **counts},
+            self.started,
+            self.warnings,
+        )
         write_report(result, folder.path)
-        for state in folder.path.glob("*.state.npz*"):
+        for state in folder.path.glob("*.state.npz"):
             state.unlink()
         self.reporter.say(f"{folder.file('report.html')}")
         return result

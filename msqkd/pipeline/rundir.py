@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from msqkd.files import write_json, write_text
 from msqkd.recipe import Recipe, dump_recipe
 
 _STATE = "state.json"
+_BEGUN = {_STATE, "recipe.yaml"}
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.[a-z]+")  # as msqkd.files.replacing names them
 
 
 class RunDirectory:
@@ -22,51 +25,73 @@ class RunDirectory:
         path: created when it does not exist.
         recipe: the recipe it belongs to.
         fresh: forget what is there.
+        verb: the command that fills it, ``run`` or ``calibrate``.
 
     Raises:
         ExportError: the folder cannot be written.
         RecipeError: it holds the run of another recipe; names the settings that differ.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, fresh: bool = False) -> None:
+    def __init__(self, path: Path, recipe: Recipe, fresh: bool = False, verb: str = "run") -> None:
         self.path = path
-        self.state: dict[str, Any] = {"recipe_sha256": recipe.sha(), "recipe": recipe.to_dict(), "stages": {}}
+        self.state: dict[str, Any] = {
+            "verb": verb,
+            "recipe_sha256": recipe.sha(),
+            "recipe": recipe.to_dict(),
+            "stages": {},
+        }
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ExportError(f"output folder {path} cannot be created: {error.strerror}") from error
         if not os.access(path, os.W_OK | os.X_OK):
             raise ExportError(f"output folder {path} is not writable; choose another with --output")
-        held = self._read()
-        if fresh and held is not None:
+        if fresh:
             self._clear()
-        elif held is not None:
-            self._check(held, recipe)
-            self.state = held
-        elif any(path.iterdir()) and not fresh:
+        elif (path / _STATE).exists():
+            held = self._read()
+            if self._check(held, recipe):
+                self.state = held
+        elif any(not _TEMPORARY.fullmatch(child.name) for child in path.iterdir()):
             raise ExportError(f"output folder {path} holds other files; choose an empty or new one with --output")
-        write_text(path / "recipe.yaml", dump_recipe(recipe))
+        self._remove_temporaries()
         self._write()
+        write_text(path / "recipe.yaml", dump_recipe(recipe))
 
-    def _read(self) -> Any:
+    def _read(self) -> dict[str, Any]:
         file = self.path / _STATE
-        if not file.exists():
-            return None
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            held = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(held, dict) or not self.state.keys() <= held.keys():
+                raise ValueError("it is not the state of a run")
+            return held
         except ValueError as error:
             raise RecipeError(f"{file} is damaged ({error}); start over with --fresh") from error
 
-    def _check(self, held: dict[str, Any], recipe: Recipe) -> None:
-        if held["recipe_sha256"] == recipe.sha():
-            return
-        differing = _differences(held["recipe"], recipe.to_dict())
+    def _check(self, held: dict[str, Any], recipe: Recipe) -> bool:
+        """Whether the run held is this recipe's; where nothing was done yet the folder is free for another."""
+        same_verb = held["verb"] == self.state["verb"]
+        if same_verb and held["recipe_sha256"] == recipe.sha():
+            return True
+        if not held["stages"] and {child.name for child in self.path.iterdir()} <= _BEGUN:
+            return False
+        differing = [] if same_verb else [f"command: {held['verb']!r} → {self.state['verb']!r}"]
+        differing += _differences(held["recipe"], recipe.to_dict())
         shown = ", ".join(differing[:5]) + (" …" if len(differing) > 5 else "")
         raise RecipeError(
-            f"{self.path} holds a run of another recipe (differs in {shown}); choose another folder with --output, or start over with --fresh"
+            f"{self.path} holds a run of another recipe (differs in {shown}); "
+            "choose another folder with --output, or start over with --fresh"
         )
 
+    def _remove_temporaries(self) -> None:
+        """What a killed run left half-written beside its files."""
+        for child in self.path.iterdir():
+            if _TEMPORARY.fullmatch(child.name):
+                child.unlink()
+
     def _clear(self) -> None:
+        if not (self.path / _STATE).exists():
+            return  # not a run's folder: what is in it stays
         for child in self.path.iterdir():
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)
@@ -97,5 +122,10 @@ class RunDirectory:
 def _differences(old: Any, new: Any, place: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
-        return [d for key in keys if key != "result" for d in _differences(old.get(key), new.get(key), f"{place}.{key}".strip("."))]
+        return [
+            d
+            for key in keys
+            if key != "result"
+            for d in _differences(old.get(key), new.get(key), f"{place}.{key}".strip("."))
+        ]
     return [] if old == new else [f"{place}: {old!r} → {new!r}"]

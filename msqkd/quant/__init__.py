@@ -1,0 +1,1 @@
+"""Settings, the plan, fake quantisation and calibration."""

@@ -27,7 +27,9 @@ def bits_of(dtype: Any, where: str) -> int:
         if bits is None and name.startswith("int") and name[3:].isdigit():
             bits = int(name[3:])
     if bits is None or not 2 <= bits <= 8:
-        raise PlanError(f"{where} is {dtype!r}; allowed: mindspore.int8, 'int2' … 'int8', or a number of bits from 2 to 8")
+        raise PlanError(
+            f"{where} is {dtype!r}; allowed: mindspore.int8, 'int2' … 'int8', or a number of bits from 2 to 8"
+        )
     return bits
 
 
@@ -84,8 +86,14 @@ class QuantConfig:
         if self.act_quant_dtype is not None:
             bits_of(self.act_quant_dtype, "QuantConfig.act_quant_dtype")
         _check_observer(self.act_observer, ACTIVATION_OBSERVERS, "QuantConfig.act_observer")
-        if isinstance(self.act_quant_delay, bool) or not isinstance(self.act_quant_delay, int) or self.act_quant_delay < 0:
-            raise PlanError(f"QuantConfig.act_quant_delay is {self.act_quant_delay!r}; allowed: a number of steps, 0 or more")
+        if (
+            isinstance(self.act_quant_delay, bool)
+            or not isinstance(self.act_quant_delay, int)
+            or self.act_quant_delay < 0
+        ):
+            raise PlanError(
+                f"QuantConfig.act_quant_delay is {self.act_quant_delay!r}; allowed: a number of steps, 0 or more"
+            )
         if not 90 <= self.act_percentile <= 100:
             raise PlanError(f"QuantConfig.act_percentile is {self.act_percentile}; allowed: 90 to 100")
 
@@ -100,7 +108,8 @@ class QuantConfig:
         return self.act_quant_dtype is None
 
     def override(self, changes: Mapping[str, Any]) -> QuantConfig:
-        """A copy with some settings changed; keys are field names of QuantConfig and, for weights, ``weight.<field>``."""
+        """A copy with some settings changed; keys are field names of QuantConfig and, for weights,
+        ``weight.<field>``."""
         weight = {key[7:]: value for key, value in changes.items() if key.startswith("weight.")}
         own = {key: value for key, value in changes.items() if not key.startswith("weight.")}
         return replace(self, weight_quantizer=replace(self.weight_quantizer, **weight), **own)
@@ -121,8 +130,8 @@ class Rule:
     """Settings for the layers it matches.
 
     Attributes:
-        kind: ``path`` (cell path: exact, glob, or ``re:`` and a regular expression), ``type`` (class of a cell the layer is in),
-            ``op`` (operation) or ``position`` (``first`` or ``last`` layer with a weight).
+        kind: ``path`` (cell path: exact, glob, or ``re:`` and a regular expression), ``type`` (class of a cell the
+            layer is in), ``op`` (operation) or ``position`` (``first`` or ``last`` layer with a weight).
         pattern: what to match.
         changes: settings that differ, as in `QuantConfig.override`.
         label: how messages and reports call the rule.

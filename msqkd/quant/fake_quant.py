@@ -1,8 +1,9 @@
 """Fake quantisation as trainable cells: x̂ = s · clip(round(x / s), qmin − z, qmax − z).
 
-Built from ordinary operations (MindSpore's own FakeQuant primitives have no CPU or Ascend kernel). Gradients pass straight through the
-rounding (Bengio et al., arXiv:1308.3432), inside the range only for activations. The reciprocal is multiplied (a division by a 0-d tensor
-is eight times slower on CPU), and rounding is half to even by adding and subtracting 1.5·2²³, two of the cheapest kernels instead of `Round`.
+Built from ordinary operations (MindSpore's own FakeQuant primitives have no CPU or Ascend kernel). Gradients pass
+straight through the rounding (Bengio et al., arXiv:1308.3432), inside the range only for activations. The reciprocal
+is multiplied (a division by a 0-d tensor is eight times slower on CPU), and rounding is half to even by adding and
+subtracting 1.5·2²³, two of the cheapest kernels instead of `Round`.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ class _ClippedRound(nn.Cell):
         self.clip_grad = _grad_ops.ReLU6Grad()
         self.magic = ms.Tensor(_MAGIC)
 
-    def construct(self, x, inverse, scale, low, high, slope, offset):  # type: ignore[no-untyped-def]  # noqa: D102
+    def construct(self, x, inverse, scale, low, high, slope, offset):  # type: ignore[no-untyped-def]
         steps = self.minimum(self.mul(x, inverse), high)
         if not self.non_negative:
             steps = self.maximum(steps, low)
         return self.mul(self.sub(self.add(steps, self.magic), self.magic), scale)
 
-    def bprop(self, x, inverse, scale, low, high, slope, offset, out, dout):  # type: ignore[no-untyped-def]  # noqa: D102
+    def bprop(self, x, inverse, scale, low, high, slope, offset, out, dout):  # type: ignore[no-untyped-def]
         position = self.mul(x, slope)  # the range is mapped to (0, 6)
         if not self.non_negative:
             position = self.add(position, offset)
@@ -50,9 +51,9 @@ class _ClippedRound(nn.Cell):
 class FakeQuantActivation(nn.Cell):
     """Quantises one activation, or watches its range until then.
 
-    The phase is a Python attribute: ``off`` passes values through, ``observe`` passes them through and updates the running range,
-    ``quantize`` quantises with the fixed range. Changing the phase needs a fresh compilation in GRAPH_MODE
-    (`msqkd.quant.qat.QuantCell.set_step` takes care of it).
+    The phase is a Python attribute: ``off`` passes values through, ``observe`` passes them through and updates the
+    running range, ``quantize`` quantises with the fixed range. Changing the phase needs a fresh compilation in
+    GRAPH_MODE (`msqkd.quant.qat.QuantCell.set_step` takes care of it).
 
     Args:
         group: the settings, with the range where it is known.
@@ -89,7 +90,9 @@ class FakeQuantActivation(nn.Cell):
 
     def _observe(self, x):  # type: ignore[no-untyped-def]
         low, high = self.reduce_min(x), self.reduce_max(x)
-        finite = ops.logical_and(ops.isfinite(low), ops.isfinite(high))  # a step that is skipped must not spoil the range
+        finite = ops.logical_and(
+            ops.isfinite(low), ops.isfinite(high)
+        )  # a step that is skipped must not spoil the range
         low, high = ops.select(finite, low, self.range_min), ops.select(finite, high, self.range_max)
         if self.is_ema:
             keep = self.keep * self.seen  # nothing of the initial zero is kept
@@ -140,19 +143,20 @@ class FakeQuantActivation(nn.Cell):
 class _StraightThrough(nn.Cell):
     """Returns the second operand; the gradient goes to the first, unchanged."""
 
-    def construct(self, w, quantized):  # type: ignore[no-untyped-def]  # noqa: D102
+    def construct(self, w, quantized):  # type: ignore[no-untyped-def]
         return quantized
 
-    def bprop(self, w, quantized, out, dout):  # type: ignore[no-untyped-def]  # noqa: D102
+    def bprop(self, w, quantized, out, dout):  # type: ignore[no-untyped-def]
         return dout, ops.zeros_like(quantized)
 
 
 class FakeQuantWeight(nn.Cell):
-    """Quantises a weight symmetrically with the scale of its current largest magnitude, per tensor or per output channel.
+    """Quantises a weight symmetrically with the scale of its current largest magnitude, per tensor or per output
+    channel.
 
-    The scale follows the weight as it is trained; the gradient passes straight through (the largest magnitude is never clipped; with a
-    clip ratio below one what is clipped keeps its gradient too, so that it can return). The arithmetic is that of
-    `msqkd.quant.qparams.weight_qparams`, operation for operation.
+    The scale follows the weight as it is trained; the gradient passes straight through (the largest magnitude is never
+    clipped; with a clip ratio below one what is clipped keeps its gradient too, so that it can return). The arithmetic
+    is that of `msqkd.quant.qparams.weight_qparams`, operation for operation.
     """
 
     def __init__(self, quant: WeightQuant, shape: tuple[int, ...]) -> None:

@@ -13,7 +13,9 @@ from msqkd.quant.rules import RuleBook
 from msqkd.targets import SHARED, SHARED_ROUNDED, WEIGHTED, Int8Op, Target, get_target
 
 
-def make_plan(graph: Graph, default: Optional[QuantConfig] = None, rules: Sequence[Rule] = (), target: str = "lite_arm") -> QuantPlan:
+def make_plan(
+    graph: Graph, default: Optional[QuantConfig] = None, rules: Sequence[Rule] = (), target: str = "lite_arm"
+) -> QuantPlan:
     """Decide for every operation and value of a deployment graph (BatchNorm folded) how `target` computes it.
 
     Raises:
@@ -40,11 +42,21 @@ class _Placement:
         self._follow_neighbours()
         self._values()
         self._weights()
+        self._warn_of_surrounded()
         for node in self.graph.nodes:
             precision, reason = self.verdicts[node.name]
             rule = self.settings[self.fused.get(node.name, node.name)][1]
             self.plan.nodes.append(
-                NodePlan(node.name, node.op, node.cell_path, node.cell_types, precision, reason, rule, self.fused.get(node.name))
+                NodePlan(
+                    node.name,
+                    node.op,
+                    node.cell_path,
+                    node.cell_types,
+                    precision,
+                    reason,
+                    rule,
+                    self.fused.get(node.name),
+                )
             )
         return self.plan
 
@@ -106,7 +118,9 @@ class _Placement:
             window = prod(shape[2:])
         else:
             window = prod(self.graph.const(node.inputs[1]))
-        return f"its window has {window} elements; above {support.max_window} the runtime's int16 sum overflows" if window > support.max_window else None  # fmt: skip
+        if window <= support.max_window:
+            return None
+        return f"its window has {window} elements; above {support.max_window} the runtime's int16 sum overflows"
 
     def _kind(self, node: Node) -> str:
         return self.target.ops[node.op].kind if node.op in self.target.ops else ""
@@ -115,15 +129,23 @@ class _Placement:
         return node is not None and self.verdicts[node.name][0] == INT8
 
     def _follow_neighbours(self) -> None:
-        """A pool or reshape between float operations gains nothing from int8: it stays float unless a neighbour is int8."""
-        anchored = {n.name for n in self.graph.nodes if self._is_int8(n) and self._kind(n) not in (SHARED, SHARED_ROUNDED)}
-        movable = [n for n in self.graph.nodes if self._is_int8(n) and n.name not in anchored and n.name not in self.fused]
-        for sweep in (movable, movable[::-1]):
-            for node in sweep:
+        """A pool or reshape between float operations gains nothing from int8: it stays float unless a neighbour is
+        int8."""
+        anchored = {
+            n.name for n in self.graph.nodes if self._is_int8(n) and self._kind(n) not in (SHARED, SHARED_ROUNDED)
+        }
+        movable = [
+            n for n in self.graph.nodes if self._is_int8(n) and n.name not in anchored and n.name not in self.fused
+        ]
+        reached = True
+        while reached:
+            reached = False
+            for node in movable:
                 source = self.producers.get(node.inputs[0])
                 around = [*self.readers.get(node.output, []), *([source] if source else [])]
-                if any(n.name in anchored for n in around):
+                if node.name not in anchored and any(n.name in anchored for n in around):
                     anchored.add(node.name)
+                    reached = True
         for node in movable:
             if node.name not in anchored:
                 self.verdicts[node.name] = (FLOAT_PRECISION, "no neighbour runs in int8")
@@ -134,12 +156,16 @@ class _Placement:
             source = self.producers.get(value.name)
             readers = self.readers.get(value.name, [])
             int8_readers = [n for n in readers if self._is_int8(n) and n.name not in self.fused]
-            fused_away = any(n.name in self.fused and self.fused[n.name] == (source.name if source else "") for n in readers)
+            fused_away = any(
+                n.name in self.fused and self.fused[n.name] == (source.name if source else "") for n in readers
+            )
             if fused_away or not (self._is_int8(source) or int8_readers):
                 continue
             if source is not None and self._is_int8(source) and self._kind(source) in (SHARED, SHARED_ROUNDED):
                 group = self.plan.activations[source.inputs[0]].group
-                self.plan.activations[value.name] = ActivationQuant(value.name, group, exact=self._kind(source) == SHARED)
+                self.plan.activations[value.name] = ActivationQuant(
+                    value.name, group, exact=self._kind(source) == SHARED
+                )
                 continue
             self._own_group(value.name, source, readers, int8_readers)
 
@@ -156,7 +182,10 @@ class _Placement:
         bits = config.act_bits
         assert bits is not None
         if bits not in self.target.act_bits:
-            self._warn(f"{owner.name}: {self.target.name} clamps activations to 8 bits; {bits}-bit ranges are simulated in training only")
+            self._warn(
+                f"{owner.name}: {self.target.name} clamps activations to 8 bits; "
+                f"{bits}-bit ranges are simulated in training only"
+            )
         self.plan.groups[value] = Group(
             value, bits, symmetric, config.act_observer, config.act_percentile, config.act_quant_delay, rule
         )
@@ -172,7 +201,10 @@ class _Placement:
             axis: Optional[int] = 0 if quantizer.per_channel else None
             if axis == 0 and not self.target.grouped_per_channel and self._grouped(node):
                 axis = None
-                self._warn(f"{node.name}: {self.target.name} refuses per-channel weights in a grouped convolution; one scale per tensor is used")
+                self._warn(
+                    f"{node.name}: {self.target.name} refuses per-channel weights in a grouped convolution; "
+                    "one scale per tensor is used"
+                )
             self.plan.weights[node.name] = WeightQuant(node.name, quantizer.bits, axis, quantizer.observer, rule)
 
     def _grouped(self, node: Node) -> bool:
@@ -180,6 +212,18 @@ class _Placement:
         group = int(node.attrs.get("group", 1)) if node.op == "Conv2D" else 1
         weight = self.graph.shape(node.inputs[1])
         return group > 1 and not (weight[1] == 1 and weight[0] == group)
+
+    def _warn_of_surrounded(self) -> None:
+        """A converter goes by the parameters of values: it may take a float operation between such values for int8."""
+        for node in self.graph.nodes:
+            if self._is_int8(node) or not (node.op in self.target.ops or node.op in self.target.float_reasons):
+                continue
+            around = [*self.graph.tensor_inputs(node), *node.outputs]
+            if all(value in self.plan.activations for value in around):
+                self._warn(
+                    f"{node.name} ({node.op}) is planned in float, but every value around it is quantised: "
+                    "a converter that goes by the parameters of values may compute it in int8 all the same"
+                )
 
     def _warn(self, text: str) -> None:
         if text not in self.plan.warnings:

@@ -44,7 +44,8 @@ class NodePlan:
 class WeightQuant:
     """How the weight of one node is quantised (symmetric, zero point 0).
 
-    `axis` is the channel axis, or None per tensor; `clip_ratio` the part of max|w| that is kept (array of shape (C,) or ()).
+    `axis` is the channel axis, or None per tensor; `clip_ratio` the part of max|w| that is kept (array of shape (C,)
+    or ()).
     """
 
     node: str
@@ -83,7 +84,9 @@ class Group:
         """
         if self.range is None:
             raise PlanError(f"value '{self.name}' has no range yet; calibrate the network or train it past its delay")
-        return activation_qparams(*self.range, bits=self.bits, symmetric=self.symmetric, where=self.name)
+        # In float32, as a training cell holds it: a tie in the zero point must not depend on who computes it.
+        low, high = (float(np.float32(end)) for end in self.range)
+        return activation_qparams(low, high, bits=self.bits, symmetric=self.symmetric, where=self.name)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ class ActivationQuant:
         value: its name in the graph.
         group: whose parameters it has.
         exact: it is on the grid of its group by itself (a maximum or a reshape of quantised values): nothing to round.
-        edges: where the value is computed in float, the (node, input) places that read it in int8; empty: every reader does.
+        edges: where the value is computed in float, the (node, input) places that read it in int8; empty: every reader
+            does.
     """
 
     value: str

@@ -1,4 +1,5 @@
-"""Calibration (post-training quantisation): ranges of activations from unlabelled samples, one batch in memory at a time."""
+"""Calibration (post-training quantisation): ranges of activations from unlabelled samples, one batch in memory at a
+time."""
 
 from __future__ import annotations
 
@@ -24,9 +25,12 @@ Progress = Callable[[int], None]
 def batches_of(dataset: Batches) -> Iterator[np.ndarray]:
     """The inputs of a dataset, batch by batch, as float32 arrays of shape (N, ...).
 
-    `dataset` is a MindSpore dataset, or an iterable of arrays, Tensors, or tuples, lists or dictionaries that begin with the input.
+    `dataset` is a MindSpore dataset, or an iterable of arrays, Tensors, or tuples, lists or dictionaries that begin
+    with the input.
     """
-    source = dataset.create_tuple_iterator(num_epochs=1, output_numpy=True) if hasattr(dataset, "create_tuple_iterator") else dataset  # fmt: skip
+    source: Any = dataset
+    if hasattr(dataset, "create_tuple_iterator"):
+        source = dataset.create_tuple_iterator(num_epochs=1, output_numpy=True)
     for item in source:
         if isinstance(item, Mapping):
             item = next(iter(item.values()))
@@ -44,7 +48,9 @@ class Observation:
         observer, percentile: one observer for every group, instead of each group's own.
     """
 
-    def __init__(self, graph: Graph, plan: QuantPlan, observer: Optional[str] = None, percentile: float = 99.99) -> None:
+    def __init__(
+        self, graph: Graph, plan: QuantPlan, observer: Optional[str] = None, percentile: float = 99.99
+    ) -> None:
         self.plan = plan
         self.groups = list(plan.groups.values())
         if observer is not None:
@@ -116,7 +122,8 @@ def calibrate(
 
 
 def divergence(answers: np.ndarray, reference: np.ndarray) -> float:
-    """Mean KL(softmax(reference) ‖ softmax(answers)) of logits (N, classes); the calibration loss, which needs no labels."""
+    """Mean KL(softmax(reference) ‖ softmax(answers)) of logits (N, classes); the calibration loss, which needs no
+    labels."""
     return float((np.exp(_log_softmax(reference)) * (_log_softmax(reference) - _log_softmax(answers))).sum(-1).mean())
 
 

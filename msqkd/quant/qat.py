@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Optional
 
 from mindspore import nn
 
@@ -18,7 +17,8 @@ _NON_NEGATIVE = ("ReLU", "ReLU6", "Sigmoid")
 
 
 def deployment_graph(graph: Graph) -> Graph:
-    """The form of a captured graph that is planned, calibrated and exported: BatchNorm folded, shortcuts as convolutions."""
+    """The form of a captured graph that is planned, calibrated and exported: BatchNorm folded, shortcuts as
+    convolutions."""
     return training_graph(graph, "fold")
 
 
@@ -42,7 +42,9 @@ class QuantCell(nn.Cell):
     plan: QuantPlan
     batchnorm: str
 
-    def setup(self, source: Graph, plan: QuantPlan, batchnorm: str, quantizers: Mapping[str, FakeQuantActivation]) -> None:
+    def setup(
+        self, source: Graph, plan: QuantPlan, batchnorm: str, quantizers: Mapping[str, FakeQuantActivation]
+    ) -> None:
         """Attach what the generated class does not know of."""
         self.source_graph, self.plan, self.batchnorm = source, plan, batchnorm
         self.quantizers = dict(quantizers)
@@ -53,7 +55,8 @@ class QuantCell(nn.Cell):
         return {name: cell for name, cell in self.quantizers.items() if name in self.plan.groups}
 
     def set_step(self, step: int) -> bool:
-        """Bring every quantiser to its phase at training step `step` (0-based); True when one changed (a compilation is due).
+        """Bring every quantiser to its phase at training step `step` (0-based); True when one changed (a compilation
+        is due).
 
         A quantiser observes before its delay is over and quantises from then on.
 
@@ -146,14 +149,16 @@ def quantize_cell(source: Graph, plan: QuantPlan, batchnorm: str = "fold", *, ob
 def advance(cell: nn.Cell, step: int) -> bool:
     """Bring every QuantCell inside `cell` to its phase at `step`.
 
-    Where one changed, every compilation that holds it is forgotten, so that the next call of `cell` sees it; returns whether one did.
+    Where one changed, every compilation that holds it is forgotten, so that the next call of `cell` sees it; returns
+    whether one did.
     """
-    changed = [part.set_step(step) for part in _tree(cell) if isinstance(part, QuantCell)]
+    changed = [part.set_step(step) for _, part in cell.cells_and_names() if isinstance(part, QuantCell)]
     if any(changed):
-        for part in _tree(cell):
-            part.compile_cache.clear()
+        forget_compilations(cell)
     return any(changed)
 
 
-def _tree(cell: nn.Cell) -> list[nn.Cell]:
-    return [part for _, part in cell.cells_and_names()]
+def forget_compilations(cell: nn.Cell) -> None:
+    """Let `cell` and every cell in it be compiled anew at their next call."""
+    for _, part in cell.cells_and_names():
+        part.compile_cache.clear()

@@ -1,4 +1,5 @@
-"""Which settings a layer gets: default < operation < cell type < path (and first/last); within a level the later rule wins."""
+"""Which settings a layer gets: default < operation < cell type < path (and first/last); within a level the later rule
+wins."""
 
 from __future__ import annotations
 

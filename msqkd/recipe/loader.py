@@ -38,7 +38,9 @@ class Place(NamedTuple):
 Found = tuple[Place, Problem]
 
 
-def load_recipe(path_or_builtin_name: PathLike, overrides: Sequence[str] = (), *, require_weights: bool = True) -> Recipe:
+def load_recipe(
+    path_or_builtin_name: PathLike, overrides: Sequence[str] = (), *, require_weights: bool = True
+) -> Recipe:
     """Read and validate a recipe.
 
     `path_or_builtin_name` is a YAML file, or the name of a recipe that comes with msqkd (`list_builtin`). Each of

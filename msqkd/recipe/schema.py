@@ -406,7 +406,9 @@ class ActivationOverride(_RangeSection):
 class Match(Section):
     """Which nodes a rule is for: exactly one of the keys."""
 
-    path: Optional[PathPattern] = Field(default=None, description="Path of a cell or operation; what is inside the cell is matched too.")
+    path: Optional[PathPattern] = Field(
+        default=None, description="Path of a cell or operation; what is inside the cell is matched too."
+    )
     type: Optional[Text] = Field(default=None, description="Class name of the cell or of a cell around it.")
     op: Optional[Text] = Field(default=None, description="Name of the operation in the captured graph.")
     position: Optional[Literal["first", "last"]] = Field(

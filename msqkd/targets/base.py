@@ -18,9 +18,9 @@ class Int8Op:
 
     Attributes:
         kernel: the runtime's name of it.
-        kind: ``weighted`` (a weight at input 1, int32 bias, output requantised freely), ``free`` (each input and the output have their own
-            parameters), ``shared`` (the output has the input's parameters and its values are among the input's) or ``shared_rounded``
-            (the same parameters, but the result is rounded again).
+        kind: ``weighted`` (a weight at input 1, int32 bias, output requantised freely), ``free`` (each input and the
+            output have their own parameters), ``shared`` (the output has the input's parameters and its values are
+            among the input's) or ``shared_rounded`` (the same parameters, but the result is rounded again).
         activations: activation functions that are computed in the same kernel.
         same_shape: both operands must have one shape (broadcasting is not to be trusted).
         max_window: most elements an averaging window may have.

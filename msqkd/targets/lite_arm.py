@@ -26,13 +26,13 @@ LITE_ARM = Target(
         "ExpandDims": Int8Op("Unsqueeze", SHARED),
     },
     float_reasons={
-        "ReLU": "a ReLU that follows no int8 convolution, dense layer or addition loses its last bit in the runtime's stand-alone kernel",
-        "ReLU6": "a ReLU6 that follows no int8 convolution, dense layer or addition may wrap in the runtime's stand-alone kernel",
+        "ReLU": "it follows no int8 convolution, dense layer or addition, and the stand-alone kernel loses the last bit",
+        "ReLU6": "it follows no int8 convolution, dense layer or addition, and the stand-alone kernel may wrap",
         "Sigmoid": "the runtime's table gives 0 for the largest input",
         "LeakyReLU": "the runtime applies the slope to the raw integer and is right for zero point 0 only",
         "Mul": "the runtime reads a broadcast operand from batch 0 only",
         "BatchNorm": "it follows no convolution or dense layer it could be folded into",
-        "MatMul": "only a matrix product with a parameter as its second operand, as nn.Dense writes it, is placed in int8",
+        "MatMul": "only a product with a parameter as its second operand, as nn.Dense writes it, is placed in int8",
     },
     grouped_per_channel=False,
 )

@@ -1,0 +1,1 @@
+"""The training loop, its optimisers, its state on disk, and evaluation."""

@@ -17,7 +17,9 @@ def input_batches(split: Split, batch_size: int) -> Iterator[np.ndarray]:
         yield split.batch(np.arange(start, min(start + batch_size, len(split))))[0]
 
 
-def answers(network: Callable[..., Any], split: Split, batch_size: int, progress: Optional[Callable[[int], None]] = None) -> np.ndarray:
+def answers(
+    network: Callable[..., Any], split: Split, batch_size: int, progress: Optional[Callable[[int], None]] = None
+) -> np.ndarray:
     """The network's first output for every sample, in evaluation mode: logits (N, classes).
 
     Every batch has `batch_size` samples (the last is filled up and cut), so that one compilation serves.

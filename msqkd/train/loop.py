@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import mindspore as ms
 import numpy as np
@@ -60,7 +64,9 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
         DataError: the split is smaller than one batch.
     """
     if len(split) < batch_size:
-        raise DataError(f"{split.name} has {len(split)} samples, fewer than one batch of {batch_size}; choose a smaller batch_size")
+        raise DataError(
+            f"{split.name} has {len(split)} samples, fewer than one batch of {batch_size}; choose a smaller batch_size"
+        )
     return len(split) // batch_size
 
 
@@ -77,24 +83,65 @@ def fit(training: Training, reporter: Reporter) -> History:
     history = History(start_of_activation_quantisation=training.activation_delay)
     if training.state_file.exists():
         history = load_state(training.step, training.network, training.key, training.state_file)
-    run = _Run(training, history, per_epoch, reporter)
     total = training.settings.epoch_size * per_epoch
-    with reporter.task(training.title, total, training.step.steps_done) as task:
+    with (
+        reporter.task(training.title, total, training.step.steps_done) as task,
+        _interrupts_between_steps() as check_interrupt,
+    ):
+        run = _Run(training, history, per_epoch, reporter, check_interrupt)
         try:
-            while training.step.steps_done < total:
+            while True:
+                run.measure()
+                if training.step.steps_done >= total:
+                    return history
                 run.epoch(task)
         except KeyboardInterrupt:
-            run.save()
+            if not run.in_step:
+                run.save()
             raise
-    return history
+
+
+@contextmanager
+def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits until the function given is called: half a step could not be continued. A second one does not wait.
+
+    So does SIGTERM, for while it runs a network MindSpore answers Ctrl-C itself, by sending SIGTERM to the process.
+    """
+    pressed: list[int] = []
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    def note(number: int, frame: Any) -> None:
+        check()
+        pressed.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check  # only the main thread hears signals
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Run:
-    def __init__(self, training: Training, history: History, per_epoch: int, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        training: Training,
+        history: History,
+        per_epoch: int,
+        reporter: Reporter,
+        check_interrupt: Callable[[], None],
+    ) -> None:
         self.training, self.history, self.per_epoch, self.reporter = training, history, per_epoch, reporter
+        self.check_interrupt = check_interrupt
         self.rates = learning_rates(training.settings, per_epoch)
+        self.in_step = False
         self.bad = 0
-        self.window: list[float] = []
         self.clock = self.saved = time.monotonic()
 
     def epoch(self, task: Task) -> None:
@@ -104,29 +151,42 @@ class _Run:
         size = training.settings.batch_size
         step.set_train()
         for index in range(first, self.per_epoch):
+            self.check_interrupt()
             rng = np.random.default_rng([training.seed, epoch, index])
             images, labels = training.train.batch(order[index * size : (index + 1) * size], rng)
             loss = self._step(images, labels)
-            task.update(step.steps_done, epoch=f"{epoch + 1}/{training.settings.epoch_size}", loss=loss, **self._last_accuracy())
+            task.update(
+                step.steps_done, epoch=f"{epoch + 1}/{training.settings.epoch_size}", loss=loss, **self._last_accuracy()
+            )
             if time.monotonic() - self.saved > _SAVE_SECONDS:
                 self.save()
+
+    def measure(self) -> None:
+        """The accuracy after a whole epoch, unless it is known."""
+        training, (epochs, rest) = self.training, divmod(self.training.step.steps_done, self.per_epoch)
+        if rest or len(self.history.accuracy) == epochs:
+            return
         measured = accuracy(training.network, training.test, training.eval_batch_size)
-        self.history.accuracy.append((epoch + 1, measured))
+        self.history.accuracy.append((epochs, measured))
         self.save()
+        self.check_interrupt()
 
     def _last_accuracy(self) -> dict[str, float]:
         return {"accuracy": self.history.accuracy[-1][1]} if self.history.accuracy else {}
 
     def _step(self, images: np.ndarray, labels: np.ndarray) -> float:
         training, number = self.training, self.training.step.steps_done
+        self.in_step = True
         if np.isfinite(images).all():
             loss = float(training.step(ms.Tensor(images), ms.Tensor(labels)).asnumpy())
         else:
             loss = float("nan")
             training.step.steps_done += 1
         if np.isfinite(loss):
-            self.bad = 0
             self._record(number, loss)
+        self.in_step = False
+        if np.isfinite(loss):
+            self.bad = 0
             return loss
         self.bad += 1
         self.history.skipped_steps += 1
@@ -135,18 +195,20 @@ class _Run:
         if self.bad >= training.settings.max_bad_steps:
             place = non_finite_place(training.network, images)
             raise TrainingError(
-                f"{training.title}: the loss is {loss} at step {number} after {self.bad} skipped steps in a row; it first arises in {place}; "
+                f"{training.title}: the loss is {loss} at step {number} after {self.bad} skipped steps in a row; "
+                f"it first arises in {place}; "
                 "lower train.lr, set train.clip_grad, or look at the data of these steps"
             )
         return loss
 
     def _record(self, number: int, loss: float) -> None:
-        self.window.append(loss)
+        pending = self.history.pending
+        pending.append(loss)
         interval = self.training.settings.log_interval
         if (number + 1) % interval == 0 or number + 1 == len(self.rates):
-            self.history.loss.append((number + 1, float(np.mean(self.window))))
+            self.history.loss.append((number + 1, float(np.mean(pending))))
             self.history.learning_rate.append((number + 1, float(self.rates[number])))
-            self.window.clear()
+            pending.clear()
 
     def save(self) -> None:
         now = time.monotonic()
@@ -171,5 +233,4 @@ def non_finite_place(network: Any, images: np.ndarray) -> str:
     for node, result in zip(graph.nodes, results):
         if not np.isfinite(result.asnumpy()).all():
             return f"layer '{node.name}' ({node.op})"
-    return "the loss function"
-
+    return "the loss or its gradient"

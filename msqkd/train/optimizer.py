@@ -3,31 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 from mindspore import nn
 
-
-class TrainSettings(Protocol):
-    """The settings of a training; `msqkd.recipe` provides them."""
-
-    epoch_size: int
-    batch_size: int
-    opt: str
-    lr: float
-    momentum: float | None
-    use_nesterov: bool
-    weight_decay: float
-    filter_bias_and_bn: bool
-    scheduler: str
-    warmup_epochs: float
-    min_lr: float
-    decay_epochs: int | None
-    decay_rate: float | None
-    label_smoothing: float
-    log_interval: int
-    max_bad_steps: int
-    clip_grad: float | None
+from msqkd.recipe import TrainSection as TrainSettings
 
 
 def learning_rates(settings: TrainSettings, steps_per_epoch: int) -> list[float]:

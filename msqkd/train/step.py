@@ -6,14 +6,15 @@ from typing import Any, Optional
 
 from mindspore import nn, ops
 
-from msqkd.quant.qat import advance
+from msqkd.quant.qat import advance, forget_compilations
 
 
 class TrainStep(nn.TrainOneStepCell):
     """`nn.TrainOneStepCell` whose network returns the loss, for networks that may hold quantised cells.
 
-    Each call is one step: quantisers begin to quantise when their delay is over (the step is compiled anew then), and a step whose loss is
-    NaN or infinite changes no weight. In GRAPH_MODE without data sinking; with `Model.train` in sink mode use `ActQuantDelay`.
+    Each call is one step: quantisers begin to quantise when their delay is over (the step is compiled anew then), and
+    a step whose loss or gradient is NaN or infinite changes no weight and returns NaN. In GRAPH_MODE without data
+    sinking. Where `Model.train` runs another step cell, `msqkd.train.callbacks.ActQuantDelay` begins the quantisation.
 
     Args:
         network: computes the loss.
@@ -28,24 +29,40 @@ class TrainStep(nn.TrainOneStepCell):
         super().__init__(network, optimizer)
         self.steps_done = 0
         self.clip_grad = clip_grad
+        self.not_a_number = float("nan")
 
     def __call__(self, *inputs: Any) -> Any:
         """Run one step and return the loss (scalar Tensor)."""
-        advance(self, self.steps_done)
+        if advance(self.quantized_part(), self.steps_done):
+            forget_compilations(self)
         loss = super().__call__(*inputs)
         self.steps_done += 1
         return loss
+
+    def quantized_part(self) -> nn.Cell:
+        """The cell whose quantisers follow the steps."""
+        return self.network
 
     def construct(self, *inputs):  # type: ignore[no-untyped-def]
         """Forward, backward and update; returns the loss."""
         loss = self.network(*inputs)
         sens = ops.fill(loss.dtype, loss.shape, self.sens)
         gradients = self.grad_reducer(self.grad(self.network, self.weights)(*inputs, sens))
+        finite = ops.isfinite(self._sum(loss, gradients))
         if self.clip_grad is not None:
             gradients = ops.clip_by_global_norm(gradients, self.clip_grad)
-        if ops.isfinite(loss):
+        if finite:
             loss = ops.depend(loss, self.optimizer(gradients))
+        else:
+            loss = loss * self.not_a_number
         return loss
+
+    def _sum(self, loss, gradients):  # type: ignore[no-untyped-def]
+        """Not finite where anything is: a ReLU hides a NaN from the loss, but not from the gradients."""
+        total = loss
+        for gradient in gradients:
+            total = total + gradient.sum()
+        return total
 
 
 class WithLoss(nn.Cell):

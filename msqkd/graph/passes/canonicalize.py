@@ -1,15 +1,26 @@
 """Bring a captured graph to the few forms the rest of msqkd knows.
 
 * Convolution followed by ``BiasAdd`` becomes ``Conv2D(x, weight, bias)``.
-* A matrix product with a parameter as ``nn.Dense`` writes it becomes ``Dense(x, weight, bias)``, weight of shape (out, in).
+* A matrix product with a parameter as ``nn.Dense`` writes it becomes ``Dense(x, weight, bias)``, weight of shape
+  (out, in).
+* An addition or subtraction of "alpha times" with alpha = 1 is a plain one, and so is one (or a comparison) with a
+  number: the special operations lack CPU kernels in PYNATIVE_MODE.
+* A shape that is computed from nothing but the batch size is a literal.
 * ``Flatten`` becomes ``Reshape`` (int8 runtimes have no Flatten).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from msqkd.graph.ir import Graph, Node
+
+_WITH_ALPHA = {"AddExt": "Add", "SubExt": "Sub", "AddScalar": "Add", "SubScalar": "Sub"}
+_WITH_NUMBER = {
+    "LessScalar": "Less", "GreaterEqualScalar": "GreaterEqual",
+    "FloorDivScalar": "FloorDiv", "RemainderTensorScalar": "FloorMod",
+}  # fmt: skip
 
 
 def canonicalize(graph: Graph) -> None:
@@ -17,8 +28,14 @@ def canonicalize(graph: Graph) -> None:
     for node in graph.nodes:
         if node.op == "MatMul" and _is_dense(graph, node):
             node.op, node.inputs = "Dense", node.inputs[:2]
+        elif node.op in _WITH_ALPHA and (len(node.inputs) == 2 or graph.const(node.inputs[2]) == 1):
+            node.op, node.inputs, node.attrs = _WITH_ALPHA[node.op], node.inputs[:2], {}
+        elif node.op in _WITH_NUMBER:
+            node.op, node.attrs = _WITH_NUMBER[node.op], {}
         elif node.op == "Flatten":
             _flatten_to_reshape(graph, node)
+        elif node.op == "Reshape" and node.sequences:
+            _close_shape(graph, node)
     _merge_biases(graph)
     graph.prune()
 
@@ -36,13 +53,41 @@ def _flatten_to_reshape(graph: Graph, node: Node) -> None:
         node.inputs = [node.inputs[0], graph.add_const((-1, prod(sample)), "shape")]
 
 
+def _close_shape(graph: Graph, node: Node) -> None:
+    """Where only the batch of a shape is computed, as in ``x.reshape(x.shape[0], -1)``, the shape is a literal."""
+    source, batch, *sizes = node.inputs
+    shape = graph.shape(source)
+    sample = shape[1:]
+    if any(graph.values[name].kind != "const" for name in sizes) or min(sample, default=1) < 1:
+        return
+    literals = [int(graph.const(name)) for name in sizes]
+    if -1 in literals:
+        producer = graph.producer(batch)
+        own = (
+            producer is not None and producer.op == "Shape" and (producer.inputs[0], producer.output) == (source, batch)
+        )
+        rest = -prod(literals)
+        if not own or rest < 1 or prod(sample) % rest:
+            return
+        literals[literals.index(-1)] = prod(sample) // rest
+    node.inputs, node.sequences = [source, graph.add_const((-1, *literals), "shape")], ()
+    kind = graph.values[node.output].type
+    if kind is not None:
+        graph.values[node.output] = replace(graph.values[node.output], type=replace(kind, shape=(-1, *literals)))
+
+
 def _merge_biases(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "BiasAdd" or graph.values[node.inputs[1]].kind != "param":
             continue
         source = graph.producer(node.inputs[0])
         mergeable = source is not None and source.op in ("Conv2D", "Dense") and len(source.inputs) == 2
-        if source is None or not mergeable or graph.consumers(source.output) != [node] or source.output in graph.outputs:
+        if (
+            source is None
+            or not mergeable
+            or source.output in graph.outputs
+            or graph.consumers(source.output) != [node]
+        ):
             continue
         source.inputs.append(node.inputs[1])
         source.outputs = node.outputs

@@ -1,12 +1,13 @@
 """BatchNorm next to the convolution or dense layer it follows: folded for deployment, or kept trainable for training.
 
-With g = gamma / sqrt(variance + eps) the deployed layer has weight w·g and bias beta − mean·g (+ bias·g). Three training forms keep that
-weight the one that is quantised:
+With g = gamma / sqrt(variance + eps) the deployed layer has weight w·g and bias beta − mean·g (+ bias·g). Three
+training forms keep that weight the one that is quantised:
 
 * ``fold``: the layer is trained with the folded weight and bias; BatchNorm is gone.
 * ``freeze``: statistics are constants; w, gamma and beta are trained and w·g is what the layer multiplies with.
-* ``live``: batch statistics in training. The layer computes with the weight w·g of the running statistics, its output is divided by g again
-  and normalised with the batch's statistics (as in the "conv, rescale, normalise" scheme of Krishnamoorthi, arXiv:1806.08342, §3.2.2).
+* ``live``: batch statistics in training. The layer computes with the weight w·g of the running statistics, its output
+  is divided by g again and normalised with the batch's statistics (as in the "conv, rescale, normalise" scheme of
+  Krishnamoorthi, arXiv:1806.08342, §3.2.2).
 
 All three keep the names of nodes and of the values between layers, so a plan made on the folded graph fits each.
 """
@@ -26,12 +27,17 @@ _TINY = 1e-6  # smallest |g| a live layer divides by
 
 @dataclass
 class _Pair:
+    """A layer and what follows it: the BatchNorm, between two reshapes where the layer's output is not a map."""
+
     layer: Node
     norm: Node
+    tail: list[Node]  # from the layer's reader to the node that gives the result, the norm among them
 
-    def names(self) -> tuple[str, str, str, str]:
-        """gamma, beta, mean, variance."""
-        return tuple(self.norm.inputs[1:5])  # type: ignore[return-value]
+    @property
+    def statistics(self) -> tuple[str, str, str, str]:
+        """Names of gamma, beta, mean and variance."""
+        gamma, beta, mean, variance = self.norm.inputs[1:5]
+        return gamma, beta, mean, variance
 
 
 def fold_batchnorm(graph: Graph, mode: str = "fold") -> Graph:
@@ -45,23 +51,45 @@ def fold_batchnorm(graph: Graph, mode: str = "fold") -> Graph:
     if mode not in BATCHNORM_MODES:
         raise ValueError(f"batchnorm mode '{mode}' is not one of {', '.join(BATCHNORM_MODES)}")
     result = graph.copy()
-    for norm in [node for node in result.nodes if node.op == "BatchNorm"]:
-        pair = _match(result, norm)
+    apply = {"fold": _fold, "freeze": _freeze, "live": _live}[mode]
+    # All are found before the first is rewritten, so that every mode finds the same ones.
+    for pair in [_match(result, node) for node in result.nodes if node.op == "BatchNorm"]:
         if pair is not None:
-            {"fold": _fold, "freeze": _freeze, "live": _live}[mode](result, pair)
+            apply(result, pair)
     result.prune()
     result.check()
     return result
 
 
 def _match(graph: Graph, norm: Node) -> Optional[_Pair]:
-    layer = graph.producer(norm.inputs[0])
-    if layer is None or layer.op not in ("Conv2D", "Dense"):
+    pair = _pair(graph, norm)
+    if pair is None or pair.layer.op not in ("Conv2D", "Dense"):
         return None
-    weight = layer.inputs[1]
-    alone = graph.consumers(layer.output) == [norm] and layer.output not in graph.outputs
-    own = graph.values[weight].kind == "param" and len(graph.consumers(weight)) == 1
-    return _Pair(layer, norm) if alone and own else None
+    chain = [pair.layer, *pair.tail]
+    alone = all(graph.consumers(n.output) == [m] and n.output not in graph.outputs for n, m in zip(chain, chain[1:]))
+    own = all(graph.values[p].kind == "param" and len(graph.consumers(p)) == 1 for p in pair.layer.inputs[1:])
+    known = all(name in graph.params for name in pair.statistics)
+    return pair if alone and own and known else None
+
+
+def _pair(graph: Graph, norm: Node) -> Optional[_Pair]:
+    source = graph.producer(norm.inputs[0])
+    if source is None or source.op != "Reshape":
+        return _Pair(source, norm, [norm]) if source is not None else None
+    # nn.BatchNorm1d normalises (N, C) as (N, C, 1, 1)
+    layer, readers = graph.producer(source.inputs[0]), graph.consumers(norm.output)
+    if layer is None or len(readers) != 1 or readers[0].op != "Reshape":
+        return None
+    shape = graph.shape(layer.output)
+    back = len(shape) == 2 and graph.shape(norm.output) == (*shape, 1, 1) and graph.shape(readers[0].output) == shape
+    return _Pair(layer, norm, [source, norm, readers[0]]) if back else None
+
+
+def _replace_tail(graph: Graph, pair: _Pair) -> None:
+    """Let the layer give what the tail gave."""
+    pair.layer.outputs = pair.tail[-1].outputs[:1]
+    for node in pair.tail:
+        graph.nodes.remove(node)
 
 
 def _epsilon(graph: Graph, norm: Node) -> float:
@@ -74,7 +102,7 @@ def _column(rank: int) -> tuple[int, ...]:
 
 def _fold(graph: Graph, pair: _Pair) -> None:
     layer, norm = pair.layer, pair.norm
-    gamma, beta, mean, variance = (graph.params[name].data.astype(np.float64) for name in pair.names())
+    gamma, beta, mean, variance = (graph.params[name].data.astype(np.float64) for name in pair.statistics)
     g = gamma / np.sqrt(variance + _epsilon(graph, norm))
     weight = graph.params[layer.inputs[1]]
     dtype = weight.data.dtype
@@ -85,8 +113,7 @@ def _fold(graph: Graph, pair: _Pair) -> None:
         graph.params[layer.inputs[2]].data = bias
     else:
         layer.inputs.append(graph.add_param(bias_name(layer.inputs[1]), bias))
-    layer.outputs = list(norm.outputs[:1])
-    graph.nodes.remove(norm)
+    _replace_tail(graph, pair)
 
 
 def bias_name(weight: str) -> str:
@@ -118,37 +145,38 @@ def _safe(name: str) -> str:
 
 def _freeze(graph: Graph, pair: _Pair) -> None:
     layer, norm = pair.layer, pair.norm
-    gamma, beta, mean, variance = pair.names()
+    gamma, beta, mean, variance = pair.statistics
     emit = _Emit(graph, layer, norm)
     inverse = (1.0 / np.sqrt(graph.params[variance].data.astype(np.float64) + _epsilon(graph, norm))).astype(np.float32)
     g = emit("Mul", gamma, inverse, hint="g")
     rank = len(graph.shape(layer.inputs[1]))
     weight = emit("Mul", layer.inputs[1], emit("Reshape", g, _column(rank), hint="g_column"), hint="weight")
     offset = graph.params[mean].data
-    shifted = emit("Mul", g, offset, hint="g_mean") if len(layer.inputs) == 2 else emit("Mul", g, emit("Sub", offset, layer.inputs[2], hint="centre"), hint="g_mean")  # fmt: skip
-    bias = emit("Sub", beta, shifted, hint="bias")
+    centre = emit("Sub", offset, layer.inputs[2], hint="centre") if len(layer.inputs) == 3 else offset
+    bias = emit("Sub", beta, emit("Mul", g, centre, hint="g_mean"), hint="bias")
     layer.inputs = [layer.inputs[0], weight, bias]
-    layer.outputs = list(norm.outputs[:1])
-    graph.nodes.remove(norm)
+    _replace_tail(graph, pair)
 
 
 def _live(graph: Graph, pair: _Pair) -> None:
     layer, norm = pair.layer, pair.norm
-    gamma, _, _, variance = pair.names()
+    gamma, _, _, variance = pair.statistics
     emit = _Emit(graph, layer, norm)
     root = emit("Rsqrt", emit("Add", variance, np.float32(_epsilon(graph, norm)).reshape(1), hint="v"), hint="inverse")
     g = emit("Mul", gamma, root, hint="g")
     negative = emit("Less", g, np.zeros(1, np.float32), hint="negative")
-    sign = emit("Select", negative, np.float32([-1.0]), np.float32([1.0]), hint="sign")
-    g = emit("Mul", sign, emit("Maximum", emit("Abs", g, hint="size"), np.float32([_TINY]), hint="floor"), hint="g_safe")
+    sign = emit("Select", negative, np.array([-1], np.float32), np.array([1], np.float32), hint="sign")
+    size = emit("Maximum", emit("Abs", g, hint="size"), np.array([_TINY], np.float32), hint="floor")
+    g = emit("Mul", sign, size, hint="g_safe")
     rank = len(graph.shape(layer.inputs[1]))
     weight = emit("Mul", layer.inputs[1], emit("Reshape", g, _column(rank), hint="g_column"), hint="weight")
     bias = layer.inputs[2:]
     layer.inputs = [layer.inputs[0], weight]
-    after = _Emit(graph, norm, norm)
+    reader = pair.tail[0]
+    after = _Emit(graph, reader, norm)
     channels = (1, -1, 1, 1) if layer.op == "Conv2D" else (1, -1)
     rescale = after("Reciprocal", after("Reshape", g, channels, hint="g_row"), hint="rescale")
     raw = after("Mul", layer.output, rescale, hint="raw")
     if bias:
         raw = after("Add", raw, after("Reshape", bias[0], channels, hint="bias_row"), hint="biased")
-    norm.inputs[0] = raw
+    reader.inputs[0] = raw

@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import nn
 
 from msqkd.errors import ExportError
-from msqkd.export.lite import read_marked
+from msqkd.exporters.lite import read_marked
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.quant.fake_quant import QUANTIZE, FakeQuantActivation
 from msqkd.quant.plan import Group

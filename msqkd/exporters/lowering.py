@@ -1,11 +1,13 @@
 """The graph as a runtime's importer wants it: dense layers as 1×1 convolutions, a global mean as an average pool.
 
-Nothing is decided here; the plan says what is int8, and only int8 nodes are rewritten. The plan returned fits the graph returned.
+Nothing is decided here; the plan says what is int8, and only int8 nodes are rewritten. The plan returned fits the
+graph returned.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+
 from msqkd.graph.ir import Graph, Node, TensorType, Value
 from msqkd.quant.plan import INT8, ActivationQuant, QuantPlan
 
@@ -46,7 +48,8 @@ def _dense_to_conv(graph: Graph, plan: QuantPlan, node: Node) -> None:
     weight.data = weight.data.reshape(out_features, features, 1, 1)
     graph.values[node.inputs[1]] = Value(node.inputs[1], "param", TensorType(weight.data.shape))
     readers = graph.consumers(node.output)
-    tail = readers[0] if len(readers) == 1 and readers[0].op in ("ReLU", "ReLU6") and plan.node(readers[0].name).fused_into == node.name else node  # fmt: skip
+    fused = len(readers) == 1 and plan.node(readers[0].name).fused_into == node.name
+    tail = readers[0] if fused else node
     position = graph.nodes.index(node)
     before = _reshape(graph, plan, node.inputs[0], (-1, features, 1, 1), f"{node.name}.to_map")
     node.inputs[0] = before.output
@@ -61,12 +64,15 @@ def _dense_to_conv(graph: Graph, plan: QuantPlan, node: Node) -> None:
         plan.activations[mapped] = replace(plan.activations[final], value=mapped)
     node.op, node.functional = "Conv2D", False
     node.attrs = {
-        "kernel_size": (1, 1), "mode": 1, "out_channel": out_features, "pad_mode": "valid", "pad": (0, 0, 0, 0), "stride": (1, 1, 1, 1),
+        "kernel_size": (1, 1), "mode": 1, "out_channel": out_features, "pad_mode": "valid", "pad": (0, 0, 0, 0),
+        "stride": (1, 1, 1, 1),
         "dilation": (1, 1, 1, 1), "group": 1, "groups": 1, "format": "NCHW", "pad_list": (0, 0, 0, 0),
         "input_names": ["x", "w"], "output_names": ["output"],
     }  # fmt: skip
     graph.nodes.insert(position, before)
-    graph.insert_after(tail, [_reshape(graph, plan, mapped, (-1, out_features), f"{node.name}.to_vector", output=final)])
+    graph.insert_after(
+        tail, [_reshape(graph, plan, mapped, (-1, out_features), f"{node.name}.to_vector", output=final)]
+    )
 
 
 def _mean_to_pool(graph: Graph, plan: QuantPlan, node: Node) -> None:

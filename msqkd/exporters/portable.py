@@ -10,6 +10,7 @@ import mindspore as ms
 import numpy as np
 
 from msqkd.errors import ExportError
+from msqkd.exporters.canonical import canonical
 from msqkd.files import PathLike, replacing
 from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph, Node, Value
@@ -32,19 +33,21 @@ def export_portable(graph: Graph, plan: QuantPlan, file: PathLike) -> Path:
 
 
 def write_cell(cell: Any, inputs: list[Any], file: PathLike) -> Path:
-    """`mindspore.export` to `file`, atomically."""
+    """`mindspore.export` to `file`, atomically; the bytes depend on the network alone."""
     target = Path(file)
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "model.mindir"
         try:
             ms.export(cell, *inputs, file_name=str(temporary), file_format="MINDIR")
         except Exception as error:  # MindSpore raises whatever the compiler met
-            raise ExportError(f"{target.name}: MindSpore cannot export the network: {str(error).splitlines()[0]}") from error
+            raise ExportError(
+                f"{target.name}: MindSpore cannot export the network: {str(error).splitlines()[0]}"
+            ) from error
         if not temporary.exists():
             raise ExportError(f"{target.name}: the network is larger than the 1 GiB a single MindIR file holds")
         try:
             with replacing(target) as place:
-                place.write_bytes(temporary.read_bytes())
+                place.write_bytes(canonical(temporary.read_bytes()))
         except OSError as error:
             raise ExportError(f"cannot write {target}: {error.strerror}") from error
     return target
@@ -83,7 +86,13 @@ def _store_int8(graph: Graph, node: Node, quant: Any) -> None:
     if quant.axis is not None:
         scale = scale.reshape([-1 if i == quant.axis else 1 for i in range(data.ndim)])
     cast = _emit(graph, weight, "Cast", [stored, graph.add_const("float32", "dtype")], f"{node.name}.weight_as_float")
-    scaled = _emit(graph, weight, "Mul", [cast.output, graph.add_const(np.asarray(scale, np.float32), "scale")], f"{node.name}.weight")
+    scaled = _emit(
+        graph,
+        weight,
+        "Mul",
+        [cast.output, graph.add_const(np.asarray(scale, np.float32), "scale")],
+        f"{node.name}.weight",
+    )
     position = graph.nodes.index(node)
     graph.nodes[position:position] = [cast, scaled]
     node.inputs[1] = scaled.output
@@ -95,7 +104,13 @@ def _round_activation(graph: Graph, value: str, edges: tuple[tuple[str, int], ..
     bounds = (np.float32(qparams.qmin - qparams.zero_point), np.float32(qparams.qmax - qparams.zero_point))
     steps: list[Node] = []
     source = value
-    chain = (("Mul", np.float32(1) / scale), ("Minimum", bounds[1]), ("Maximum", bounds[0]), ("Round", None), ("Mul", scale))
+    chain = (
+        ("Mul", np.float32(1) / scale),
+        ("Minimum", bounds[1]),
+        ("Maximum", bounds[0]),
+        ("Round", None),
+        ("Mul", scale),
+    )
     for number, (op, operand) in enumerate(chain):
         inputs = [source]
         if op == "Round":

@@ -15,7 +15,11 @@ _FORMATS = {"MINDIR": LITE, "MINDIR_PORTABLE": PORTABLE, LITE: LITE, PORTABLE: P
 
 
 def export(
-    graph: Graph, plan: QuantPlan, file_name: PathLike, file_format: str = "MINDIR", example_shape: Optional[tuple[int, ...]] = None
+    graph: Graph,
+    plan: QuantPlan,
+    file_name: PathLike,
+    file_format: str = "MINDIR",
+    example_shape: Optional[tuple[int, ...]] = None,
 ) -> Path:
     """Write a deployment graph with its plan; returns the file's path.
 
@@ -28,11 +32,14 @@ def export(
     Raises:
         ExportError: unknown format, wrong input shape, or a file that cannot be written.
     """
-    from msqkd.export.lite import export_lite
-    from msqkd.export.portable import export_portable
+    from msqkd.exporters.lite import export_lite
+    from msqkd.exporters.portable import export_portable
 
     if file_format not in _FORMATS:
-        raise ExportError(f"file_format '{file_format}' is unknown; allowed: {', '.join(_FORMATS)}{did_you_mean(file_format, _FORMATS)}")
+        raise ExportError(
+            f"file_format '{file_format}' is unknown; allowed: {', '.join(_FORMATS)}"
+            f"{did_you_mean(file_format, _FORMATS)}"
+        )
     if example_shape is not None:
         _check_shape(graph, example_shape)
     writers: dict[str, Callable[..., Path]] = {LITE: export_lite, PORTABLE: export_portable}
@@ -44,4 +51,6 @@ def export(
 def _check_shape(graph: Graph, shape: tuple[int, ...]) -> None:
     sample = graph.shape(graph.inputs[0])[1:]
     if tuple(shape) != sample and tuple(shape[1:]) != sample:
-        raise ExportError(f"the example input has shape {tuple(shape)}; the network takes (N, {', '.join(map(str, sample))})")
+        raise ExportError(
+            f"the example input has shape {tuple(shape)}; the network takes (N, {', '.join(map(str, sample))})"
+        )

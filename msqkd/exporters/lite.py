@@ -1,8 +1,10 @@
-"""MindIR for MindSpore Lite's converter: float weights on the int8 grid, and a FakeQuantParam marker behind every quantised value.
+"""MindIR for MindSpore Lite's converter: float weights on the int8 grid, and a FakeQuantParam marker behind every
+quantised value.
 
-The converter reads the markers as quantisation parameters and deletes them. Its rules (measured on converter_lite 2.7): one marker a
-producer and it is the producer's only user; no two markers in a row; none between a convolution and its fused activation; none on a bias.
-`mindspore.export` also writes bookkeeping (Load, UpdateState, Depend) that would give parameters a second user: it is taken out here.
+The converter reads the markers as quantisation parameters and deletes them. Its rules (measured on converter_lite
+2.7): one marker a producer and it is the producer's only user; no two markers in a row; none between a convolution and
+its fused activation; none on a bias. `mindspore.export` also writes bookkeeping (Load, UpdateState, Depend) that would
+give parameters a second user: it is taken out here.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import numpy as np
 from mindspore import nn
 
 from msqkd.errors import ExportError
-from msqkd.export.lowering import lower_for_lite
-from msqkd.export.portable import write_cell
+from msqkd.exporters.lowering import lower_for_lite
+from msqkd.exporters.portable import write_cell
 from msqkd.files import PathLike, write_bytes
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
@@ -44,7 +46,8 @@ class _Marker(nn.Cell):
 
 
 def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int = 1) -> Path:
-    """Write the network with its quantisation parameters for ``converter_lite --fmk=MINDIR``; no configuration file is needed.
+    """Write the network with its quantisation parameters for ``converter_lite --fmk=MINDIR``; no configuration file is
+    needed.
 
     Args:
         graph, plan: the deployment graph and its plan, every range known.
@@ -113,7 +116,7 @@ def strip_bookkeeping(data: bytes) -> bytes:
     del model.primitives[:]
     for blob in primitives:
         model.primitives.add().ParseFromString(blob)
-    return bytes(model.SerializeToString())
+    return bytes(model.SerializeToString(deterministic=True))
 
 
 def _op(node: Any, kinds: dict[str, str]) -> str:

@@ -1,0 +1,69 @@
+"""The data of the report, put together from what each stage recorded; its keys are stable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from msqkd.analysis.report import API_VERSION
+from msqkd.environment import versions
+from msqkd.quant.plan import QuantPlan
+from msqkd.recipe import Recipe, dump_recipe
+
+_MEASURED = ("float", "float_ft", "float_kd", "ptq", "qat", "qat_kd")
+_TRAININGS = ("float_ft", "float_kd", "qat", "qat_kd")
+_CALIBRATION = ("samples", "observer", "kept", "loss")
+
+
+def assemble(
+    recipe: Recipe,
+    stages: Mapping[str, Any],
+    plan: QuantPlan,
+    layers: Sequence[Mapping[str, Any]],
+    data: Mapping[str, Any],
+    started: datetime,
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    """What `msqkd.analysis.report.write_report` takes.
+
+    Args:
+        recipe: the recipe that was run.
+        stages: the result of every finished stage, by name.
+        plan: the plan of the exported network, every range known.
+        layers: the rows of `msqkd.analysis.layers.layer_table`.
+        data: name of the data and its numbers of samples.
+        started: when this run (or its last continuation) began.
+        warnings: what was said beside the recipe's and the plan's own warnings.
+    """
+    exported = stages["export"]
+    histories = {role: stages[role]["history"] for role in _TRAININGS if role in stages}
+    if stages["float"]["history"]:
+        histories["pretrain"] = stages["float"]["history"]
+    sizes = dict(exported["sizes"])
+    float_size, int8_size = sizes.pop("float"), sizes.pop("portable_mindir", None)
+    calibration = stages.get("calibration", stages["ptq"])
+    accuracy = {name: stages[name]["accuracy"] if name in stages else None for name in _MEASURED}
+    return {
+        "apiversion": API_VERSION,
+        "name": recipe.name,
+        "description": recipe.description,
+        "recipe": dump_recipe(recipe),
+        "recipe_sha256": recipe.sha(),
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": sum(stage["seconds"] for stage in stages.values()),
+        "seed": recipe.seed,
+        "target": recipe.target,
+        "versions": versions(),
+        "data": dict(data),
+        "accuracy": {**accuracy, "exported": exported["accuracy"]},
+        "size_bytes": {"float": float_size, "int8": int8_size, **sizes},
+        "int8_share": plan.int8_share(),
+        "sha256": exported["sha256"],
+        "export": exported["verified"],
+        "calibration": {key: calibration[key] for key in _CALIBRATION if key in calibration},
+        "training": histories,
+        "layers": list(layers),
+        "plan": plan.to_dict(),
+        "warnings": [*recipe.warnings(), *plan.warnings, *warnings],
+    }

@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _same_mode_afterwards() -> Iterator[None]:
+    """A test may switch between GRAPH_MODE and PYNATIVE_MODE; the next one finds the mode as it was."""
+    ms = sys.modules.get("mindspore")
+    mode = ms.get_context("mode") if ms else None
+    yield
+    if ms:
+        ms.set_context(mode=mode)

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import mindspore as ms
+import numpy as np
+import pytest
+import yaml
+
+NETS = '''
+from mindspore import nn, ops
+
+
+class Block(nn.Cell):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(channels, channels, 3), nn.BatchNorm2d(channels), nn.ReLU()
+
+    def construct(self, x):
+        return self.relu(self.bn(self.conv(x)) + x)
+
+
+class Tiny(nn.Cell):
+    def __init__(self, classes=3):
+        super().__init__()
+        self.stem, self.block, self.relu = nn.Conv2d(1, 4, 3), Block(4), nn.ReLU()
+        self.fc = nn.Dense(4, classes)
+
+    def construct(self, x):
+        return self.fc(ops.mean(self.block(self.relu(self.stem(x))), (2, 3)))
+
+
+class Other(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 2, 3), nn.Dense(2, 3)
+
+    def construct(self, x):
+        return self.fc(ops.mean(self.conv(x), (2, 3)))
+
+
+class Branching(Tiny):
+    def construct(self, x):
+        y = self.relu(self.stem(x))
+        if y.sum() > 0:
+            y = self.block(y)
+        return self.fc(ops.mean(y, (2, 3)))
+
+
+class Floats(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.tanh = nn.Tanh()
+
+    def construct(self, x):
+        return ops.mean(self.tanh(x), (1, 2))
+
+
+class Wide(nn.Cell):
+    """Takes inputs of 5 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(5, 2, 3), nn.Dense(2, 3)
+
+    def construct(self, x):
+        return self.fc(ops.mean(self.conv(x), (2, 3)))
+'''
+
+
+@pytest.fixture(autouse=True)
+def graph_mode() -> Iterator[None]:
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    yield
+    ms.set_context(mode=before)
+
+
+def write_data(file: Path, labels: int = 3, test: int = 30) -> Path:
+    rng = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
+    for part, count in (("train", 72), ("test", test)):
+        kind = np.arange(count) % labels
+        images = rng.integers(0, 60, (count, 8, 8, 1)) + (kind * 90).reshape(-1, 1, 1, 1) % 190
+        arrays |= {f"{part}_images": images.astype(np.uint8), f"{part}_labels": kind.astype(np.int32)}
+    np.savez(file, **arrays)
+    return file
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes a recipe that is done in seconds; keyword arguments take the place of its sections."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(NETS)
+    write_data(tmp_path / "data.npz")
+
+    def write(name: str = "tiny", **sections: Any) -> Path:
+        recipe = {
+            "apiversion": "msqkd/v1",
+            "name": "tiny",
+            "model": {"source": "python", "target": "nets.py:Tiny", "input_shape": [1, 8, 8]},
+            "data": {"name": "arrays", "root": "data.npz", "eval_batch_size": 15},
+            "pretrain": {"epoch_size": 2, "batch_size": 12, "lr": 0.05},
+            "quantization": {"activation": {"delay": 3}},
+            "distillation": {},
+            "train": {"epoch_size": 2, "batch_size": 12, "lr": 0.01},
+            "compare": [],
+            "calibration": {"samples": 24, "batch_size": 12},
+        }
+        recipe.update(sections)
+        recipe = {key: value for key, value in recipe.items() if value is not None}
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def msqkd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: (exit code, standard output, standard error)."""
+    import signal
+
+    from msqkd import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["msqkd", *map(str, arguments)])
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            code = cli._guarded(cli.app)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

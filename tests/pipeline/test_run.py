@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+
+from msqkd.files import sha256
+
+Command = Callable[..., tuple[int, str, str]]
+Recipe = Callable[..., Path]
+
+
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_a_run_from_end_to_end(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    code, out, err = msqkd("run", tiny(), "-o", folder, "--json")
+    assert code == 0, err
+    result = report(folder)
+    assert {
+        "apiversion",
+        "name",
+        "recipe",
+        "recipe_sha256",
+        "seed",
+        "target",
+        "versions",
+        "data",
+        "accuracy",
+        "size_bytes",
+        "int8_share",
+        "sha256",
+        "export",
+        "calibration",
+        "training",
+        "layers",
+        "plan",
+        "warnings",
+        "seconds",
+        "started",
+    } <= set(result)
+    accuracy = result["accuracy"]
+    assert accuracy["exported"] == accuracy["qat_kd"] or result["calibration"]["kept"] == "calibrated"
+    assert (accuracy["qat"], accuracy["float_ft"], accuracy["float_kd"]) == (None, None, None)
+    assert result["int8_share"] == 1.0
+    assert result["export"]["portable_mindir"]["max_abs_diff"] <= 1e-4
+    assert [entry[0] for entry in result["training"]["qat_kd"]["accuracy"]] == [1, 2]
+    assert result["training"]["qat_kd"]["start_of_activation_quantisation"] == 3
+    for file, checksum in result["sha256"].items():
+        assert sha256(folder / file) == checksum
+    assert json.loads(out)["accuracy"] == accuracy
+    names = {child.name for child in folder.iterdir()}
+    assert names == {
+        "recipe.yaml",
+        "state.json",
+        "plan.json",
+        "float.ckpt",
+        "qat_kd.ckpt",
+        "float.mindir",
+        "tiny_lite.mindir",
+        "tiny_portable.mindir",
+        "report.json",
+        "report.html",
+    }
+
+    # A finished run is told again, not done again.
+    before = {name: (folder / name).stat().st_mtime_ns for name in names if name.endswith((".mindir", ".ckpt"))}
+    code, out, err = msqkd("run", tiny(), "-o", folder)
+    assert code == 0
+    assert "done before" in err
+    assert "exported INT8 file" in out
+    assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
+
+    # Another recipe in the same folder is refused with what differs; --fresh forgets the first.
+    code, _, err = msqkd("run", tiny(), "-o", folder, "--set", "train.lr=0.02", "seed=5")
+    assert code == 2
+    assert "holds a run of another recipe (differs in seed: 0 → 5, train.lr: 0.01 → 0.02)" in err
+    assert "--fresh" in err
+    (folder / "state.json").write_text("{")
+    code, _, err = msqkd("run", tiny(), "-o", folder)
+    assert (code, "state.json is damaged" in err) == (2, True)
+    code, _, err = msqkd("run", tiny(), "-o", folder, "--fresh", "--set", "train.lr=0.02")
+    assert code == 0, err
+    assert "done before" not in err
+    assert "lr: 0.02" in report(folder)["recipe"]
+
+
+def test_live_batchnorm_with_every_comparison(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
+    quantization = {"batchnorm": "live", "activation": {"delay": 0, "observer": "kl"}, "weight": {"observer": "mse"}}
+    recipe = tiny(quantization=quantization, compare=["qat", "float", "float_kd"], train={"batch_size": 12})
+    code, _, err = msqkd("run", recipe, "-o", tmp_path / "out")
+    assert code == 0, err
+    accuracy = report(tmp_path / "out")["accuracy"]
+    assert all(isinstance(value, float) for value in accuracy.values())
+
+
+def test_interrupted_run_goes_on(tiny: Recipe, msqkd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from msqkd.train.step import TrainStep
+
+    real = TrainStep.__call__
+
+    def pressed(self: TrainStep, *inputs: Any) -> Any:
+        if self.steps_done == 4:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, *inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", pressed)
+        code, _, err = msqkd("run", tiny(), "-o", tmp_path / "out")
+    assert code == 130
+    assert "run the same command again to go on" in err
+    assert (tmp_path / "out" / "pretrain.state.npz").exists()
+    code, _, err = msqkd("run", tiny(), "-o", tmp_path / "out")
+    assert code == 0, err
+
+
+def started(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "GLOG_v": "3"}
+    command = [sys.executable, "-m", "msqkd", "run", str(recipe), "-o", str(folder)]
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=recipe.parent
+    )
+
+
+def test_killed_at_any_point_it_ends_with_the_same_files(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = str(Path(__file__).resolve().parents[2])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([repository, os.environ.get("PYTHONPATH", "")]))
+    recipe = tiny()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert started(recipe, whole).wait() == 0
+    points = ["state.json", "pretrain.state.npz", "float.ckpt", "qat_kd.state.npz", "float.mindir"]
+    for point in points:
+        process = started(recipe, killed)
+        deadline = time.monotonic() + 60
+        while not (killed / point).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert started(recipe, killed).wait() == 0
+    one, other = report(whole), report(killed)
+    assert other["accuracy"] == one["accuracy"]
+    assert other["sha256"] == one["sha256"]
+    assert not [child for child in killed.iterdir() if child.name.startswith(".")], "nothing half-written is left"
+
+
+def test_teacher_of_ones_own(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
+    from msqkd.checkpoints import save_checkpoint
+    from msqkd.models import build_model
+
+    net = build_model("python", "nets.py:Tiny", {})
+    save_checkpoint({p.name: p.asnumpy() for p in net.get_parameters()}, tmp_path / "teacher.ckpt")
+    teacher = {"source": "python", "target": "nets.py:Tiny", "checkpoint": "teacher.ckpt"}
+    code, _, err = msqkd("run", tiny(teacher=teacher, pretrain={"batch_size": 12}), "-o", tmp_path / "out")
+    assert code == 0, err
+    assert np.isfinite(report(tmp_path / "out")["calibration"]["loss"]["trained"])

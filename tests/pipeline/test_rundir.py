@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from msqkd.errors import ExportError, RecipeError
+from msqkd.pipeline.rundir import RunDirectory
+from msqkd.recipe import load_recipe
+
+
+def recipe(*changes: str) -> Any:
+    return load_recipe("digits_lenet5", changes)
+
+
+def names(folder: Path) -> set[str]:
+    return {child.name for child in folder.iterdir()}
+
+
+def test_finished_stages_are_remembered(tmp_path: Path) -> None:
+    folder = RunDirectory(tmp_path / "deep" / "run", recipe())
+    assert not folder.done("float")
+    folder.finish("float", {"accuracy": 1.5})
+    again = RunDirectory(tmp_path / "deep" / "run", recipe())
+    assert again.done("float")
+    assert again.result("float") == {"accuracy": 1.5}
+    assert names(again.path) == {"state.json", "recipe.yaml"}
+
+
+def test_a_measured_result_in_the_recipe_does_not_make_it_another(tmp_path: Path) -> None:
+    RunDirectory(tmp_path, recipe()).finish("float", {})
+    assert RunDirectory(tmp_path, recipe("result.accuracy=90")).done("float")
+
+
+def test_what_a_killed_run_left_is_removed_and_the_rest_is_not(tmp_path: Path) -> None:
+    (tmp_path / ".state.ab12_xyz.json").write_text("{")
+    RunDirectory(tmp_path, recipe()).finish("float", {})
+    (tmp_path / ".qat_kd.state.ab12_xyz.npz").write_text("half")
+    (tmp_path / ".gitignore").write_text("*")
+    (tmp_path / "qat.state.npz").write_text("whole")
+    RunDirectory(tmp_path, recipe())
+    assert names(tmp_path) == {"state.json", "recipe.yaml", ".gitignore", "qat.state.npz"}
+
+
+def test_a_run_that_has_begun_keeps_its_folder(tmp_path: Path) -> None:
+    RunDirectory(tmp_path, recipe())
+    (tmp_path / "pretrain.state.npz").write_text("an hour of training")
+    with pytest.raises(RecipeError, match="holds a run of another recipe \\(differs in seed: 0 → 1\\)"):
+        RunDirectory(tmp_path, recipe("seed=1"))
+    assert "pretrain.state.npz" in names(tmp_path)
+    RunDirectory(tmp_path, recipe("seed=1"), fresh=True)
+    assert names(tmp_path) == {"state.json", "recipe.yaml"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"stages": {}}'])
+def test_a_damaged_state_can_be_started_over(tmp_path: Path, content: str) -> None:
+    RunDirectory(tmp_path, recipe())
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(RecipeError, match=r"state.json is damaged .* start over with --fresh"):
+        RunDirectory(tmp_path, recipe())
+    RunDirectory(tmp_path, recipe(), fresh=True)
+    assert json.loads((tmp_path / "state.json").read_text())["stages"] == {}
+
+
+def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ExportError, match="holds other files"):
+        RunDirectory(tmp_path, recipe())
+    assert names(tmp_path) == {"thesis.txt"}

@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import mindspore as ms
+import pytest
+from mindspore import nn, ops
+
+from msqkd.errors import PlanError
+from msqkd.graph.capture import capture
+from msqkd.graph.ir import Graph
+from msqkd.quant.config import FLOAT, QuantConfig, Rule
+from msqkd.quant.placement import make_plan
+from msqkd.quant.plan import QuantPlan
+from msqkd.quant.qat import deployment_graph
+
+
+class Net(nn.Cell):
+    """Cells by name, and a function of (net, x)."""
+
+    def __init__(self, **cells: nn.Cell) -> None:
+        super().__init__()
+        for name, cell in cells.items():
+            setattr(self, name, cell)
+
+
+def conv(cin: int = 4, cout: int = 4, **options: object) -> nn.Conv2d:
+    return nn.Conv2d(cin, cout, 3, **options)
+
+
+def planned(
+    net: nn.Cell, shape: Sequence[int] = (4, 8, 8), rules: Sequence[Rule] = (), config: QuantConfig | None = None
+) -> tuple[Graph, QuantPlan]:
+    graph = deployment_graph(capture(net, tuple(shape)))
+    plan = make_plan(graph, config, rules)
+    assert [node.name for node in plan.nodes] == [node.name for node in graph.nodes], "the plan accounts for every node"
+    assert all(node.reason for node in plan.nodes)
+    for node in plan.nodes:
+        if node.precision == "int8" and node.fused_into is None and node.op in ("Conv2D", "Dense", "Add", "Concat"):
+            for name in graph.tensor_inputs(graph.node(node.name)):
+                assert name in plan.activations, f"int8 {node.name} reads {name}, which nobody quantises"
+    return graph, plan
+
+
+def verdicts(plan: QuantPlan) -> dict[str, str]:
+    return {node.name: node.precision for node in plan.nodes}
+
+
+def value_of(graph: Graph, node: str) -> str:
+    return graph.node(node).output
+
+
+class Residual(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = conv(), conv(), conv()
+        self.relu = nn.ReLU()
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        left = self.relu(self.first(x))
+        return self.third(self.relu(self.second(left) + left))
+
+
+def test_a_residual_addition_has_quantised_operands_and_result() -> None:
+    graph, plan = planned(Residual())
+    assert set(verdicts(plan).values()) == {"int8"}
+    add = graph.node("add")
+    left, right = add.inputs[:2]
+    result = next(n for n in plan.nodes if n.fused_into == "add").name
+    names = [left, right, value_of(graph, result)]
+    groups = [plan.activations[name].group for name in names]
+    assert len(set(groups)) == 3, "each has parameters of its own"
+    assert add.output not in plan.activations, "an addition and its ReLU are one kernel: nothing is rounded between"
+    assert not any(plan.activations[name].edges for name in names)
+
+
+def test_relu_is_computed_in_the_kernel_before_it() -> None:
+    graph, plan = planned(Residual())
+    fused = {node.name: node.fused_into for node in plan.nodes if node.fused_into}
+    assert fused == {"relu": "first", "relu_1": "add"}
+    assert value_of(graph, "first") not in plan.activations
+    assert value_of(graph, "relu") in plan.groups
+
+
+class SharedConv(nn.Cell):
+    """A convolution read by a ReLU and by somebody else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv(), conv()
+        self.relu = nn.ReLU()
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        y = self.first(x)
+        return self.second(self.relu(y)) + y
+
+
+def test_relu_of_a_value_with_other_readers_is_not_fused() -> None:
+    graph, plan = planned(SharedConv())
+    assert plan.node("relu").fused_into is None
+    assert plan.node("relu").precision == "float"
+    assert value_of(graph, "first") in plan.groups
+
+
+class Pools(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.dense = conv(), conv(), nn.Dense(4 * 2 * 2, 3)
+        self.maximum, self.average = nn.MaxPool2d(2, 2), nn.AvgPool2d(2, 2)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        y = self.average(self.second(self.maximum(self.first(x))))
+        return self.dense(ops.reshape(y, (-1, 16)))
+
+
+def test_pools_and_reshapes_share_the_parameters_of_their_input() -> None:
+    graph, plan = planned(Pools())
+    assert set(verdicts(plan).values()) == {"int8"}
+    first, second = value_of(graph, "first"), value_of(graph, "second")
+    quant = {name: plan.activations[value_of(graph, name)] for name in ("maximum", "average", "reshape")}
+    assert (quant["maximum"].group, quant["maximum"].exact) == (first, True)
+    assert (quant["average"].group, quant["average"].exact) == (second, False), "an average is rounded again"
+    assert (quant["reshape"].group, quant["reshape"].exact) == (second, True)
+    assert set(plan.groups) == {graph.inputs[0], first, second, value_of(graph, "dense")}
+
+
+class Head(nn.Cell):
+    def __init__(self, axes: tuple[int, ...] = (2, 3)) -> None:
+        super().__init__()
+        self.first, self.dense = conv(), nn.Dense(4, 3)
+        self.axes = axes
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        y = ops.mean(self.first(x), self.axes)
+        return self.dense(y) if len(self.axes) == 2 else y
+
+
+def test_global_mean_shares_parameters_and_is_rounded() -> None:
+    graph, plan = planned(Head())
+    quant = plan.activations[value_of(graph, "reduce_mean" if "reduce_mean" in verdicts(plan) else _mean(plan))]
+    assert (quant.group, quant.exact) == (value_of(graph, "first"), False)
+
+
+def _mean(plan: QuantPlan) -> str:
+    return next(node.name for node in plan.nodes if "Mean" in node.op)
+
+
+@pytest.mark.parametrize(("size", "precision"), [((11, 11), "int8"), ((8, 16), "int8"), ((12, 12), "float")])
+def test_windows_above_128_elements_stay_float(size: tuple[int, int], precision: str) -> None:
+    _, plan = planned(Head(), (4, *size))
+    node = plan.node(_mean(plan))
+    assert node.precision == precision
+    if precision == "float":
+        assert "window has 144 elements" in node.reason
+        assert "128" in node.reason
+
+
+def test_large_average_pool_stays_float() -> None:
+    class Big(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.pool, self.second = conv(), nn.AvgPool2d(12, 1), conv()
+
+        def construct(self, x):  # type: ignore[no-untyped-def]
+            return self.second(self.pool(self.first(x)))
+
+    _, plan = planned(Big(), (4, 16, 16))
+    assert plan.node("pool").precision == "float"
+    assert "144 elements" in plan.node("pool").reason
+
+
+def test_a_mean_over_other_axes_stays_float() -> None:
+    _, plan = planned(Head((1,)))
+    assert plan.node(_mean(plan)).precision == "float"
+    assert "whole height and width" in plan.node(_mean(plan)).reason
+
+
+class Between(nn.Cell):
+    """convolution, max pool, an operation, convolution."""
+
+    def __init__(self, operation: Callable) -> None:
+        super().__init__()
+        self.first, self.second, self.pool = conv(), conv(), nn.MaxPool2d(2, 2)
+        self.operation = operation
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.second(self.operation(self.pool(self.first(x))))
+
+
+class Gate(nn.Cell):
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return x * ops.relu(x)
+
+
+@pytest.mark.parametrize(
+    ("cell", "op", "why"),
+    [
+        (nn.ReLU(), "ReLU", "follows no int8 convolution"),
+        (nn.ReLU6(), "ReLU6", "follows no int8 convolution"),
+        (nn.Sigmoid(), "Sigmoid", "largest input"),
+        (Gate(), "Mul", "batch 0 only"),
+        (nn.Tanh(), "Tanh", "lite_arm has no int8 kernel for Tanh"),
+    ],
+)
+def test_operations_without_a_sound_kernel_stay_float_with_a_reason(cell: nn.Cell, op: str, why: str) -> None:
+    graph, plan = planned(Between(cell))
+    node = next(node for node in plan.nodes if node.op == op)
+    assert node.precision == "float"
+    assert why in node.reason
+    assert plan.node("second").precision == "int8"
+    assert graph.node("second").inputs[0] in plan.groups, "its float input is quantised where the convolution reads it"
+
+
+def test_a_float_rule_keeps_a_layer_and_its_relu_float() -> None:
+    graph, plan = planned(Residual(), rules=[Rule("path", "first", FLOAT)])
+    assert plan.node("first").precision == "float"
+    assert plan.node("first").reason == "kept float by rule 'path: first'"
+    assert plan.node("relu").precision == "float", "its kernel is gone"
+    assert "first" not in plan.weights
+    assert graph.inputs[0] not in plan.activations, "nobody reads the input in int8"
+
+
+def test_a_float_rule_on_the_relu_alone_unfuses_it() -> None:
+    graph, plan = planned(Residual(), rules=[Rule("path", "relu_1", FLOAT)])
+    assert plan.node("relu_1").precision == "float"
+    assert value_of(graph, "add") in plan.groups
+
+
+class Forked(nn.Cell):
+    """A float value read by an int8 convolution and by a float operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv(), conv()
+        self.sigmoid, self.tanh = nn.Sigmoid(), nn.Tanh()
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        y = self.sigmoid(self.first(x))
+        return self.second(y), self.tanh(y)
+
+
+def test_a_float_value_with_int8_and_float_readers_is_quantised_on_the_int8_edges() -> None:
+    graph, plan = planned(Forked())
+    value = value_of(graph, "sigmoid")
+    assert plan.activations[value].edges == (("second", 0),)
+    assert plan.activations[value_of(graph, "first")].edges == (), "computed in int8: every reader sees it quantised"
+
+
+def test_pools_between_float_operations_stay_float() -> None:
+    class Floats(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.pool, self.tanh, self.sigmoid = conv(), nn.MaxPool2d(2, 2), nn.Tanh(), nn.Sigmoid()
+
+        def construct(self, x):  # type: ignore[no-untyped-def]
+            return self.sigmoid(self.pool(self.tanh(self.first(x))))
+
+    _, plan = planned(Floats())
+    assert (plan.node("pool").precision, plan.node("pool").reason) == ("float", "no neighbour runs in int8")
+
+
+def test_a_chain_of_pools_reaches_its_int8_neighbour_from_every_branch() -> None:
+    class Chain(nn.Cell):
+        """tanh → pool a → (pool b → convolution, pool c → tanh)"""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.MaxPool2d(2, 1), nn.MaxPool2d(2, 1), nn.MaxPool2d(3, 1)
+            self.first, self.tanh = conv(), nn.Tanh()
+
+        def construct(self, x):  # type: ignore[no-untyped-def]
+            y = self.a(self.tanh(x))
+            one = self.first(self.b(y))
+            return one, self.tanh(self.c(y))
+
+    _, plan = planned(Chain())
+    assert {name: verdicts(plan)[name] for name in "abc"} == {"a": "int8", "b": "int8", "c": "int8"}
+
+
+def test_broadcast_addition_stays_float() -> None:
+    class Wide(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = conv(), conv()
+
+        def construct(self, x):  # type: ignore[no-untyped-def]
+            y = self.first(x)
+            return self.second(y + ops.mean(y, (2, 3), keep_dims=True))
+
+    _, plan = planned(Wide())
+    node = next(node for node in plan.nodes if node.op == "Add")
+    assert node.precision == "float"
+    assert "batch 0 only" in node.reason
+
+
+def test_concat_reads_and_gives_int8() -> None:
+    class Joined(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = conv(), conv(), conv(8, 4)
+
+        def construct(self, x):  # type: ignore[no-untyped-def]
+            return self.third(ops.concat((self.first(x), self.second(x)), 1))
+
+    graph, plan = planned(Joined())
+    assert set(verdicts(plan).values()) == {"int8"}
+    assert set(plan.groups) == {graph.inputs[0], *(node.output for node in graph.nodes)}
+
+
+@pytest.mark.parametrize(("group", "axis", "warned"), [(1, 0, False), (2, None, True), (4, 0, False)])
+def test_per_channel_weights_of_grouped_convolutions(group: int, axis: int | None, warned: bool) -> None:
+    config = QuantConfig().override({"weight.per_channel": True})
+    net = nn.SequentialCell(conv(group=group), conv())
+    _, plan = planned(net, config=config)
+    assert plan.weights["0"].axis == axis
+    assert plan.weights["1"].axis == 0
+    assert any("grouped convolution" in text for text in plan.warnings) == warned
+
+
+def test_activation_bits_the_kernels_do_not_clamp_to_are_told_once_a_layer() -> None:
+    _, plan = planned(Residual(), config=QuantConfig(act_quant_dtype=4))
+    assert {group.bits for group in plan.groups.values()} == {4}
+    assert any("clamps activations to 8 bits; 4-bit" in text for text in plan.warnings)
+    assert len(plan.warnings) == len(set(plan.warnings))
+
+
+def test_settings_reach_weights_and_groups_with_their_rule() -> None:
+    rule = Rule(
+        "path",
+        "second",
+        {"weight.quant_dtype": 4, "act_quant_delay": 9, "act_observer": "kl", "act_symmetric": True},
+        "mine",
+    )
+    graph, plan = planned(Residual(), rules=[rule])
+    weight, group = plan.weights["second"], plan.groups[value_of(graph, "second")]
+    assert (weight.bits, weight.rule) == (4, "mine")
+    assert (group.delay, group.observer, group.symmetric, group.rule) == (9, "kl", True, "mine")
+    assert plan.groups[value_of(graph, "relu")].delay == 0
+
+
+def test_batchnorm_that_cannot_be_folded_stays_float() -> None:
+    class Alone(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.first = nn.BatchNorm2d(4), conv()
+
+        def construct(self, x):  # type: ignore[no-untyped-def]
+            return self.first(self.norm(x))
+
+    _, plan = planned(Alone())
+    assert plan.node("norm").precision == "float"
+    assert "could be folded" in plan.node("norm").reason
+
+
+def test_unknown_target() -> None:
+    graph = deployment_graph(capture(Residual(), (4, 8, 8)))
+    with pytest.raises(PlanError, match="did you mean 'lite_arm'"):
+        make_plan(graph, target="lite_amr")
+
+
+def test_plan_as_data_has_stable_keys() -> None:
+    _, plan = planned(Residual())
+    data = plan.to_dict()
+    assert set(data) == {"target", "network", "int8_share", "nodes", "weights", "activations", "groups", "warnings"}
+    assert {"name", "op", "precision", "reason", "rule", "fused_into"} <= set(data["nodes"][0])
+    assert data["int8_share"] == 1.0
+
+
+def test_cifar_resnet_is_wholly_int8() -> None:
+    from msqkd.models import build_model
+
+    _, plan = planned(build_model("msqkd", "resnet20", {}), (3, 32, 32))
+    assert set(verdicts(plan).values()) == {"int8"}
+    assert sum(node.op == "Add" for node in plan.nodes) == 9
+    assert len(plan.weights) == 19 + 2 + 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mindcv") is None, reason="mindcv is not installed")
+def test_mindcv_resnet50_is_wholly_int8() -> None:
+    import mindcv
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    _, plan = planned(mindcv.create_model("resnet50"), (3, 224, 224))
+    assert set(verdicts(plan).values()) == {"int8"}
+    ops_of = [node.op for node in plan.nodes]
+    assert (ops_of.count("Conv2D"), ops_of.count("Dense"), ops_of.count("Add")) == (53, 1, 16)
+    assert sum(node.fused_into is not None for node in plan.nodes) == 49
+    assert plan.int8_share() == 1.0

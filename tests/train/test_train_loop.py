@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import nn, ops
+
+from msqkd.api import plan_network
+from msqkd.data import ArraySplit
+from msqkd.errors import CheckpointError, DataError, TrainingError
+from msqkd.graph.capture import capture
+from msqkd.graph.cell import to_cell
+from msqkd.progress import Reporter
+from msqkd.quant.config import QuantConfig
+from msqkd.quant.qat import quantize_cell
+from msqkd.recipe import TrainSection
+from msqkd.train import loop
+from msqkd.train.loop import Training, fit, non_finite_place, steps_per_epoch
+from msqkd.train.optimizer import make_optimizer
+from msqkd.train.state import History
+from msqkd.train.step import TrainStep, WithLoss
+
+
+@pytest.fixture(autouse=True)
+def graph_mode() -> Iterator[None]:
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    yield
+    ms.set_context(mode=before)
+
+
+class Net(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.fc = nn.Dense(4, 2)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.fc(ops.mean(self.relu(self.bn(self.conv(x))), (2, 3)))
+
+
+class Watched(ArraySplit):
+    """A split that does something when a batch is asked for: `before(number of the batch)`."""
+
+    before: Callable[[int], None] = staticmethod(lambda number: None)
+    change: Callable[[int, np.ndarray], np.ndarray] = staticmethod(lambda number, images: images)
+    served = 0
+
+    def batch(self, indices: np.ndarray, rng: Optional[np.random.Generator] = None) -> tuple[np.ndarray, np.ndarray]:
+        if rng is None:
+            return super().batch(indices)
+        self.served += 1
+        self.before(self.served - 1)
+        images, labels = super().batch(indices, rng)
+        images = images + rng.normal(0, 0.01, images.shape).astype(
+            np.float32
+        )  # an augmentation, to be repeated exactly
+        return self.change(self.served - 1, images), labels
+
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(26, 1, 6, 6)).astype(np.float32)
+LABELS = (IMAGES.mean((1, 2, 3)) > 0).astype(np.int32)
+PER_EPOCH = 4  # batches of 6: two samples are left out each epoch
+SETTINGS = TrainSection(epoch_size=3, batch_size=6, lr=0.05, log_interval=5, max_bad_steps=3)
+
+
+def split() -> Watched:
+    return Watched(IMAGES, LABELS, ("no", "yes"), name="toy train")
+
+
+def training(folder: Path, data: Watched, settings: TrainSection = SETTINGS, delay: Optional[int] = 5) -> Training:
+    """A quantised training, or a float one with `delay` None."""
+    ms.set_seed(7)
+    net = Net()
+    if delay is None:
+        network: Any = to_cell(capture(net, (1, 6, 6)))
+    else:
+        graph, plan = plan_network(net, (1, 6, 6), QuantConfig(act_quant_delay=delay))
+        network = quantize_cell(graph, plan, "live")
+    step = TrainStep(WithLoss(network, nn.CrossEntropyLoss()), make_optimizer(network, settings, PER_EPOCH))
+    return Training("toy", "key", network, step, settings, data, split(), 3, folder / "toy.state.npz", 10)
+
+
+def run(made: Training) -> History:
+    return fit(made, Reporter(quiet=True))
+
+
+def everything(made: Training) -> dict[str, np.ndarray]:
+    return {p.name: p.asnumpy().copy() for p in made.step.get_parameters()}
+
+
+def told(history: History) -> dict[str, Any]:
+    """What a history says; losses to six digits, since MindSpore divides a sum among threads by how often the kernel
+    ran."""
+    said = {key: value for key, value in history.to_dict().items() if key != "seconds"}
+    return {**said, "loss": [(number, float(f"{loss:.6g}")) for number, loss in said["loss"]]}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    ms.set_context(mode=ms.GRAPH_MODE)
+    made = training(tmp_path_factory.mktemp("whole"), split())
+    history = run(made)
+    return everything(made), told(history)
+
+
+def test_history_of_a_training(whole: tuple[dict[str, np.ndarray], dict[str, Any]]) -> None:
+    _, history = whole
+    assert [number for number, _ in history["loss"]] == [5, 10, 12]
+    assert [number for number, _ in history["accuracy"]] == [1, 2, 3]
+    assert history["skipped_steps"] == 0
+    assert set(history) == {"loss", "learning_rate", "accuracy", "skipped_steps", "start_of_activation_quantisation"}
+    assert history["loss"][-1][1] < history["loss"][0][1]
+
+
+# In the first epoch while observing, at the boundary of the delay, at one of an epoch, and in the last step.
+@pytest.mark.parametrize("stops", [[5], [11], [2, 4, 7]])
+def test_an_interrupted_training_ends_equal_to_the_bit(
+    tmp_path: Path, stops: list[int], whole: tuple[dict[str, np.ndarray], dict[str, Any]]
+) -> None:
+    done = 0
+    for stop in stops:
+
+        def interrupt(number: int, at: int = stop - done) -> None:
+            if number == at:
+                raise KeyboardInterrupt
+
+        data = split()
+        data.before = interrupt  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            run(training(tmp_path, data))
+        done = stop
+    made = training(tmp_path, split())
+    history = run(made)
+    expected, expected_history = whole
+    found = everything(made)
+    assert found.keys() == expected.keys()
+    for name, data in found.items():
+        np.testing.assert_array_equal(data, expected[name], err_msg=name)
+    assert told(history) == expected_history
+
+
+def test_ctrl_c_in_the_middle_of_a_step_ends_at_its_end(
+    tmp_path: Path, whole: tuple[dict[str, np.ndarray], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    made = training(tmp_path, split())
+    real = nn.TrainOneStepCell.__call__
+
+    def pressed(self: Any, *inputs: Any) -> Any:
+        loss = real(self, *inputs)  # the weights are updated, the step is not yet counted
+        if self.steps_done == 2:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.TrainOneStepCell, "__call__", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            run(made)
+    assert made.step.steps_done == 3
+    assert signal.getsignal(signal.SIGINT) is before
+    again = training(tmp_path, split())
+    assert told(run(again)) == whole[1]
+    for name, data in everything(again).items():
+        np.testing.assert_array_equal(data, whole[0][name], err_msg=name)
+
+
+def test_a_kill_between_the_last_step_and_its_evaluation_loses_no_accuracy(
+    tmp_path: Path, whole: tuple[dict[str, np.ndarray], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any) -> float:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_SAVE_SECONDS", -1.0)  # every step
+        patch.setattr(loop, "accuracy", killed)
+        with pytest.raises(Killed):
+            run(training(tmp_path, split()))
+    assert told(run(training(tmp_path, split()))) == whole[1]
+
+
+def test_a_finished_training_is_not_run_again(tmp_path: Path) -> None:
+    run(training(tmp_path, split()))
+    data = split()
+    made = training(tmp_path, data)
+    run(made)
+    assert data.served == 0
+    assert made.step.steps_done == 3 * PER_EPOCH
+
+
+def test_a_batch_with_nan_is_skipped(tmp_path: Path) -> None:
+    data = split()
+    data.change = lambda number, images: images * (np.nan if number in (2, 7) else 1)  # type: ignore[method-assign]
+    made = training(tmp_path, data)
+    history = run(made)
+    assert history.skipped_steps == 2
+    assert made.step.steps_done == 3 * PER_EPOCH
+    assert all(np.isfinite(value).all() for value in everything(made).values())
+    assert np.isfinite(history.loss).all()
+
+
+def test_nan_batches_in_a_row_are_an_error_that_names_the_input(tmp_path: Path) -> None:
+    data = split()
+    data.change = lambda number, images: images * (np.nan if number >= 2 else 1)  # type: ignore[method-assign]
+    with pytest.raises(TrainingError) as caught:
+        run(training(tmp_path, data))
+    text = str(caught.value)
+    assert "the loss is nan at step 4 after 3 skipped steps in a row; it first arises in the input batch" in text
+    assert "\n" not in text
+
+
+def test_an_exploding_training_names_the_parameter(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"lr": 1e30, "scheduler": "constant"})
+    made = training(tmp_path, split(), settings, delay=None)
+    with pytest.raises(
+        TrainingError, match=r"at step \d+ after 3 skipped steps in a row; it first arises in (parameter|layer) '"
+    ):
+        run(made)
+
+
+def test_the_layer_where_a_value_overflows_is_named(tmp_path: Path) -> None:
+    made = training(tmp_path, split(), delay=None)
+    by_name = {p.name: p for p in made.network.get_parameters()}
+    by_name["fc.weight"].set_data(ms.Tensor(np.full((2, 4), 3e38, np.float32)))
+    assert non_finite_place(made.network, IMAGES[:6]) == "layer 'fc' (Dense)"
+    by_name["conv.weight"].set_data(ms.Tensor(np.full((4, 1, 3, 3), np.nan, np.float32)))
+    assert non_finite_place(made.network, IMAGES[:6]) == "parameter 'conv.weight'"
+    assert non_finite_place(made.network, IMAGES[:6] * np.inf) == "the input batch"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_step_that_is_not_finite_changes_no_weight(tmp_path: Path, bad: float, clip: Optional[float]) -> None:
+    """A ReLU makes 0 of NaN: the loss looks sound, the gradients are not."""
+    made = training(tmp_path, split(), delay=None)
+    made.step.clip_grad = clip
+    names = [p.name for p in made.network.trainable_params()]
+    before = everything(made)
+    made.step.set_train()
+    loss = made.step(ms.Tensor(IMAGES[:6] * np.float32(bad)), ms.Tensor(LABELS[:6]))
+    assert np.isnan(loss.asnumpy())
+    after = everything(made)
+    for name in names:
+        np.testing.assert_array_equal(after[name], before[name])
+    assert made.step.steps_done == 1
+
+
+def test_too_few_samples_for_a_batch(tmp_path: Path) -> None:
+    assert steps_per_epoch(split(), 6) == PER_EPOCH
+    with pytest.raises(
+        DataError, match="toy train has 26 samples, fewer than one batch of 27; choose a smaller batch_size"
+    ):
+        run(training(tmp_path, split(), SETTINGS.model_copy(update={"batch_size": 27})))
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """A training stopped in its second epoch."""
+
+    def interrupt(number: int) -> None:
+        if number == 5:
+            raise KeyboardInterrupt
+
+    data = split()
+    data.before = interrupt  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run(training(tmp_path, data))
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text"])
+def test_a_damaged_state_is_told(stopped: Path, damage: str) -> None:
+    file = stopped / "toy.state.npz"
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    file.write_bytes({"flip": content, "cut": content[:-100], "empty": b"", "text": b"nonsense" * 10}[damage])
+    with pytest.raises(
+        CheckpointError, match=r"toy.state.npz (is damaged|cannot be read).*remove it to start this training over"
+    ):
+        run(training(stopped, split()))
+
+
+def test_the_state_of_another_training_is_refused(stopped: Path) -> None:
+    made = training(stopped, split())
+    made.key = "another"
+    with pytest.raises(CheckpointError, match="belongs to another training"):
+        run(made)
+
+
+def test_the_state_of_another_network_is_refused(stopped: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"lacks '|belongs to another"):
+        run(training(stopped, split(), SETTINGS.model_copy(update={"opt": "adam", "momentum": None})))
+
+
+def test_the_state_is_one_file(stopped: Path) -> None:
+    assert [child.name for child in stopped.iterdir()] == ["toy.state.npz"]
