@@ -26,8 +26,8 @@ LITE_ARM = Target(
         "ExpandDims": Int8Op("Unsqueeze", SHARED),
     },
     float_reasons={
-        "ReLU": "it follows no int8 convolution, dense layer or addition, and the stand-alone kernel loses the last bit",
-        "ReLU6": "it follows no int8 convolution, dense layer or addition, and the stand-alone kernel may wrap",
+        "ReLU": "it follows no int8 convolution, dense layer or addition; the stand-alone kernel loses the last bit",
+        "ReLU6": "it follows no int8 convolution, dense layer or addition; the stand-alone kernel may wrap",
         "Sigmoid": "the runtime's table gives 0 for the largest input",
         "LeakyReLU": "the runtime applies the slope to the raw integer and is right for zero point 0 only",
         "Mul": "the runtime reads a broadcast operand from batch 0 only",
