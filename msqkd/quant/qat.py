@@ -17,8 +17,7 @@ _NON_NEGATIVE = ("ReLU", "ReLU6", "Sigmoid")
 
 
 def deployment_graph(graph: Graph) -> Graph:
-    """The form of a captured graph that is planned, calibrated and exported: BatchNorm folded, shortcuts as
-    convolutions."""
+    """The form that is planned, calibrated and exported: BatchNorm folded, shortcuts as convolutions."""
     return training_graph(graph, "fold")
 
 
@@ -33,7 +32,7 @@ class QuantCell(nn.Cell):
     """Base of the generated quantised cell; `quantize_cell` builds it.
 
     Attributes:
-        source_graph: the captured graph, whose parameters `sync` brings up to date.
+        source_graph: a copy of the captured graph, whose parameters `sync` brings up to date.
         plan: the plan it was built from, with the ranges it started with.
         batchnorm: fold, freeze or live.
     """
@@ -48,15 +47,13 @@ class QuantCell(nn.Cell):
         """Attach what the generated class does not know of."""
         self.source_graph, self.plan, self.batchnorm = source, plan, batchnorm
         self.quantizers = dict(quantizers)
-        self.weights_quantized = True
 
     def group_quantizers(self) -> dict[str, FakeQuantActivation]:
         """The quantiser that holds each group's range."""
         return {name: cell for name, cell in self.quantizers.items() if name in self.plan.groups}
 
     def set_step(self, step: int) -> bool:
-        """Bring every quantiser to its phase at training step `step` (0-based); True when one changed (a compilation
-        is due).
+        """Bring every quantiser to its phase at training step `step` (0-based); True when a compilation is due.
 
         A quantiser observes before its delay is over and quantises from then on.
 
@@ -142,7 +139,7 @@ def quantize_cell(source: Graph, plan: QuantPlan, batchnorm: str = "fold", *, ob
         node = graph.node(name)
         hooks.edges[(name, 1)] = FakeQuantWeight(weight, graph.shape(node.inputs[1]))  # type: ignore[index]
     cell = to_cell(graph, hooks, base=QuantCell)
-    cell.setup(source, plan, batchnorm, quantizers)
+    cell.setup(source.copy(), plan, batchnorm, quantizers)
     return cell
 
 

@@ -264,3 +264,18 @@ def test_fixed_shortcuts_are_not_trained() -> None:
     names = {p.name for p in cell.trainable_params()}
     assert not [name for name in names if "shortcut" in name or "range" in name]
     assert {"conv1.weight", "layer3.2.conv2.weight", "linear.bias"} <= names
+
+
+def test_training_leaves_the_captured_graph_alone() -> None:
+    """The float network is still needed: as the teacher, and to be compared with."""
+    from msqkd.models import build_model
+
+    graph = capture(build_model("msqkd", "resnet20", {}), (3, 32, 32))
+    before = {name: param.data.copy() for name, param in graph.params.items()}
+    for batchnorm in ("fold", "freeze", "live"):
+        cell = quantize_cell(graph, make_plan(deployment_graph(graph)), batchnorm)
+        for parameter in cell.trainable_params():
+            parameter.set_data(parameter + 1.0)
+        cell.sync()
+        for name, data in before.items():
+            np.testing.assert_array_equal(graph.params[name].data, data)
