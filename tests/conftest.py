@@ -14,3 +14,11 @@ def _same_mode_afterwards() -> Iterator[None]:
     yield
     if ms:
         ms.set_context(mode=mode)
+
+
+@pytest.fixture
+def graph_mode() -> None:
+    """Run the test in GRAPH_MODE (what was set before comes back)."""
+    import mindspore as ms
+
+    ms.set_context(mode=ms.GRAPH_MODE)

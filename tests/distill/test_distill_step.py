@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import mindspore as ms
 import numpy as np
 import pytest
@@ -16,13 +14,7 @@ from msqkd.quant.config import QuantConfig
 from msqkd.quant.fake_quant import OBSERVE, QUANTIZE
 from msqkd.quant.qat import QuantCell, quantize_cell
 
-
-@pytest.fixture(autouse=True)
-def graph_mode() -> Iterator[None]:
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=before)
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 class Net(nn.Cell):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,7 @@ from msqkd.exporters.verify import compare, load_lite, load_portable
 from msqkd.quant.config import QuantConfig
 from msqkd.quant.qat import QuantCell
 
-
-@pytest.fixture(autouse=True)
-def graph_mode() -> Iterator[None]:
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=before)
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 class Residual(nn.Cell):

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
-import mindspore as ms
 import numpy as np
 import pytest
 import yaml
@@ -70,12 +68,7 @@ class Wide(nn.Cell):
 '''
 
 
-@pytest.fixture(autouse=True)
-def graph_mode() -> Iterator[None]:
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=before)
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 def write_data(file: Path, labels: int = 3, test: int = 30) -> Path:

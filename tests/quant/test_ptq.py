@@ -21,13 +21,7 @@ from msqkd.quant.plan import QuantPlan
 from msqkd.quant.ptq import batches_of, calibrate, divergence
 from msqkd.quant.qat import deployment_graph, quantize_cell
 
-
-@pytest.fixture(autouse=True)
-def graph_mode() -> Iterator[None]:
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=before)
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 class Net(nn.Cell):

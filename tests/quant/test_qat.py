@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import mindspore as ms
@@ -20,13 +20,7 @@ from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qat import QuantCell, advance, deployment_graph, quantize_cell
 from msqkd.train.step import TrainStep, WithLoss
 
-
-@pytest.fixture(autouse=True)
-def graph_mode() -> Iterator[None]:
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=before)
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 class Net(nn.Cell):
