@@ -17,6 +17,7 @@ import numpy as np
 
 from msqkd.environment import versions
 from msqkd.pipeline.run import run_recipe
+from msqkd.platform import leave_quietly
 from msqkd.recipe import load_recipe
 
 ROWS = {
@@ -69,3 +70,4 @@ def summary(accuracies: list[dict]) -> dict[str, dict[str, float]]:
 
 if __name__ == "__main__":
     main()
+    leave_quietly()

@@ -22,6 +22,7 @@ from msqkd.environment import versions
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import to_cell
 from msqkd.models import build_model
+from msqkd.platform import leave_quietly
 from msqkd.quant.placement import make_plan
 from msqkd.quant.qat import deployment_graph, quantize_cell
 
@@ -89,3 +90,4 @@ def make_steps(teacher: str, batchnorm: str) -> dict[str, TrainStep]:
 
 if __name__ == "__main__":
     main()
+    leave_quietly()

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from msqkd.errors import MsqkdError
+from msqkd.platform import leave_quietly
 from msqkd.version import __version__
 
 app = typer.Typer(
@@ -237,7 +238,9 @@ def _quiet_compiler() -> None:
 
 def main() -> None:
     """Entry point of the console script: errors the user can mend are one sentence and exit code 2."""
-    _exit(_guarded(app))
+    code = _guarded(app)
+    leave_quietly()
+    sys.exit(code)
 
 
 def _guarded(command: Callable[[], Any]) -> int:
@@ -257,11 +260,3 @@ def _guarded(command: Callable[[], Any]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
-
-
-def _exit(code: int) -> None:
-    """Leave; MindSpore's cells otherwise complain about an interpreter that is half gone."""
-    module = sys.modules.get("mindspore.nn.cell")
-    if module is not None:
-        module.Cell.__del__ = lambda self: None
-    sys.exit(code)

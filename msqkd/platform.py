@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -50,3 +51,10 @@ def mindspore() -> Any:
         reason = str(error).splitlines()[0]
         raise MissingDependencyError(f"MindSpore cannot be imported ({reason}); pip install mindspore") from error
     return ms
+
+
+def leave_quietly() -> None:
+    """Call it last: MindSpore's cells otherwise complain, one by one, about an interpreter that is half gone."""
+    module = sys.modules.get("mindspore.nn.cell")
+    if module is not None:
+        module.Cell.__del__ = lambda self: None

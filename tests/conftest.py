@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from msqkd.platform import leave_quietly
+
 
 @pytest.fixture(autouse=True)
 def _same_mode_afterwards() -> Iterator[None]:
@@ -22,3 +24,7 @@ def graph_mode() -> None:
     import mindspore as ms
 
     ms.set_context(mode=ms.GRAPH_MODE)
+
+
+def pytest_unconfigure() -> None:
+    leave_quietly()

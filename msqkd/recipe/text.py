@@ -10,6 +10,7 @@ import yaml
 from msqkd.recipe.problems import KeyPath, Problem
 
 MAX_NODES = 20_000
+MAX_DEPTH = 100
 _MERGE, _NULL = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:null"
 
 
@@ -35,9 +36,11 @@ def parse_yaml(text: str) -> YamlText:
 
     Keys given twice and keys with nothing after the colon are returned as problems: the first would be overwritten, the
     second is a half-edited line. Raises `YamlSyntaxError` for a text that is not YAML, holds
-    other than plain values, or unfolds (through aliases) to more than `MAX_NODES` nodes.
+    other than plain values, is nested more than `MAX_DEPTH` deep, or unfolds (through aliases) to more than `MAX_NODES`
+    nodes.
     """
     try:
+        _check_depth(text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         lines: dict[KeyPath, int] = {}
         problems = [] if root is None else list(_walk(root, (), lines))
@@ -49,15 +52,24 @@ def parse_yaml(text: str) -> YamlText:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise YamlSyntaxError(line, f"a character (code {error.character}) that YAML does not allow") from error
-    except RecursionError as error:
-        raise YamlSyntaxError(None, "nested too deeply") from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         # PyYAML lets these escape for a scalar that its own type cannot hold, such as the date 2024-13-45.
         raise YamlSyntaxError(None, f"a value that its type cannot hold ({error})") from error
 
 
+def _check_depth(text: str) -> None:
+    """Refuse deep nesting before anything recurses into it: how deep Python may go, other libraries change."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise YamlSyntaxError(None, "nested too deeply")
+
+
 def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) -> Iterator[tuple[int, Problem]]:
     """Record the line of `node` and of everything below it, yielding the problems found."""
+    if len(path) > MAX_DEPTH:
+        raise YamlSyntaxError(None, "nested too deeply")  # an alias to what it is in
     if len(lines) >= MAX_NODES:
         raise YamlSyntaxError(None, f"more than {MAX_NODES} entries once its aliases are unfolded")
     lines.setdefault(path, node.start_mark.line + 1)
