@@ -192,7 +192,12 @@ class _Run:
             cell = quantize_cell(self.deployed, plan)
             cell.set_phase(QUANTIZE)
             measured = accuracy(cell, self.bundle.test, self.recipe.data.eval_batch_size)
-            return {"accuracy": measured, "ranges": plan.ranges(), "samples": len(self.calibration)}
+            return {
+                "accuracy": measured,
+                "ranges": plan.ranges(),
+                "samples": len(self.calibration),
+                "observer": self.recipe.calibration.observer,
+            }
 
         self._stage(
             "ptq", "Calibration of the float network (PTQ)", work, lambda r: f"PTQ accuracy {r['accuracy']:.2f} %"

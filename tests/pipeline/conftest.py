@@ -68,9 +68,6 @@ class Wide(nn.Cell):
 '''
 
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
-
-
 def write_data(file: Path, labels: int = 3, test: int = 30) -> Path:
     rng = np.random.default_rng(0)
     arrays: dict[str, np.ndarray] = {}

@@ -165,3 +165,36 @@ def test_teacher_of_ones_own(tiny: Recipe, msqkd: Command, tmp_path: Path) -> No
     code, _, err = msqkd("run", tiny(teacher=teacher, pretrain={"batch_size": 12}), "-o", tmp_path / "out")
     assert code == 0, err
     assert np.isfinite(report(tmp_path / "out")["calibration"]["loss"]["trained"])
+
+
+def test_calibrate_exports_the_float_network_without_training(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
+    recipe = tiny()
+    code, out, err = msqkd("calibrate", recipe, "--output", "ptq")
+    assert code == 0, err
+    report = json.loads((tmp_path / "ptq" / "report.json").read_text())
+    accuracy = report["accuracy"]
+    assert accuracy["exported"] == accuracy["ptq"]
+    assert accuracy["qat"] is None
+    assert accuracy["qat_kd"] is None
+    assert report["calibration"] == {"samples": 24, "observer": "percentile"}
+    assert report["export"]["portable_mindir"]["max_abs_diff"] <= 1e-4
+    assert "PTQ only" in out
+    assert "QAT" not in out
+    # The folder is a calibration's: a run does not take its export for its own.
+    code, _, err = msqkd("run", recipe, "--output", "ptq")
+    assert code == 2
+    assert "command: 'calibrate' → 'run'" in err
+
+
+def test_a_training_that_collapses_is_named(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
+    # A learning rate that throws the weights away without making the loss NaN: nothing may pretend it went well.
+    recipe = tiny(
+        train={"epoch_size": 2, "batch_size": 12, "lr": 5.0, "opt": "adam"},
+        pretrain={"epoch_size": 12, "batch_size": 12},
+    )
+    code, _, err = msqkd("run", recipe, "--output", "out")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["accuracy"]["qat_kd"] < report["accuracy"]["ptq"] - 5
+    assert any("the training diverged" in warning for warning in report["warnings"])
+    assert "the training diverged" in " ".join(err.split())

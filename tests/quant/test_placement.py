@@ -387,3 +387,11 @@ def test_mindcv_resnet50_is_wholly_int8() -> None:
     assert (ops_of.count("Conv2D"), ops_of.count("Dense"), ops_of.count("Add")) == (53, 1, 16)
     assert sum(node.fused_into is not None for node in plan.nodes) == 49
     assert plan.int8_share() == 1.0
+
+
+def test_a_float_layer_between_quantised_values_is_warned_of() -> None:
+    """The converter goes by parameters alone, and those around such a layer are all there."""
+    _graph, plan = planned(Residual(), rules=[Rule("path", "second", FLOAT)])
+    assert any("second" in warning and "may compute it in int8" in warning for warning in plan.warnings)
+    _graph, plan = planned(Residual())
+    assert not any("may compute it in int8" in warning for warning in plan.warnings)
