@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Optional
 
 import numpy as np
 from mindspore import nn
 
-from msqkd.errors import DataError, PlanError
+from msqkd.errors import DataError, ExportError, PlanError, did_you_mean
 from msqkd.exporters import export as _export_formats
 from msqkd.graph.capture import capture
 from msqkd.graph.ir import Graph
+from msqkd.graph.passes.fold_batchnorm import BATCHNORM_MODES
 from msqkd.quant.config import QuantConfig, Rule
 from msqkd.quant.fake_quant import IN_GRAPH_OBSERVERS, QUANTIZE
 from msqkd.quant.placement import make_plan
@@ -102,6 +104,11 @@ def prepare_qat(
         PlanError: a rule matches nothing, or ranges are needed and `calib_dataset` is not given.
     """
     graph, plan = plan_network(net, example_input, config, rules, target)
+    if batchnorm not in BATCHNORM_MODES:
+        raise PlanError(
+            f"batchnorm is '{batchnorm}'; allowed: {', '.join(BATCHNORM_MODES)}"
+            f"{did_you_mean(batchnorm, BATCHNORM_MODES)}"
+        )
     early = [g for g in plan.groups.values() if g.delay == 0 or g.observer not in IN_GRAPH_OBSERVERS]
     if calib_dataset is not None:
         plan = calibrate(deployment_graph(graph), plan, calib_dataset)
@@ -160,9 +167,12 @@ def create_ptq_network(
     if example_input is None:
         if calib_dataset is None:
             raise DataError("create_ptq_network needs example_input, or calib_dataset to take its shape from")
-        first = next(batches_of(calib_dataset), None)
+        stream = batches_of(calib_dataset)
+        first = next(stream, None)
         if first is None:
             raise DataError("the calibration set has 0 samples; give at least one batch")
+        if iter(calib_dataset) is calib_dataset:  # read once: the batch looked at must not be lost
+            calib_dataset = chain([first], stream)
         example_input = tuple(int(n) for n in first.shape[1:])
     graph, plan = plan_network(network, example_input, config, rules, target)
     return PTQNetwork(deployment_graph(graph), plan, calib_dataset, calib_iteration)
@@ -197,6 +207,11 @@ def export(quantized_net: QuantCell, x: Any, file_name: str, file_format: str = 
         ExportError: an unknown format, an input of another shape, or a network that cannot be written.
         PlanError: a range is missing.
     """
+    if not isinstance(quantized_net, QuantCell):
+        raise ExportError(
+            f"export takes a quantised network, found a {type(quantized_net).__name__}; make one with prepare_qat, or "
+            "create_ptq_network and quantize"
+        )
     graph, plan = quantized_net.sync()
     shape = tuple(int(n) for n in (x.shape if hasattr(x, "shape") else np.asarray(x).tolist()))
     return str(_export_formats(graph, plan, file_name, file_format, example_shape=shape))

@@ -24,9 +24,9 @@ def read_arrays(request: Request) -> DataBundle:
     if "classes" in arrays:
         classes = [str(name) for name in arrays["classes"].ravel()]
     else:
-        greatest = max(
-            (int(arrays[key].max()) for key in _KEYS if key.endswith("labels") and arrays[key].size), default=-1
-        )
+        labels = [arrays[key] for key in _KEYS if key.endswith("labels")]
+        # Labels of another kind than integers are refused with the rest of what a split checks.
+        greatest = max((int(held.max()) for held in labels if held.size and held.dtype.kind in "iu"), default=-1)
         classes = [str(label) for label in range(greatest + 1)]
     train, test = (
         request.arrays(part, _channels_first(arrays[f"{part}_images"], path.name), arrays[f"{part}_labels"], classes)

@@ -28,7 +28,7 @@ from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qparams import QParams, quant_limits
 
 MARKER = "FakeQuantParam"
-_BOOKKEEPING = ("Load", "UpdateState", "Depend", "MakeTuple")
+_BOOKKEEPING = ("Load", "UpdateState", "Depend")
 
 
 class _Marker(nn.Cell):
@@ -88,7 +88,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
 
 
 def strip_bookkeeping(data: bytes) -> bytes:
-    """A MindIR without Load, UpdateState, Depend and the tuples between them; parameters are read directly."""
+    """A MindIR without Load, UpdateState, Depend and the tuples only they read; parameters are read directly."""
     from mindspore.train import mind_ir_pb2 as pb
 
     model = pb.ModelProto()
@@ -104,10 +104,15 @@ def strip_bookkeeping(data: bytes) -> bytes:
             for index, name in enumerate(node.input):
                 node.input[index] = alias.get(name, name)
             kept.append(node)
-    used = {name for node in kept for name in node.input}
     for output in model.graph.output:
         output.name = alias.get(output.name, output.name)
-    kept_bytes = [node.SerializeToString() for node in kept if _op(node, kinds) != "Constant" or node.output[0] in used]
+    used = {output.name for output in model.graph.output}
+    needed = []
+    for node in reversed(kept):
+        if used.intersection(node.output):
+            needed.append(node)
+            used.update(node.input)
+    kept_bytes = [node.SerializeToString() for node in reversed(needed)]
     del model.graph.node[:]
     for blob in kept_bytes:
         model.graph.node.add().ParseFromString(blob)

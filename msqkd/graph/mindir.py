@@ -142,7 +142,7 @@ class _Reader:
 
     def _operation(self, proto: Any, primitive: Any, inputs: list[str]) -> None:
         op, out = primitive.op_type, proto.output[0]
-        path, types = _scope(proto.domain)
+        path, types = _inside(*_scope(proto.domain), self.types)
         names, sequences = self._arguments(inputs)
         kinds = _output_types(proto)
         hint = re.sub(r"\W+", "_", f"{path or 'net'}_{op}").lower()
@@ -306,6 +306,14 @@ def _scope(domain: str) -> tuple[str, tuple[str, ...]]:
         parts = parts[1:]
     pairs = [part.rsplit("-", 1) for part in parts if "-" in part]
     return ".".join(p[0] for p in pairs), tuple(p[1] for p in pairs)
+
+
+def _inside(path: str, kinds: tuple[str, ...], types: dict[str, str]) -> tuple[str, tuple[str, ...]]:
+    """The scope as seen from the network: trained inside another cell, it has that cell's name in front."""
+    children = {name.split(".")[0] for name in types}
+    parts = path.split(".") if path else []
+    outside = next((i for i, part in enumerate(parts) if part in children), len(parts)) if children else 0
+    return ".".join(parts[outside:]), kinds[outside:]
 
 
 def _repair_scopes(graph: Graph, types: dict[str, str]) -> None:

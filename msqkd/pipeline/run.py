@@ -50,6 +50,7 @@ from msqkd.train.optimizer import make_optimizer
 from msqkd.train.step import TrainStep, WithLoss
 
 _SQNR_SAMPLES = 256
+_LITE_DISAGREEMENT = 1.0  # percent of the test samples for which the marked file may name another class
 _COLLAPSE = 5.0  # points a training may lose before it is called diverged
 
 # role of a training -> (title, quantised, distilled)
@@ -188,7 +189,7 @@ class _Run:
 
     def _ptq(self) -> None:
         def work() -> dict[str, Any]:
-            plan = self._calibrate(self.deployed, "calibration")
+            plan = self._calibrate(self.deployed, self.plan)
             cell = quantize_cell(self.deployed, plan)
             cell.set_phase(QUANTIZE)
             measured = accuracy(cell, self.bundle.test, self.recipe.data.eval_batch_size)
@@ -223,7 +224,7 @@ class _Run:
             cell = self._trained_cell(self.main)
             graph, plan = cell.sync()
             reference = answers(self.teacher, self.calibration, self._calibration_batch())
-            found = self._calibrate(graph, "calibration").ranges()
+            found = self._calibrate(graph, plan).ranges()
             candidates = {"trained": plan.ranges(), "calibrated": found}
             loss = {}
             for name, ranges in candidates.items():
@@ -316,10 +317,11 @@ class _Run:
     # -- work -----------------------------------------------------------------------------------------------------
     def _check_network(self, graph: Graph) -> None:
         shape = graph.shape(graph.outputs[0])
-        if len(graph.inputs) != 1 or len(shape) != 2:
+        if len(graph.inputs) != 1 or len(graph.outputs) != 1 or len(shape) != 2:
             raise ModelError(
-                f"{graph.name}: a recipe trains classifiers with one input and (N, classes) outputs; "
-                f"this one gives {shape}"
+                f"{graph.name}: a recipe trains classifiers with one input and one output (N, classes); "
+                f"this one has {len(graph.inputs)} inputs and outputs of shape "
+                f"{[graph.shape(name) for name in graph.outputs]}"
             )
         self.classes = shape[1]
         check_classes(self.bundle, self.classes)
@@ -345,17 +347,19 @@ class _Run:
     def _calibration_batch(self) -> int:
         return min(self.recipe.calibration.batch_size, len(self.calibration))
 
-    def _calibrate(self, graph: Graph, title: str) -> QuantPlan:
+    def _calibrate(self, graph: Graph, plan: QuantPlan) -> QuantPlan:
         section = self.recipe.calibration
-        return self._observe(graph, title, section.observer, section.percentile or 99.99)
+        return self._observe(graph, plan, "calibration", section.observer, section.percentile or 99.99)
 
-    def _observe(self, graph: Graph, title: str, observer: Optional[str], percentile: float) -> QuantPlan:
+    def _observe(
+        self, graph: Graph, plan: QuantPlan, title: str, observer: Optional[str], percentile: float
+    ) -> QuantPlan:
         size = self._calibration_batch()
         total = -(-len(self.calibration) // size)
         with self.reporter.task(title, total) as task:
             return calibrate(
                 graph,
-                self.plan,
+                plan,
                 input_batches(self.calibration, size),
                 observer=observer,
                 percentile=percentile,
@@ -423,7 +427,7 @@ class _Run:
         plan = self.plan
         early = {n for n, g in plan.groups.items() if g.delay == 0 or g.observer not in IN_GRAPH_OBSERVERS}
         if early:
-            found = self._observe(self.deployed, "ranges before training", None, 99.99).ranges()
+            found = self._observe(self.deployed, plan, "ranges before training", None, 99.99).ranges()
             plan = plan.with_ranges({name: span for name, span in found.items() if name in early})
         return quantize_cell(self.captured, plan, self.recipe.quantization.batchnorm)
 
@@ -478,15 +482,20 @@ class _Run:
         }
 
     def _check_export(self, name: str, result: dict[str, Any]) -> None:
-        tolerance = self.recipe.export.verify_tolerance
-        # Dense layers of the marked file are convolutions: equal but for the order of sums, which may move a value to
-        # the next level.
-        wrong = result["agreement"] < 99.0 if name == LITE else result["max_abs_diff"] > tolerance
+        tolerance, samples = self.recipe.export.verify_tolerance, len(self.bundle.test)
+        if name == LITE:
+            # Its dense layers are convolutions: equal but for the order of sums, which may move a value to the next
+            # level, and a close call between two classes with it.
+            allowed = f"at least {100 - _LITE_DISAGREEMENT:g} % equal answers"
+            different = (100 - result["agreement"]) / 100 * samples
+            wrong = different > max(samples * _LITE_DISAGREEMENT / 100, 2.5)
+        else:
+            allowed = f"a difference of at most {tolerance:g}"
+            wrong = result["max_abs_diff"] > tolerance
         if wrong:
             raise ExportError(
-                f"{result['file']} does not answer as the trained network: "
-                f"largest difference {result['max_abs_diff']:.3g} "
-                f"(allowed {tolerance:g}), equal answers {result['agreement']:.2f} %"
+                f"{result['file']} does not answer as the trained network: largest difference "
+                f"{result['max_abs_diff']:.3g}, equal answers {result['agreement']:.2f} %; allowed: {allowed}"
             )
 
     # -- the report -----------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,10 @@ from msqkd.files import write_json, write_text
 from msqkd.recipe import Recipe, dump_recipe
 
 _STATE = "state.json"
+_TRAINED = "float|float_ft|float_kd|qat|qat_kd|pretrain"
+_OURS = re.compile(
+    rf"state\.json|recipe\.yaml|plan\.json|report\.(json|html)|({_TRAINED})\.(ckpt|state\.npz)|float\.mindir|.+_(lite|portable)\.mindir"
+)
 _BEGUN = {_STATE, "recipe.yaml"}
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.[a-z]+")  # as msqkd.files.replacing names them
 
@@ -46,14 +49,18 @@ class RunDirectory:
             raise ExportError(f"output folder {path} cannot be created: {error.strerror}") from error
         if not os.access(path, os.W_OK | os.X_OK):
             raise ExportError(f"output folder {path} is not writable; choose another with --output")
+        strangers = [child.name for child in path.iterdir() if not self._is_ours(child)]
+        if strangers and (fresh or not (path / _STATE).exists()):
+            raise ExportError(
+                f"output folder {path} holds other files ({', '.join(sorted(strangers)[:3])}); "
+                "choose an empty or new one with --output"
+            )
         if fresh:
             self._clear()
         elif (path / _STATE).exists():
             held = self._read()
             if self._check(held, recipe):
                 self.state = held
-        elif any(not _TEMPORARY.fullmatch(child.name) for child in path.iterdir()):
-            raise ExportError(f"output folder {path} holds other files; choose an empty or new one with --output")
         self._remove_temporaries()
         self._write()
         write_text(path / "recipe.yaml", dump_recipe(recipe))
@@ -89,14 +96,14 @@ class RunDirectory:
             if _TEMPORARY.fullmatch(child.name):
                 child.unlink()
 
+    @staticmethod
+    def _is_ours(child: Path) -> bool:
+        """Whether a run writes a file of this name."""
+        return child.is_file() and bool(_OURS.fullmatch(child.name) or _TEMPORARY.fullmatch(child.name))
+
     def _clear(self) -> None:
-        if not (self.path / _STATE).exists():
-            return  # not a run's folder: what is in it stays
         for child in self.path.iterdir():
-            if child.is_dir() and not child.is_symlink():
-                shutil.rmtree(child)
-            else:
-                child.unlink()
+            child.unlink()
 
     def _write(self) -> None:
         write_json(self.path / _STATE, self.state)

@@ -83,6 +83,11 @@ class QuantConfig:
     act_percentile: float = 99.99
 
     def __post_init__(self) -> None:
+        if not isinstance(self.weight_quantizer, WeightQuantizer):
+            raise PlanError(
+                f"QuantConfig.weight_quantizer is {self.weight_quantizer!r}; allowed: a WeightQuantizer, for instance "
+                "WeightQuantizer(quant_dtype='int8', per_channel=True)"
+            )
         if self.act_quant_dtype is not None:
             bits_of(self.act_quant_dtype, "QuantConfig.act_quant_dtype")
         _check_observer(self.act_observer, ACTIVATION_OBSERVERS, "QuantConfig.act_observer")
@@ -110,6 +115,12 @@ class QuantConfig:
     def override(self, changes: Mapping[str, Any]) -> QuantConfig:
         """A copy with some settings changed; keys are field names of QuantConfig and, for weights,
         ``weight.<field>``."""
+        allowed = self.as_changes()
+        for key in changes:
+            if key not in allowed:
+                raise PlanError(
+                    f"setting '{key}' is unknown; allowed: {', '.join(allowed)}{did_you_mean(key, allowed)}"
+                )
         weight = {key[7:]: value for key, value in changes.items() if key.startswith("weight.")}
         own = {key: value for key, value in changes.items() if not key.startswith("weight.")}
         return replace(self, weight_quantizer=replace(self.weight_quantizer, **weight), **own)

@@ -165,7 +165,7 @@ class FakeQuantWeight(nn.Cell):
         _, top = quant_limits(quant.bits, narrow=True)
         rank = range(len(shape))
         self.axes = tuple(i for i in rank if i != quant.axis)
-        ratio = np.asarray(quant.clip_ratio, np.float32)
+        ratio = np.asarray(quant.kept_part, np.float32)
         if ratio.ndim:
             ratio = ratio.reshape([-1 if i == quant.axis else 1 for i in rank])
         self.ratio, self.clips = ms.Tensor(ratio), bool((ratio < 1).any())

@@ -29,6 +29,7 @@ class _Placement:
         self.graph, self.book, self.target = graph, book, target
         self.plan = QuantPlan(target.name, graph.name)
         self.settings = {node.name: book.settings(node) for node in graph.nodes}
+        self.effective: set[str] = set()
         self.producers = {output: node for node in graph.nodes for output in node.outputs}
         self.readers: dict[str, list[Node]] = {}
         for node in graph.nodes:
@@ -43,6 +44,7 @@ class _Placement:
         self._values()
         self._weights()
         self._warn_of_surrounded()
+        self._warn_of_idle_rules()
         for node in self.graph.nodes:
             precision, reason = self.verdicts[node.name]
             rule = self.settings[self.fused.get(node.name, node.name)][1]
@@ -81,8 +83,9 @@ class _Placement:
         return source if fits and self.verdicts[source.name][0] == INT8 else None
 
     def _verdict(self, node: Node) -> tuple[str, str]:
-        config, rule = self.settings[node.name]
-        if config.is_float:
+        if self.settings[node.name][0].is_float:
+            rule = self.book.author(node, "act_quant_dtype")
+            self.effective.add(rule)
             return FLOAT_PRECISION, f"kept float by rule '{rule}'"
         support = self.target.ops.get(node.op)
         if support is None:
@@ -153,6 +156,8 @@ class _Placement:
     # -- values ---------------------------------------------------------------------------------------------------
     def _values(self) -> None:
         for value in self.graph.activations():
+            if value.type is None or value.type.dtype != "float32":
+                continue  # a shape, an index, a mask
             source = self.producers.get(value.name)
             readers = self.readers.get(value.name, [])
             int8_readers = [n for n in readers if self._is_int8(n) and n.name not in self.fused]
@@ -177,7 +182,8 @@ class _Placement:
             owner = int8_readers[0]
             if len(int8_readers) < len(readers) or value in self.graph.outputs:
                 edges = tuple((n.name, i) for n in int8_readers for i, name in enumerate(n.inputs) if name == value)
-        config, rule = self.settings[owner.name]
+        config, rule = self.settings[owner.name][0], self.book.author(owner, "act_")
+        self.effective.add(rule)
         symmetric = self.target.act_symmetric if config.act_symmetric is None else config.act_symmetric
         bits = config.act_bits
         assert bits is not None
@@ -196,8 +202,8 @@ class _Placement:
         for node in self.graph.nodes:
             if not self._is_int8(node) or self._kind(node) != WEIGHTED:
                 continue
-            config, rule = self.settings[node.name]
-            quantizer = config.weight_quantizer
+            quantizer, rule = self.settings[node.name][0].weight_quantizer, self.book.author(node, "weight.")
+            self.effective.add(rule)
             axis: Optional[int] = 0 if quantizer.per_channel else None
             if axis == 0 and not self.target.grouped_per_channel and self._grouped(node):
                 axis = None
@@ -223,6 +229,14 @@ class _Placement:
                 self._warn(
                     f"{node.name} ({node.op}) is planned in float, but every value around it is quantised: "
                     "a converter that goes by the parameters of values may compute it in int8 all the same"
+                )
+
+    def _warn_of_idle_rules(self) -> None:
+        for idle in self.book.rules:
+            if str(idle) not in self.effective:
+                self._warn(
+                    f"rule '{idle}' changes nothing: later rules override it, or what it matches has no weight and no "
+                    "range of its own (a fused activation has that of the layer before it, a pool that of its input)"
                 )
 
     def _warn(self, text: str) -> None:

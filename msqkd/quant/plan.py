@@ -53,11 +53,16 @@ class WeightQuant:
     axis: Optional[int]
     observer: str
     rule: str
-    clip_ratio: Any = 1.0
+    clip_ratio: Any = None
+
+    @property
+    def kept_part(self) -> Any:
+        """The clip ratio in force: 1 where none was chosen."""
+        return 1.0 if self.clip_ratio is None else self.clip_ratio
 
     def qparams(self, weight: np.ndarray) -> QParams:
         """Scale and zero point for the current `weight`."""
-        return weight_qparams(weight, self.bits, self.axis, clip_ratio=self.clip_ratio, where=self.node)
+        return weight_qparams(weight, self.bits, self.axis, clip_ratio=self.kept_part, where=self.node)
 
 
 @dataclass(frozen=True)
@@ -141,10 +146,10 @@ class QuantPlan:
         return {name: group.range for name, group in self.groups.items() if group.range is not None}
 
     def with_weight_observers(self, graph: Graph) -> QuantPlan:
-        """A copy whose weights with the ``mse`` observer have the clip ratios of the current weights."""
+        """A copy whose ``mse`` weights have clip ratios: those chosen before, else the best for `graph`."""
         weights = {}
         for name, quant in self.weights.items():
-            if quant.observer == "mse":
+            if quant.observer == "mse" and quant.clip_ratio is None:
                 weight = graph.params[graph.node(name).inputs[1]].data
                 quant = replace(quant, clip_ratio=weight_clip_ratio(weight, quant.bits, quant.axis, where=name))
             weights[name] = quant
@@ -159,7 +164,7 @@ class QuantPlan:
         weights = []
         for quant in self.weights.values():
             entry = asdict(quant)
-            entry["clip_ratio"] = np.asarray(quant.clip_ratio).tolist()
+            entry["clip_ratio"] = np.asarray(quant.kept_part).tolist()
             weights.append(entry)
         return {
             "target": self.target,

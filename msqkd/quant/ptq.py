@@ -36,7 +36,7 @@ def batches_of(dataset: Batches) -> Iterator[np.ndarray]:
             item = next(iter(item.values()))
         elif isinstance(item, (tuple, list)):
             item = item[0]
-        yield item.asnumpy() if isinstance(item, ms.Tensor) else np.asarray(item, np.float32)
+        yield np.asarray(item.asnumpy() if isinstance(item, ms.Tensor) else item, np.float32)
 
 
 class Observation:

@@ -118,7 +118,7 @@ def quantize_cell(source: Graph, plan: QuantPlan, batchnorm: str = "fold", *, ob
         observe: values returned beside the outputs, as they are before they are quantised themselves.
 
     Returns:
-        A cell in evaluation mode, every quantiser in the phase of step 0 where its range is known, else observing.
+        A cell in evaluation mode, its quantisers in the phase of step 0; off where one that is due has no range yet.
     """
     graph = training_graph(source, batchnorm)
     plan = plan.with_weight_observers(deployment_graph(source))
@@ -140,6 +140,8 @@ def quantize_cell(source: Graph, plan: QuantPlan, batchnorm: str = "fold", *, ob
         hooks.edges[(name, 1)] = FakeQuantWeight(weight, graph.shape(node.inputs[1]))  # type: ignore[index]
     cell = to_cell(graph, hooks, base=QuantCell)
     cell.setup(source.copy(), plan, batchnorm, quantizers)
+    if all(group.range is not None for group in plan.groups.values() if group.delay == 0):
+        cell.set_step(0)
     return cell
 
 

@@ -23,7 +23,7 @@ class RuleBook:
     """
 
     def __init__(self, graph: Graph, default: QuantConfig, rules: Sequence[Rule] = ()) -> None:
-        self.default = default
+        self.default, self.rules = default, list(rules)
         weighted = [node for node in graph.nodes if node.op in WEIGHTED_OPS and node.attrs.get("role") is None]
         self._ends = {"first": weighted[:1], "last": weighted[-1:]}
         self._matches: dict[str, list[Rule]] = {node.name: [] for node in graph.nodes}
@@ -45,6 +45,11 @@ class RuleBook:
         if rule.kind == "position":
             return node in self._ends.get(rule.pattern, [])
         raise PlanError(f"rule '{rule}' is of kind '{rule.kind}'; allowed: {', '.join(_LEVEL)}")
+
+    def author(self, node: Node, prefix: str) -> str:
+        """The rule that set the last setting of `node` whose name begins with `prefix` (``act_`` or ``weight.``)."""
+        found = [rule for rule in self._matches[node.name] if any(key.startswith(prefix) for key in rule.changes)]
+        return str(found[-1]) if found else "default"
 
     def settings(self, node: Node) -> tuple[QuantConfig, str]:
         """The settings of `node`, and the rule that had the last word (``default`` where none spoke)."""

@@ -503,7 +503,9 @@ ExportFormat = Literal["lite_mindir", "portable_mindir"]
 class ExportSection(Section):
     """The files written at the end."""
 
-    formats: Annotated[list[ExportFormat], AfterValidator(_distinct)] = Field(
+    formats: Annotated[
+        list[ExportFormat], Field(min_length=1), AfterValidator(_distinct), Allowed("a list of at least one format")
+    ] = Field(
         default=list(get_args(ExportFormat)),
         description="lite_mindir for the MindSpore Lite converter, portable_mindir for any MindSpore.",
     )

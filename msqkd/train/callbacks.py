@@ -13,11 +13,16 @@ from msqkd.quant.qat import advance
 class ActQuantDelay(Callback):
     """Begin to quantise activations when their delay is over, in a training by `Model.train`.
 
+    It counts the steps it has seen: give the same callback to a training that goes on with another `Model.train`.
     `TrainStep` and `DistillTrainOneStepCell` count steps themselves and need no callback.
 
     Raises:
         TrainingError: the training sinks its dataset (no step is seen from Python); use ``dataset_sink_mode=False``.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps_done = 0
 
     def on_train_begin(self, run_context: Any) -> None:
         """Refuse a sunk dataset."""
@@ -28,5 +33,5 @@ class ActQuantDelay(Callback):
 
     def on_train_step_begin(self, run_context: Any) -> None:
         """Bring every quantiser to its phase."""
-        params = run_context.original_args()
-        advance(params.train_network, params.cur_step_num - 1)
+        advance(run_context.original_args().train_network, self.steps_done)
+        self.steps_done += 1

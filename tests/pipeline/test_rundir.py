@@ -69,3 +69,19 @@ def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="holds other files"):
         RunDirectory(tmp_path, recipe())
     assert names(tmp_path) == {"thesis.txt"}
+
+
+def test_fresh_never_deletes_what_is_not_a_runs(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    for fresh in (False, True, True):
+        with pytest.raises(ExportError, match=r"holds other files \(thesis.txt\)"):
+            RunDirectory(tmp_path, recipe(), fresh=fresh)
+    assert [child.name for child in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_fresh_refuses_a_run_with_strangers_beside_it(tmp_path: Path) -> None:
+    RunDirectory(tmp_path, recipe()).finish("float", {})
+    (tmp_path / "src").mkdir()
+    with pytest.raises(ExportError, match=r"holds other files \(src\)"):
+        RunDirectory(tmp_path, recipe(), fresh=True)
+    assert RunDirectory(tmp_path, recipe()).done("float")

@@ -395,3 +395,37 @@ def test_a_float_layer_between_quantised_values_is_warned_of() -> None:
     assert any("second" in warning and "may compute it in int8" in warning for warning in plan.warnings)
     _graph, plan = planned(Residual())
     assert not any("may compute it in int8" in warning for warning in plan.warnings)
+
+
+def test_a_setting_is_ascribed_to_the_rule_that_made_it() -> None:
+    rules = [
+        Rule("path", "second", FLOAT, "makes it float"),
+        Rule("path", "second", {"weight.quant_dtype": 4}, "narrows its weight"),
+    ]
+    _graph, plan = planned(Residual(), rules=rules)
+    assert plan.node("second").reason == "kept float by rule 'makes it float'"
+    assert any("'narrows its weight' changes nothing" in warning for warning in plan.warnings)
+    assert not any("'makes it float' changes nothing" in warning for warning in plan.warnings)
+
+
+def test_a_rule_on_what_has_no_parameters_of_its_own_is_warned_of() -> None:
+    for changes in ({"act_quant_dtype": 4}, {"weight.quant_dtype": 4}):
+        _graph, plan = planned(Residual(), rules=[Rule("op", "ReLU", changes, "mine")])
+        assert any("'mine' changes nothing" in warning for warning in plan.warnings)
+
+
+class Reshaped(nn.Cell):
+    """Asks its input for the batch size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.fc = nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Dense(2 * 6 * 6, 3)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.fc(self.relu(self.conv(x)).reshape(x.shape[0], -1))
+
+
+def test_integers_such_as_shapes_are_not_quantised() -> None:
+    graph, plan = planned(Reshaped(), (1, 6, 6))
+    for value in plan.activations:
+        assert graph.values[value].type.dtype == "float32"

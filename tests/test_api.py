@@ -1,0 +1,121 @@
+"""The calls of the Python API, where they could surprise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import nn, ops
+
+import msqkd
+from msqkd.errors import ExportError, PlanError
+from msqkd.quant.fake_quant import QUANTIZE
+
+pytestmark = pytest.mark.usefixtures("graph_mode")
+SHAPE = (1, 8, 8)
+
+
+class Net(nn.Cell):
+    def __init__(self, joined: bool = False) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.relu = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU()
+        self.joined = joined
+        self.fc = nn.Dense(8 if joined else 4, 3)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.relu(self.conv1(x))
+        y = self.relu(self.conv2(x))
+        if self.joined:
+            y = ops.concat((x, y), 1)
+        return self.fc(ops.mean(y, (2, 3)))
+
+
+def batches(count: int = 3) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [(rng.standard_normal((4, *SHAPE)) * (10 if i == 0 else 1)).astype(np.float32) for i in range(count)]
+
+
+def test_a_generator_loses_no_batch() -> None:
+    def generated() -> Iterator[np.ndarray]:
+        yield from batches()
+
+    net = Net()
+    config = msqkd.QuantConfig(act_observer="minmax")
+    listed = msqkd.quantize(msqkd.create_ptq_network(net, config, batches())).ranges()
+    assert msqkd.quantize(msqkd.create_ptq_network(net, config, generated())).ranges() == listed
+
+
+def test_with_calibrated_ranges_and_no_delay_it_quantises_at_once() -> None:
+    net = Net()
+    cell = msqkd.prepare_qat(net, SHAPE, msqkd.QuantConfig(), calib_dataset=batches())
+    assert {q.phase_of_quant for q in cell.quantizers.values()} == {QUANTIZE}
+
+
+def test_a_net_that_was_trained_before_keeps_its_cell_paths() -> None:
+    net = Net()
+    step = nn.TrainOneStepCell(
+        nn.WithLossCell(net, nn.CrossEntropyLoss()), nn.Momentum(net.trainable_params(), 0.01, 0.9)
+    )
+    step.set_train()
+    step(ms.Tensor(batches(1)[0]), ms.Tensor(np.zeros(4, np.int32)))
+    graph, _ = msqkd.plan_network(net, SHAPE, rules=[msqkd.Rule("path", "conv1", {"weight.per_channel": True})])
+    assert [node.name for node in graph.nodes if node.op in ("Conv2D", "Dense")] == ["conv1", "conv2", "fc"]
+
+
+@pytest.mark.parametrize("file_format", ["MINDIR", "MINDIR_PORTABLE"])
+def test_a_net_with_a_concat_is_exported(file_format: str, tmp_path: Path) -> None:
+    from msqkd.exporters.verify import load_lite, load_portable
+
+    cell = msqkd.quantize(msqkd.create_ptq_network(Net(joined=True), None, batches()))
+    file = Path(msqkd.export(cell, SHAPE, str(tmp_path / "net"), file_format))
+    loaded = (load_lite if file_format == "MINDIR" else load_portable)(file)
+    x = ms.Tensor(batches(1)[0])
+    np.testing.assert_allclose(loaded(x).asnumpy(), cell(x).asnumpy(), atol=0.05)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_clipped_by_mse_are_exported_as_they_were_trained(bits: int, tmp_path: Path) -> None:
+    from msqkd.exporters.verify import load_portable
+
+    config = msqkd.QuantConfig(msqkd.WeightQuantizer(bits, per_channel=True, observer="mse"))
+    cell = msqkd.prepare_qat(Net(), SHAPE, config, calib_dataset=batches())
+    rng = np.random.default_rng(1)
+    for parameter in cell.trainable_params():  # as training would, so that other clip ratios would be best
+        parameter.set_data(ms.Tensor((parameter.asnumpy() + rng.standard_normal(parameter.shape)).astype(np.float32)))
+    file = msqkd.export(cell, SHAPE, str(tmp_path / "net"), "MINDIR_PORTABLE")
+    x = ms.Tensor(batches(1)[0])
+    assert np.abs(load_portable(Path(file))(x).asnumpy() - cell(x).asnumpy()).max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: msqkd.export(Net(), SHAPE, "x"), "export takes a quantised network, found a Net"),
+        (lambda: msqkd.prepare_qat(Net(), SHAPE, batchnorm="froze"), "did you mean 'freeze'"),
+        (lambda: msqkd.QuantConfig(weight_quantizer=8), "allowed: a WeightQuantizer"),  # type: ignore[arg-type]
+        (
+            lambda: msqkd.plan_network(Net(), SHAPE, rules=[msqkd.Rule("path", "fc", {"bits": 4})]),
+            "setting 'bits' is unknown; allowed: .*weight.quant_dtype",
+        ),
+    ],
+)
+def test_a_wrong_call_is_one_sentence(call: Any, sentence: str) -> None:
+    with pytest.raises((PlanError, ExportError), match=sentence):
+        call()
+
+
+def test_the_delay_goes_on_with_another_training() -> None:
+    import mindspore.dataset as ds
+
+    cell = msqkd.prepare_qat(Net(), SHAPE, msqkd.QuantConfig(act_quant_delay=3))
+    images = np.concatenate(batches(4))
+    data = ds.NumpySlicesDataset((images, np.zeros(len(images), np.int32)), shuffle=False).batch(4)
+    model = ms.train.Model(cell, nn.CrossEntropyLoss(), nn.Momentum(cell.trainable_params(), 0.01, 0.9))
+    callback = msqkd.ActQuantDelay()
+    for _ in range(2):
+        model.train(1, data, callbacks=[callback], dataset_sink_mode=False)
+        assert {q.phase_of_quant for q in cell.quantizers.values()} == {QUANTIZE}
