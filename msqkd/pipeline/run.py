@@ -439,13 +439,16 @@ class _Run:
         return cell
 
     def _final(self) -> QuantCell:
-        """The network that is exported: trained where the run trains, else the float network with calibrated ranges."""
+        """The network that is exported, in its deployed form: BatchNorm folded, weights as the files hold them."""
         ranges = self.folder.result("calibration" if self.trainings else "ptq")["ranges"]
+        spans = {name: (low, high) for name, (low, high) in ranges.items()}
         if self.trainings:
-            cell = self._trained_cell(self.main)
+            trained = self._trained_cell(self.main)
+            trained.set_ranges(spans)
+            graph, plan = trained.sync()
         else:
-            cell = quantize_cell(self.deployed, self.plan)
-        cell.set_ranges({name: (low, high) for name, (low, high) in ranges.items()})
+            graph, plan = self.deployed, self.plan.with_ranges(spans)
+        cell = quantize_cell(graph, plan)
         cell.set_phase(QUANTIZE)
         return cell
 

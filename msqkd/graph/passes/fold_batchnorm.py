@@ -101,19 +101,24 @@ def _column(rank: int) -> tuple[int, ...]:
 
 
 def _fold(graph: Graph, pair: _Pair) -> None:
-    layer, norm = pair.layer, pair.norm
-    gamma, beta, mean, variance = (graph.params[name].data.astype(np.float64) for name in pair.statistics)
-    g = gamma / np.sqrt(variance + _epsilon(graph, norm))
+    """Fold in the weight's own precision, operation for operation as `_freeze` computes."""
+    layer = pair.layer
+    gamma, beta, mean, _ = (graph.params[name].data for name in pair.statistics)
+    g = gamma * _inverse_deviation(graph, pair)
     weight = graph.params[layer.inputs[1]]
-    dtype = weight.data.dtype
-    weight.data = (weight.data * g.reshape(_column(weight.data.ndim))).astype(dtype)
-    old = graph.params[layer.inputs[2]].data if len(layer.inputs) == 3 else 0.0
-    bias = (beta + (old - mean) * g).astype(dtype)
+    weight.data = weight.data * g.reshape(_column(weight.data.ndim))
     if len(layer.inputs) == 3:
-        graph.params[layer.inputs[2]].data = bias
+        old = graph.params[layer.inputs[2]]
+        old.data = beta - g * (mean - old.data)
     else:
-        layer.inputs.append(graph.add_param(bias_name(layer.inputs[1]), bias))
+        layer.inputs.append(graph.add_param(bias_name(layer.inputs[1]), beta - g * mean))
     _replace_tail(graph, pair)
+
+
+def _inverse_deviation(graph: Graph, pair: _Pair) -> np.ndarray:
+    """1 / sqrt(variance + eps), rounded once to the precision of the variance."""
+    variance = graph.params[pair.statistics[3]].data
+    return (1.0 / np.sqrt(variance.astype(np.float64) + _epsilon(graph, pair.norm))).astype(variance.dtype)
 
 
 def bias_name(weight: str) -> str:
@@ -145,10 +150,9 @@ def _safe(name: str) -> str:
 
 def _freeze(graph: Graph, pair: _Pair) -> None:
     layer, norm = pair.layer, pair.norm
-    gamma, beta, mean, variance = pair.statistics
+    gamma, beta, mean, _ = pair.statistics
     emit = _Emit(graph, layer, norm)
-    inverse = (1.0 / np.sqrt(graph.params[variance].data.astype(np.float64) + _epsilon(graph, norm))).astype(np.float32)
-    g = emit("Mul", gamma, inverse, hint="g")
+    g = emit("Mul", gamma, _inverse_deviation(graph, pair), hint="g")
     rank = len(graph.shape(layer.inputs[1]))
     weight = emit("Mul", layer.inputs[1], emit("Reshape", g, _column(rank), hint="g_column"), hint="weight")
     offset = graph.params[mean].data
