@@ -504,7 +504,10 @@ class ExportSection(Section):
     """The files written at the end."""
 
     formats: Annotated[
-        list[ExportFormat], Field(min_length=1), AfterValidator(_distinct), Allowed("a list of at least one format")
+        list[ExportFormat],
+        Field(min_length=1),
+        AfterValidator(_distinct),
+        Allowed("a list, at least one of `lite_mindir` and `portable_mindir`"),
     ] = Field(
         default=list(get_args(ExportFormat)),
         description="lite_mindir for the MindSpore Lite converter, portable_mindir for any MindSpore.",
