@@ -15,8 +15,7 @@ from msqkd.graph.cell import Hooks, to_cell
 from msqkd.quant.fake_quant import QUANTIZE, FakeQuantActivation
 from msqkd.quant.plan import Group
 from msqkd.quant.qparams import QParams
-
-_NON_NEGATIVE = ("ReLU", "ReLU6")
+from msqkd.train.evaluate import agreement
 
 
 def load_portable(file: Path) -> Callable[[Any], Any]:
@@ -51,5 +50,5 @@ def compare(answers: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     """Largest absolute difference of two sets of logits, and the share (percent) of equal top-1 answers."""
     return {
         "max_abs_diff": float(np.abs(answers - reference).max()),
-        "agreement": float((answers.argmax(-1) == reference.argmax(-1)).mean() * 100),
+        "agreement": agreement(answers, reference),
     }

@@ -112,7 +112,6 @@ class _Run:
         self.trainings = [*others, main] if train else []
         reporter.stages = 5 + (len(self.trainings) + 1 if train else 0)
         self.started = datetime.now(timezone.utc)
-        self.clock = time.monotonic()
 
     # -- the stages -----------------------------------------------------------------------------------------------
     def run(self) -> dict[str, Any]:

@@ -132,10 +132,6 @@ class QuantPlan:
         """The group of a quantised value."""
         return self.groups[self.activations[value].group]
 
-    def sources(self) -> dict[str, str]:
-        """Value to group, for the values whose observed range decides the group's (each group has one)."""
-        return {group.name: group.name for group in self.groups.values()}
-
     def with_ranges(self, ranges: dict[str, tuple[float, float]]) -> QuantPlan:
         """A copy with the ranges of the named groups set."""
         groups = {name: replace(group, range=ranges.get(name, group.range)) for name, group in self.groups.items()}
