@@ -9,7 +9,8 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "msqkd" / "version.py").read_text()).group(1)
 
 MINDCV = ["mindcv>=0.3"]
-TEST = [*MINDCV, "pytest>=8", "hypothesis>=6.100", "ruff==0.17.5", "mypy==2.4.1", "types-PyYAML"]
+ONNX = ["onnx>=1.14", "onnxruntime>=1.16"]
+TEST = [*MINDCV, *ONNX, "pytest>=8", "hypothesis>=6.100", "ruff==0.17.5", "mypy==2.4.1", "types-PyYAML"]
 RECIPES = sorted(str(file.relative_to(HERE)) for file in (HERE / "recipes").glob("*.yaml"))
 
 setup(
@@ -24,6 +25,7 @@ setup(
     python_requires=">=3.9",
     install_requires=[
         "mindspore>=2.7",
+        "flatbuffers>=23.5",
         "jinja2>=3.1",
         "matplotlib>=3.7",
         "numpy>=1.25,<2",  # MindSpore 2.10 fails on its first eager operation with numpy 2
@@ -36,7 +38,7 @@ setup(
         "scikit-learn>=1.3",
         "typer>=0.12",
     ],
-    extras_require={"mindcv": MINDCV, "test": TEST},
+    extras_require={"mindcv": MINDCV, "onnx": ONNX, "test": TEST},
     data_files=[("share/msqkd/recipes", RECIPES)],
     entry_points={"console_scripts": ["msqkd=msqkd.cli:main"]},
     classifiers=[

@@ -199,9 +199,11 @@ def export(quantized_net: QuantCell, x: Any, file_name: str, file_format: str = 
     Args:
         quantized_net: from `quantize` or `prepare_qat`, with every range known.
         x: an example input (Tensor, array or sample shape), checked against the network's input.
-        file_name: with or without the suffix ``.mindir``.
-        file_format: ``MINDIR`` (float weights with FakeQuantParam markers, for MindSpore Lite's converter) or
-            ``MINDIR_PORTABLE`` (int8 weights and ordinary operations; MindSpore loads and runs it).
+        file_name: with or without the format's suffix.
+        file_format: ``MINDIR`` (float weights with FakeQuantParam markers, for MindSpore Lite's converter),
+            ``MINDIR_PORTABLE`` (int8 weights and ordinary operations; MindSpore loads and runs it), ``MS`` (int8, for
+            MindSpore Lite on the device, without its converter), ``MS_WEIGHT`` (the same with float computation),
+            ``MS_FLOAT``, ``MINDIR_ASCEND`` or ``ONNX``.
 
     Raises:
         ExportError: an unknown format, an input of another shape, or a network that cannot be written.

@@ -99,9 +99,16 @@ def _run(recipe: str, overrides: list[str], output: Optional[Path], fresh: bool,
         raise typer.Exit(130) from None
     if as_json:
         keys = ("accuracy", "size_bytes", "int8_share", "seed", "versions", "sha256")
-        print(json.dumps({key: result[key] for key in keys}, indent=2))
+        found = {key: result[key] for key in keys}
+        print(json.dumps({**found, "parity": _without_values(result["parity"])}, indent=2))
     else:
         _summary(result, folder)
+    if result["parity"]["exceeded"]:
+        raise typer.Exit(1)
+
+
+def _without_values(parity: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in parity.items() if key != "values"}
 
 
 def _summary(result: dict[str, Any], folder: Path) -> None:
@@ -113,6 +120,7 @@ def _summary(result: dict[str, Any], folder: Path) -> None:
         "float": "float", "float_ft": "float, fine-tuned with the same budget",
         "float_kd": "float, with the same distillation",
         "ptq": "PTQ only", "qat": "QAT", "qat_kd": "QAT + distillation", "exported": "exported INT8 file",
+        "integer": "on the device (integers, simulated)",
     }  # fmt: skip
     base = result["accuracy"]["float"]
     for key, title in names.items():
@@ -127,7 +135,76 @@ def _summary(result: dict[str, Any], folder: Path) -> None:
             f"size: float {sizes['float']:,} bytes, int8 {sizes['int8']:,} bytes "
             f"({sizes['int8'] / sizes['float']:.2f}×)"
         )
+    _deviation(result["parity"], console)
     console.print(f"files and report: {folder}", soft_wrap=True)
+
+
+def _deviation(parity: dict[str, Any], console: Console) -> None:
+    from msqkd.pipeline.export import deviation_words
+
+    text = deviation_words(parity)
+    if parity["exceeded"]:
+        console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+    else:
+        console.print(text, markup=False, soft_wrap=True)
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="Folder for verify.html and verify.json [RUN].")
+    ] = None,
+    samples: Annotated[
+        Optional[int], typer.Option(min=1, help="Test samples to compute, at most [the recipe's verify.samples].")
+    ] = None,
+    machine: Annotated[
+        Optional[str], typer.Option(help="x86 or arm64, whose arithmetic is computed [the recipe's verify.machine].")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a run's files, and compare what the device computes with what training promised, on the test set.
+
+    Ends with 1 where the device deviates by more than the recipe's verify.max_deviation.
+    """
+    from msqkd.pipeline.verify import verify_run
+
+    result = verify_run(run, output, samples=samples, machine=machine)
+    parity = result["parity"]
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        _verified(result, output or run)
+    if parity["exceeded"]:
+        raise typer.Exit(1)
+
+
+def _verified(result: dict[str, Any], folder: Path) -> None:
+    parity = result["parity"]
+    machine = f" ({parity['machine']})" if parity["machine"] else ""
+    title = f"{result['name']} on {result['target']}{machine}: {parity['samples']} test samples, in percent"
+    table = Table(title=title, title_justify="left")
+    table.add_column("execution")
+    for column in ("accuracy", "equal answers to float", "to fake-quantised"):
+        table.add_column(column, justify="right")
+    same = {key: f"{value:.2f}" for key, value in parity["agreement"].items()}
+    rows = {
+        "float": ("float", "", same["fake_quantised_float"]),
+        "fake_quantised": ("fake-quantised", same["fake_quantised_float"], ""),
+        "integer": ("integer", same["integer_float"], same["integer_fake_quantised"]),
+    }
+    for key, (name, to_float, to_fake) in rows.items():
+        reached = parity["accuracy"][key]
+        table.add_row(name, "" if reached is None else f"{reached:.2f}", to_float, to_fake)
+    console = Console(highlight=False)
+    console.print(table)
+    for entry in result["export"].values():
+        words = "checksum as exported"
+        if "compared_values" in entry:
+            words += f"; {entry['differing_values']} of {entry['compared_values']:,} integers unlike the simulated"
+        console.print(f"{entry['file']}: {words}", markup=False, soft_wrap=True)
+    _deviation(parity, console)
+    console.print(f"report: {folder / 'verify.html'}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -164,6 +241,9 @@ def plan(
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
     console.print(table)
     console.print(f"{made.int8_share():.0%} of {len(made.nodes)} operations run in int8")
+    for defect in made.avoided():
+        text = f"avoided: {defect['what']}; {defect['instead']} ({', '.join(defect['nodes'])})"
+        console.print(text, markup=False)
     for warning in made.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
 

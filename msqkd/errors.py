@@ -42,6 +42,10 @@ class ExportError(MsqkdError):
     """A model that cannot be written in the requested form."""
 
 
+class SimulationError(MsqkdError):
+    """A step the simulator cannot compute as the runtime would."""
+
+
 class MissingDependencyError(MsqkdError):
     """An optional package is needed; the message says which extra installs it."""
 

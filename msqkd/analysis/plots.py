@@ -26,6 +26,8 @@ COLOURS = {"float": "#52606d", "int8": "#2f6db3", "exported": "#173f73", "contro
 HIGHLIGHT = "#c2410c"
 RANGE = "#bcd3ec"
 NARROW = "#7fa8d6"
+LSB_COLOURS = (NARROW, COLOURS["control"], HIGHLIGHT)
+"""Of differences of 1 step, of 2, and of more."""
 MINUS = "\N{MINUS SIGN}"
 
 _Row = TypeVar("_Row")
@@ -196,6 +198,63 @@ def sqnr(layers: Sequence[tuple[str, float]]) -> list[str]:
             axes.grid(axis="x")
             axes.set_xlabel("dB", fontsize=8)
             charts.append(_svg(figure, f"sqnr{first}"))
+    return charts
+
+
+def lsb(rows: Sequence[tuple[str, Sequence[float], str]]) -> list[str]:
+    """Charts of how many integers differ, a bar a layer in the colours of `LSB_COLOURS`.
+
+    Args:
+        rows: the layer, the shares in percent that differ by 1 step, by 2, and by more, and the text at the bar's end.
+    """
+    charts = []
+    widest = max((sum(shares) for _, shares, _ in rows), default=0.0)
+    for first, part in _parts(rows):
+        with _style():
+            figure, axes = _figure(_HALF if len(rows) > _ONE_CHART else _WIDE, 0.55 + _ROW_INCHES * len(part))
+            left = [0.0] * len(part)
+            for step, colour in enumerate(LSB_COLOURS):
+                widths = [shares[step] for _, shares, _ in part]
+                axes.barh(range(len(part)), widths, 0.7, left, color=colour, zorder=2)
+                left = [begin + width for begin, width in zip(left, widths)]
+            for i, (_, _, text) in enumerate(part):
+                _note(axes, text, (left[i], i), (3, 0), size=7, ha="left", va="center")
+            _rows(axes, [name for name, _, _ in part], size=7.5)
+            axes.set_xlim(0, 1.35 * widest if widest > 0 else 1.0)
+            axes.grid(axis="x")
+            axes.set_xlabel("integers that differ, %", fontsize=8)
+            charts.append(_svg(figure, f"lsb{first}"))
+    return charts
+
+
+def noise_pairs(rows: Sequence[tuple[str, Optional[float], Optional[float]]]) -> list[str]:
+    """Charts of two signal-to-noise ratios a layer, in dB: a ring for the first, a dot for the second.
+
+    Args:
+        rows: the layer and its two ratios, None where there is no noise.
+    """
+    values = [value for _, *pair in rows for value in pair if value is not None]
+    if not values:
+        return []
+    low, high = min(values), max(values)
+    margin = 0.06 * max(high - low, 5.0)
+    charts = []
+    for first, part in _parts(rows):
+        with _style():
+            figure, axes = _figure(_HALF if len(rows) > _ONE_CHART else _WIDE, 0.55 + _ROW_INCHES * len(part))
+            for i, (_, one, other) in enumerate(part):
+                if one is not None and other is not None:
+                    axes.plot([one, other], [i, i], color=RANGE, linewidth=1.6, zorder=2)
+                if one is not None:
+                    axes.plot(one, i, "o", markersize=5.5, markerfacecolor="white", color=COLOURS["float"], zorder=3)
+                if other is not None:
+                    axes.plot(other, i, "o", markersize=3, color=COLOURS["int8"], zorder=4)
+            _rows(axes, [name for name, _, _ in part], size=7.5)
+            axes.set_xlim(low - margin, high + margin)
+            axes.grid(axis="x")
+            axes.xaxis.set_major_formatter(lambda value, _: number(value, 4))
+            axes.set_xlabel("dB", fontsize=8)
+            charts.append(_svg(figure, f"noise{first}"))
     return charts
 
 

@@ -11,6 +11,7 @@ from msqkd.analysis import plots
 from msqkd.files import PathLike, write_json, write_text
 
 API_VERSION = "msqkd/report/v1"
+VERIFY_API_VERSION = "msqkd/verify/v1"
 
 _ACCURACY = {  # key: (words in a sentence and a table, label of the bar, colour)
     "float": ("float", "float", "float"),
@@ -18,11 +19,22 @@ _ACCURACY = {  # key: (words in a sentence and a table, label of the bar, colour
     "qat": ("QAT", "QAT", "int8"),
     "qat_kd": ("QAT + distillation", "QAT +\ndistillation", "int8"),
     "exported": ("exported model", "exported", "exported"),
+    "integer": ("on the device (integers, simulated)", "device", "exported"),
     "float_ft": ("float, fine-tuned", "float\nfine-tuned", "control"),
     "float_kd": ("float, distilled", "float\ndistilled", "control"),
 }
 _CONTROLS = ("float_kd", "float_ft")
 _DEPLOYED = ("exported", "qat_kd", "qat", "ptq")
+_EXECUTIONS = {
+    "float": "float, nothing rounded",
+    "fake_quantised": "fake-quantised, as trained",
+    "integer": "integers of the device",
+}
+_PAIRS = {
+    "integer_fake_quantised": "integers and fake-quantised",
+    "integer_float": "integers and float",
+    "fake_quantised_float": "fake-quantised and float",
+}
 _TRAINING = {
     "qat_kd": "QAT + distillation",
     "qat": "QAT",
@@ -38,11 +50,13 @@ _FILES = {
     "ascend_mindir": "MindIR for Ascend",
     "lite_ms": "MindSpore Lite (.ms)",
     "ms": "MindSpore Lite (.ms)",
+    "ms_weight": "MindSpore Lite (.ms), int8 weights",
+    "ms_float": "MindSpore Lite (.ms), float",
     "onnx": "ONNX",
 }
 
 
-def write_report(result: Mapping[str, Any], folder: PathLike) -> dict[str, Path]:
+def write_report(result: Mapping[str, Any], folder: PathLike, name: str = "report") -> dict[str, Path]:
     """Write `report.json` and `report.html` into `folder` (made when needed), each whole or not at all.
 
     Args:
@@ -50,12 +64,13 @@ def write_report(result: Mapping[str, Any], folder: PathLike) -> dict[str, Path]
             null in the JSON. Accuracies and agreements are percent, shares 0–1, sizes bytes, times seconds,
             signal-to-noise ratios dB.
         folder: where to write.
+        name: of the files, without their suffixes.
 
     Returns:
         The two paths, under ``json`` and ``html``.
     """
     data = _plain({"apiversion": API_VERSION, **result})
-    paths = {"json": Path(folder) / "report.json", "html": Path(folder) / "report.html"}
+    paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("json", "html")}
     write_json(paths["json"], data)
     write_text(paths["html"], render_html(data))
     return paths
@@ -92,6 +107,7 @@ def _view(result: dict[str, Any]) -> dict[str, Any]:
         "accuracy": _accuracy(result.get("accuracy") or {}),
         "size": _size(result.get("size_bytes") or {}),
         "layers": _layers(layers),
+        "device": _device(result.get("parity") or {}, result.get("avoided") or plan.get("avoided") or []),
         "training": _training(result.get("training") or {}),
         "plan": _plan(plan, layers),
         "calibration": _calibration(result.get("calibration") or {}),
@@ -113,6 +129,7 @@ def _view(result: dict[str, Any]) -> dict[str, Any]:
             "highlight": plots.HIGHLIGHT,
             "range": plots.RANGE,
             "narrow": plots.NARROW,
+            **{f"lsb{step}": colour for step, colour in enumerate(plots.LSB_COLOURS, start=1)},
         },
         **sections,
     }
@@ -158,7 +175,25 @@ def _verdict(result: dict[str, Any]) -> list[str]:
         how, reached = "distilled" if control == "float_kd" else "fine-tuned", accuracy[control]
         gap = plots.difference(accuracy[key], reached)
         sentences.append(f"Against the float network {how} with the same budget ({reached:.2f} %): {gap} points.")
-    return sentences
+    parity = result.get("parity") or {}
+    return [*sentences, _deviation(parity)] if parity.get("samples") else sentences
+
+
+def _deviation(parity: dict[str, Any]) -> str:
+    """In a sentence, how far the device is from the fake-quantised network."""
+    reached = {name: value for name, value in (parity.get("accuracy") or {}).items() if value is not None}
+    samples = f"{parity['samples']} {parity.get('split') or ''} samples".replace("  ", " ")
+    if {"integer", "fake_quantised"} <= reached.keys():
+        found = f"{reached['integer']:.2f} % in the device's integers, {reached['fake_quantised']:.2f} % fake-quantised"
+    else:
+        same = _below((parity.get("agreement") or {}).get("integer_fake_quantised", 0.0))
+        found = f"{same:.2f} % equal answers in the device's integers and fake-quantised"
+    bound, deviation = parity.get("max_deviation"), parity.get("deviation")
+    if bound is None or deviation is None:
+        return f"On {samples}: {found}."
+    state = "is more than" if parity.get("exceeded") else "is within"
+    few = " or two samples" if not parity.get("exceeded") and deviation > bound else ""
+    return f"On {samples}: {found}; a deviation of {deviation:.2f} points {state} the bound of {bound:g}{few}."
 
 
 def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -276,6 +311,104 @@ def _layer_row(layer: dict[str, Any]) -> dict[str, str]:
         "range": _interval(activation.get("lo"), activation.get("hi")),
         "scale": "" if activation.get("scale") is None else f"{activation['scale']:.3g}",
         "zero_point": "" if activation.get("zero_point") is None else plots.number(activation["zero_point"], 6),
+    }
+
+
+# -- the device --------------------------------------------------------------------------------------------------------
+def _device(parity: dict[str, Any], avoided: list[dict[str, Any]]) -> Optional[dict[str, Any]]:
+    values = parity.get("values") or []
+    if not parity.get("samples") and not avoided:
+        return None
+    names = _distinct([value.get("layer") or value.get("value") or "" for value in values])
+    pairs = [value.get("sqnr_db") or {} for value in values]
+    noise = [
+        (name, pair.get("fake_quantised"), pair.get("integer"))
+        for name, pair in zip(names, pairs)
+        if any(ratio is not None for ratio in pair.values())
+    ]
+    integers = [(name, value) for name, value in zip(names, values) if value.get("histogram")]
+    return {
+        "samples": parity.get("samples"),
+        "split": parity.get("split") or "",
+        "machine": parity.get("machine"),
+        "rows": _executions(parity),
+        "agreement": [
+            (words, f"{_below(parity['agreement'][key]):.2f} %")
+            for key, words in _PAIRS.items()
+            if (parity.get("agreement") or {}).get(key) is not None
+        ],
+        "first": [
+            (words, _place_words(parity.get(key)))
+            for key, words in (
+                ("first_difference", "first layer with a different integer"),
+                ("first_beyond_one", "first layer with a difference of more than 1 step"),
+            )
+            if values
+        ],
+        "lsb": [_inline(svg) for svg in plots.lsb([_lsb_row(name, value) for name, value in integers])],
+        "noise": [_inline(svg) for svg in plots.noise_pairs(noise)],
+        "values": [_value_row(name, value) for name, value in zip(names, values)],
+        "avoided": [
+            {"what": entry.get("what") or "", "instead": entry.get("instead") or "", "nodes": entry.get("nodes") or []}
+            for entry in avoided
+        ],
+    }
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """`names` with a number behind one that came before, as the second result of a layer has it."""
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return result
+
+
+def _executions(parity: dict[str, Any]) -> list[dict[str, str]]:
+    accuracy = parity.get("accuracy") or {}
+    base = accuracy.get("fake_quantised")
+    rows = []
+    for key, words in _EXECUTIONS.items():
+        if accuracy.get(key) is not None:
+            delta = "" if base is None or key == "fake_quantised" else plots.difference(accuracy[key], base)
+            rows.append({"label": words, "value": f"{accuracy[key]:.2f}", "delta": delta})
+    return rows
+
+
+def _place_words(place: Optional[dict[str, Any]]) -> str:
+    if not place:
+        return "none"
+    return f"{place.get('layer')} ({place.get('op')}), by up to {place.get('max_lsb')}"
+
+
+def _lsb_row(name: str, value: dict[str, Any]) -> tuple[str, list[float], str]:
+    """The layer, the shares in percent that differ by 1, 2 and more steps, and those in words."""
+    counts, total = value["histogram"], value.get("count") or 1
+    shares = [
+        100 * sum(count for label, count in counts.items() if label.lstrip("<>=") in (f"{step}", f"-{step}")) / total
+        for step in (1, 2, 3)
+    ]
+    largest = f"at most {value.get('max_lsb')} step{'' if value.get('max_lsb') == 1 else 's'}"
+    return name, shares, f"{plots.number(sum(shares))} %, {largest}" if any(shares) else "none"
+
+
+def _value_row(name: str, value: dict[str, Any]) -> dict[str, str]:
+    pairs = value.get("sqnr_db") or {}
+    row = {
+        key: "" if pairs.get(key) is None else _decibel(pairs[key])
+        for key in ("fake_quantised", "integer", "integer_fake_quantised")
+    }
+    equal, error = value.get("equal"), value.get("relative_error")
+    return {
+        **row,
+        "name": name,
+        "op": value.get("op") or "",
+        "equal": "" if equal is None else f"{_below(100 * equal, 3):.3f} %",
+        "max_lsb": "" if value.get("max_lsb") is None else f"{value['max_lsb']}",
+        "error": "" if error is None else f"{error:.2g}",
+        "scale": "" if value.get("scale") is None else f"{value['scale']:.3g}",
+        "histogram": " · ".join(f"{count}" for count in (value.get("histogram") or {}).values()),
     }
 
 
@@ -398,18 +531,20 @@ def _files(exports: dict[str, Any], checksums: dict[str, Any]) -> Optional[dict[
     for form, export in exports.items():
         export = export or {}
         difference, agreement = export.get("max_abs_diff"), export.get("agreement")
+        compared = export.get("compared_values")
         rows.append(
             {
                 "form": _file_words(form),
                 "file": Path(str(export["file"])).name if export.get("file") else "",
                 "accuracy": "" if export.get("accuracy") is None else f"{export['accuracy']:.2f} %",
                 "difference": "" if difference is None else f"{difference:.2g}",
+                "integers": "" if compared is None else f"{export.get('differing_values')} of {compared:,}",
                 "agreement": "" if agreement is None else f"{_below(agreement):.2f} %",
             }
         )
     sums = [(name, digest) for name, digest in checksums.items() if digest]
-    measured = any(row["accuracy"] for row in rows)
-    return {"exports": rows, "measured": measured, "checksums": sums} if rows or sums else None
+    shown = {key for key in ("accuracy", "agreement", "difference", "integers") if any(row[key] for row in rows)}
+    return {"exports": rows, "shown": shown, "checksums": sums} if rows or sums else None
 
 
 def _run(result: dict[str, Any]) -> Optional[dict[str, Any]]:

@@ -2,16 +2,138 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 from msqkd.errors import ExportError, did_you_mean
 from msqkd.files import PathLike
 from msqkd.graph.ir import Graph
 from msqkd.quant.plan import QuantPlan
 
-LITE, PORTABLE = "lite_mindir", "portable_mindir"
-_FORMATS = {"MINDIR": LITE, "MINDIR_PORTABLE": PORTABLE, LITE: LITE, PORTABLE: PORTABLE}
+LITE, PORTABLE, ASCEND, ONNX = "lite_mindir", "portable_mindir", "ascend_mindir", "onnx"
+MS, MS_WEIGHT, MS_FLOAT = "ms", "ms_weight", "ms_float"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file.
+
+    Attributes:
+        name: as recipes call it.
+        alias: as `msqkd.export` calls it.
+        suffix: of the file.
+        description: one line for people.
+        targets: names of the targets whose plans can be written so.
+        write: (graph, plan, path) -> path.
+        load: path -> a callable from a batch of inputs to the outputs; None where only the device can run it.
+        int8: whether the file computes in int8 as the plan says.
+    """
+
+    name: str
+    alias: str
+    suffix: str
+    description: str
+    targets: tuple[str, ...]
+    write: Callable[[Graph, QuantPlan, Path], Path]
+    load: Optional[Callable[[Path], Callable[[Any], Any]]] = None
+    int8: bool = True
+
+
+def _write_lite(graph: Graph, plan: QuantPlan, path: Path) -> Path:
+    from msqkd.exporters.lite import export_lite
+
+    return export_lite(graph, plan, path)
+
+
+def _load_lite(path: Path) -> Any:
+    from msqkd.exporters.verify import load_lite
+
+    return load_lite(path)
+
+
+def _write_portable(graph: Graph, plan: QuantPlan, path: Path) -> Path:
+    from msqkd.exporters.portable import export_portable
+
+    return export_portable(graph, plan, path)
+
+
+def _load_portable(path: Path) -> Any:
+    from msqkd.exporters.verify import load_portable
+
+    return load_portable(path)
+
+
+def _write_ascend(graph: Graph, plan: QuantPlan, path: Path) -> Path:
+    from msqkd.exporters.ascend import export_ascend
+
+    return export_ascend(graph, plan, path)
+
+
+def _write_onnx(graph: Graph, plan: QuantPlan, path: Path) -> Path:
+    from msqkd.exporters.onnx.qdq import export_onnx
+
+    return export_onnx(graph, plan, path)
+
+
+def _load_onnx(path: Path) -> Any:
+    from msqkd.exporters.onnx.runtime import load_onnx
+
+    return load_onnx(path)
+
+
+def _ms_writer(kind: str) -> Callable[[Graph, QuantPlan, Path], Path]:
+    def write(graph: Graph, plan: QuantPlan, path: Path) -> Path:
+        from msqkd.exporters.device import lite_program
+        from msqkd.exporters.ms.write import write_ms
+
+        return write_ms(lite_program(graph, plan, kind=kind), path)
+
+    return write
+
+
+def _load_ms(path: Path) -> Any:
+    from msqkd.exporters.verify import load_ms
+
+    return load_ms(path)
+
+
+_FORMATS = (
+    Format(
+        LITE, "MINDIR", ".mindir", "for MindSpore Lite's converter: float weights with FakeQuantParam markers",
+        ("lite_arm",), _write_lite, _load_lite,
+    ),
+    Format(
+        PORTABLE, "MINDIR_PORTABLE", ".mindir", "for any MindSpore: int8 weights and ordinary operations",
+        ("lite_arm", "ascend"), _write_portable, _load_portable,
+    ),
+    Format(
+        MS, "MS", ".ms", "for MindSpore Lite on the device, without its converter: int8 throughout", ("lite_arm",),
+        _ms_writer("int8"), _load_ms,
+    ),
+    Format(
+        MS_WEIGHT, "MS_WEIGHT", ".ms", "for MindSpore Lite on the device: weights stored as int8, float computation",
+        ("lite_arm",), _ms_writer("weight"), _load_ms, int8=False,
+    ),
+    Format(
+        MS_FLOAT, "MS_FLOAT", ".ms", "for MindSpore Lite on the device: float32, for comparison", ("lite_arm",),
+        _ms_writer("float"), _load_ms, int8=False,
+    ),
+    Format(
+        ASCEND, "MINDIR_ASCEND", ".mindir", "for Ascend NPUs: Quant and Dequant around int8 convolutions", ("ascend",),
+        _write_ascend,
+    ),
+    Format(
+        ONNX, "ONNX", ".onnx", "for onnxruntime on x86 and ARM servers: QuantizeLinear and DequantizeLinear",
+        ("lite_arm", "ascend"), _write_onnx, _load_onnx,
+    ),
+)  # fmt: skip
+
+FORMATS: Mapping[str, Format] = {item.name: item for item in _FORMATS}
+"""Every kind of file, by the name recipes use."""
+
+_BY_ANY_NAME = {name: item for item in _FORMATS for name in (item.alias, item.name)}
 
 
 def export(
@@ -25,27 +147,31 @@ def export(
 
     Args:
         graph, plan: every range known.
-        file_name: with or without ``.mindir``.
-        file_format: ``MINDIR`` (alias lite_mindir) or ``MINDIR_PORTABLE`` (alias portable_mindir).
+        file_name: with or without the format's suffix.
+        file_format: a name or alias in FORMATS.
         example_shape: the shape of a sample or batch, checked against the network's input.
 
     Raises:
-        ExportError: unknown format, wrong input shape, or a file that cannot be written.
+        ExportError: unknown format, one that is not for the plan's target, wrong input shape, or a file that cannot be
+            written.
+        PlanError: a range is missing.
     """
-    from msqkd.exporters.lite import export_lite
-    from msqkd.exporters.portable import export_portable
-
-    if file_format not in _FORMATS:
+    found = _BY_ANY_NAME.get(file_format)
+    if found is None:
+        allowed = [item.alias for item in _FORMATS]
         raise ExportError(
-            f"file_format '{file_format}' is unknown; allowed: {', '.join(_FORMATS)}"
-            f"{did_you_mean(file_format, _FORMATS)}"
+            f"file_format '{file_format}' is unknown; allowed: {', '.join(allowed)}"
+            f"{did_you_mean(file_format, _BY_ANY_NAME)}"
+        )
+    if plan.target not in found.targets:
+        raise ExportError(
+            f"file_format '{file_format}' is for target {' or '.join(found.targets)}; the plan is for {plan.target}"
         )
     if example_shape is not None:
         _check_shape(graph, example_shape)
-    writers: dict[str, Callable[..., Path]] = {LITE: export_lite, PORTABLE: export_portable}
     path = Path(file_name)
-    path = path if path.suffix == ".mindir" else path.with_name(path.name + ".mindir")
-    return writers[_FORMATS[file_format]](graph, plan, path)
+    path = path if path.suffix == found.suffix else path.with_name(path.name + found.suffix)
+    return found.write(graph, plan, path)
 
 
 def _check_shape(graph: Graph, shape: tuple[int, ...]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import mindspore as ms
 import numpy as np
 
 from msqkd.errors import ExportError
 from msqkd.exporters.canonical import canonical
+from msqkd.exporters.compact import compact
 from msqkd.files import PathLike, replacing
 from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph, Node, Value
@@ -29,11 +30,11 @@ def export_portable(graph: Graph, plan: QuantPlan, file: PathLike) -> Path:
     portable = portable_graph(graph, plan)
     cell = to_cell(portable)
     inputs = [_open_batch(portable, name) for name in portable.inputs]
-    return write_cell(cell, inputs, file)
+    return write_cell(cell, inputs, file, compact)
 
 
-def write_cell(cell: Any, inputs: list[Any], file: PathLike) -> Path:
-    """`mindspore.export` to `file`, atomically; the bytes depend on the network alone."""
+def write_cell(cell: Any, inputs: list[Any], file: PathLike, form: Callable[[bytes], bytes] = canonical) -> Path:
+    """`mindspore.export` to `file`, atomically, in the given `form`; the bytes depend on the network alone."""
     target = Path(file)
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "model.mindir"
@@ -47,7 +48,7 @@ def write_cell(cell: Any, inputs: list[Any], file: PathLike) -> Path:
             raise ExportError(f"{target.name}: the network is larger than the 1 GiB a single MindIR file holds")
         try:
             with replacing(target) as place:
-                place.write_bytes(canonical(temporary.read_bytes()))
+                place.write_bytes(form(temporary.read_bytes()))
         except OSError as error:
             raise ExportError(f"cannot write {target}: {error.strerror}") from error
     return target

@@ -12,6 +12,8 @@ from mindspore import nn
 from msqkd.errors import ExportError
 from msqkd.exporters.lite import read_marked
 from msqkd.graph.cell import Hooks, to_cell
+from msqkd.integer.program import Format
+from msqkd.integer.registry import ARM64
 from msqkd.quant.fake_quant import QUANTIZE, FakeQuantActivation
 from msqkd.quant.plan import Group
 from msqkd.quant.qparams import QParams
@@ -44,6 +46,23 @@ def _fixed(name: str, qparams: QParams) -> FakeQuantActivation:
     cell.set_qparams(qparams)
     cell.phase_of_quant = QUANTIZE
     return cell
+
+
+def load_ms(file: Path) -> Callable[[Any], Any]:
+    """A ``.ms`` file as the runtime's kernels compute it, for batches of any size."""
+    from msqkd.exporters.ms.read import read_ms
+    from msqkd.integer.simulator import Simulator
+
+    simulator = Simulator(read_ms(file), machine=ARM64)
+
+    def run(batch: Any) -> Any:
+        data = batch.asnumpy() if isinstance(batch, ms.Tensor) else np.asarray(batch)
+        tensor = simulator.program.tensors[simulator.program.inputs[0]]
+        if tensor.format == Format.NHWC and data.ndim == 4:
+            data = data.transpose(0, 2, 3, 1)
+        return ms.Tensor(simulator.run(np.ascontiguousarray(data))[0])
+
+    return run
 
 
 def compare(answers: np.ndarray, reference: np.ndarray) -> dict[str, float]:

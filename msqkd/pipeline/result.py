@@ -41,7 +41,7 @@ def assemble(
     if stages["float"]["history"]:
         histories["pretrain"] = stages["float"]["history"]
     sizes = dict(exported["sizes"])
-    float_size, int8_size = sizes.pop("float"), sizes.pop("portable_mindir", None)
+    float_size, int8_size = sizes.pop("float"), sizes.pop("portable_mindir", sizes.get("ms"))
     calibration = stages.get("calibration", stages["ptq"])
     accuracy = {name: stages[name]["accuracy"] if name in stages else None for name in _MEASURED}
     return {
@@ -56,11 +56,12 @@ def assemble(
         "target": recipe.target,
         "versions": versions(),
         "data": dict(data),
-        "accuracy": {**accuracy, "exported": exported["accuracy"]},
+        "accuracy": {**accuracy, "exported": exported["accuracy"], "integer": exported["integer_accuracy"]},
         "size_bytes": {"float": float_size, "int8": int8_size, **sizes},
         "int8_share": plan.int8_share(),
         "sha256": exported["sha256"],
         "export": exported["verified"],
+        "parity": exported["parity"],
         "calibration": {key: calibration[key] for key in _CALIBRATION if key in calibration},
         "training": histories,
         "layers": list(layers),

@@ -18,11 +18,8 @@ from msqkd.checkpoints import load_checkpoint, save_checkpoint
 from msqkd.data import DataBundle, Split, subset
 from msqkd.distill.losses import hard_loss
 from msqkd.distill.step import DistillTrainOneStepCell
-from msqkd.errors import ExportError, ModelError, PlanError
-from msqkd.exporters import LITE, export
-from msqkd.exporters.portable import write_float
-from msqkd.exporters.verify import compare, load_lite, load_portable
-from msqkd.files import sha256, write_json
+from msqkd.errors import ModelError, PlanError
+from msqkd.files import write_json
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import read_parameters, to_cell
 from msqkd.graph.ir import Graph
@@ -35,6 +32,7 @@ from msqkd.pipeline.build import (
     load_bundle,
     quant_settings,
 )  # fmt: skip
+from msqkd.pipeline.export import Exported, deviation_words, export_files, preflight
 from msqkd.pipeline.result import assemble
 from msqkd.pipeline.rundir import RunDirectory
 from msqkd.progress import Reporter
@@ -44,13 +42,12 @@ from msqkd.quant.plan import QuantPlan
 from msqkd.quant.ptq import calibrate, divergence
 from msqkd.quant.qat import QuantCell, deployment_graph, quantize_cell
 from msqkd.recipe import Recipe, TrainSection
-from msqkd.train.evaluate import accuracy, accuracy_of, answers, input_batches
+from msqkd.train.evaluate import accuracy, answers, input_batches
 from msqkd.train.loop import Training, fit, steps_per_epoch
 from msqkd.train.optimizer import make_optimizer
 from msqkd.train.step import TrainStep, WithLoss
 
 _SQNR_SAMPLES = 256
-_LITE_DISAGREEMENT = 1.0  # percent of the test samples for which the marked file may name another class
 _COLLAPSE = 5.0  # points a training may lose before it is called diverged
 
 # role of a training -> (title, quantised, distilled)
@@ -101,6 +98,21 @@ def run_recipe(
     return _Run(recipe, folder, reporter or Reporter(), train).run()
 
 
+def reopen(folder: RunDirectory, recipe: Recipe, reporter: Reporter) -> Exported:
+    """The network a finished run exported, made again from the run's folder, and its data.
+
+    Args:
+        folder: from `RunDirectory.finished`.
+        recipe: the run's, which may differ in `verify`.
+        reporter: where progress is told.
+
+    Raises:
+        MsqkdError: the data or the network cannot be had any more.
+    """
+    ms.set_context(mode=ms.GRAPH_MODE)
+    return _Run(recipe, folder, reporter, train=folder.state["verb"] == "run").exported()
+
+
 class _Run:
     def __init__(self, recipe: Recipe, folder: RunDirectory, reporter: Reporter, train: bool) -> None:
         self.recipe, self.folder, self.reporter = recipe, folder, reporter
@@ -110,11 +122,11 @@ class _Run:
         self.warnings: list[str] = []
         others = [_COMPARISONS[name] for name in recipe.compare if _COMPARISONS[name] != main]
         self.trainings = [*others, main] if train else []
-        reporter.stages = 5 + (len(self.trainings) + 1 if train else 0)
         self.started = datetime.now(timezone.utc)
 
     # -- the stages -----------------------------------------------------------------------------------------------
     def run(self) -> dict[str, Any]:
+        self.reporter.stages = 5 + (len(self.trainings) + 1 if self.trainings else 0)
         for warning in self.recipe.warnings():
             self.reporter.warn(warning)
         self._preflight()
@@ -132,12 +144,14 @@ class _Run:
         """What must be refused is refused now, not after hours of training."""
         pretrain = self.recipe.pretrain
         if pretrain is None or self.folder.done("float"):
-            self._check_plan(self.plan)
+            graph, plan = self.deployed, self.plan
         else:
-            graph, plan = plan_recipe(self.recipe)
-            self._check_network(graph)
-            self._check_plan(plan)
+            captured, plan = plan_recipe(self.recipe)
+            self._check_network(captured)
+            graph = deployment_graph(captured)
             steps_per_epoch(self.bundle.train, pretrain.batch_size)
+        self._check_plan(plan)
+        preflight(self.recipe, graph, plan)
         if self.trainings and self.recipe.distillation is not None and self.recipe.teacher.source != "self":
             _ = self.other_teacher
 
@@ -248,15 +262,19 @@ class _Run:
         self._stage("calibration", "Calibration of the trained network", work, tell)
 
     def _export(self) -> None:
-        def work() -> dict[str, Any]:
-            return self._export_files()
-
-        self._stage(
+        """Write the files, and compare what the device will compute with what training promised."""
+        result = self._stage(
             "export",
             "Export and verification",
-            work,
+            lambda: export_files(self.exported(), self.folder, self.reporter),
             lambda r: f"exported accuracy {r['accuracy']:.2f} %, files {', '.join(r['files'])}",
         )
+        parity = result["parity"]
+        if parity["exceeded"]:
+            self.warnings.append(deviation_words(parity))
+            self.reporter.warn(self.warnings[-1])
+        else:
+            self.reporter.say(deviation_words(parity))
 
     # -- objects, made when first needed ------------------------------------------------------------------------------
     @cached_property
@@ -437,7 +455,7 @@ class _Run:
         cell.set_phase(QUANTIZE)
         return cell
 
-    def _final(self) -> QuantCell:
+    def exported(self) -> Exported:
         """The network that is exported, in its deployed form: BatchNorm folded, weights as the files hold them."""
         ranges = self.folder.result("calibration" if self.trainings else "ptq")["ranges"]
         spans = {name: (low, high) for name, (low, high) in ranges.items()}
@@ -447,64 +465,16 @@ class _Run:
             graph, plan = trained.sync()
         else:
             graph, plan = self.deployed, self.plan.with_ranges(spans)
-        cell = quantize_cell(graph, plan)
-        cell.set_phase(QUANTIZE)
-        return cell
-
-    def _export_files(self) -> dict[str, Any]:
-        cell = self._final()
-        graph, plan = cell.sync()
-        size = self.recipe.data.eval_batch_size
-        labels = self.bundle.test.labels
-        reference = answers(cell, self.bundle.test, size)
-        float_file = write_float(self.captured, self.folder.file("float.mindir"))
-        files = {"float": float_file.name}
-        verified: dict[str, Any] = {}
-        measured = None
-        for name in self.recipe.export.formats:
-            file = export(graph, plan, self.folder.file(f"{self.recipe.name}_{name.split('_')[0]}.mindir"), name)
-            files[name] = file.name
-            reader = load_lite if name == LITE else load_portable
-            logits = answers(reader(file), self.bundle.test, size)
-            verified[name] = {"file": file.name, **compare(logits, reference), "accuracy": accuracy_of(logits, labels)}  # type: ignore[arg-type]
-            self._check_export(name, verified[name])
-            # The portable file is what MindSpore itself computes; the marked one is interpreted here.
-            if measured is None or name != LITE:
-                measured = verified[name]["accuracy"]
-        if measured is None:
-            raise ExportError("export.formats is empty; choose at least one format")
-        sizes = {name: self.folder.file(file).stat().st_size for name, file in files.items()}
-        checksums = {file: sha256(self.folder.file(file)) for file in files.values()}
-        return {
-            "accuracy": measured,
-            "files": list(files.values()),
-            "sizes": sizes,
-            "sha256": checksums,
-            "verified": verified,
-        }
-
-    def _check_export(self, name: str, result: dict[str, Any]) -> None:
-        tolerance, samples = self.recipe.export.verify_tolerance, len(self.bundle.test)
-        if name == LITE:
-            # Its dense layers are convolutions: equal but for the order of sums, which may move a value to the next
-            # level, and a close call between two classes with it.
-            allowed = f"at least {100 - _LITE_DISAGREEMENT:g} % equal answers"
-            different = (100 - result["agreement"]) / 100 * samples
-            wrong = different > max(samples * _LITE_DISAGREEMENT / 100, 2.5)
-        else:
-            allowed = f"a difference of at most {tolerance:g}"
-            wrong = result["max_abs_diff"] > tolerance
-        if wrong:
-            raise ExportError(
-                f"{result['file']} does not answer as the trained network: largest difference "
-                f"{result['max_abs_diff']:.3g}, equal answers {result['agreement']:.2f} %; allowed: {allowed}"
-            )
+        # The plan as its cell holds it, with the clip ratios it chose for these weights.
+        graph, plan = quantize_cell(graph, plan).sync()
+        return Exported(self.recipe, self.captured, graph, plan, self.bundle.test, self.calibration)
 
     # -- the report -----------------------------------------------------------------------------------------------
     def _report(self) -> dict[str, Any]:
         self.reporter.stage("Report")
         folder, recipe = self.folder, self.recipe
-        graph, plan = self._final().sync()
+        network = self.exported()
+        graph, plan = network.graph, network.plan
         samples = subset(self.bundle.test, min(_SQNR_SAMPLES, len(self.bundle.test)))
         layers = layer_table(graph, plan, self.deployed, input_batches(samples, min(64, len(samples))))
         counts = {"train": len(self.bundle.train), "test": len(self.bundle.test), "calibration": len(self.calibration)}

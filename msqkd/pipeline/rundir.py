@@ -9,14 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from msqkd.errors import ExportError, RecipeError
-from msqkd.files import write_json, write_text
+from msqkd.exporters import FORMATS, Format
+from msqkd.files import sha256, write_json, write_text
 from msqkd.recipe import Recipe, dump_recipe
 
 _STATE = "state.json"
+
+
+def export_name(recipe_name: str, form: Format) -> str:
+    """The name of a run's file in a format: ``digits_lite.mindir``."""
+    return f"{recipe_name}_{form.name.removesuffix('_mindir')}{form.suffix}"
+
+
 _TRAINED = "float|float_ft|float_kd|qat|qat_kd|pretrain"
+_EXPORTED = "|".join(".+" + re.escape(export_name("", form)) for form in FORMATS.values())
 _OURS = re.compile(
-    rf"state\.json|recipe\.yaml|plan\.json|report\.(json|html)|({_TRAINED})\.(ckpt|state\.npz)|float\.mindir|.+_(lite|portable)\.mindir"
+    rf"state\.json|recipe\.yaml|plan\.json|(report|verify)\.(json|html)|({_TRAINED})\.(ckpt|state\.npz)|float\.mindir"
+    rf"|{_EXPORTED}"
 )
+_KEYS = ("verb", "recipe_sha256", "recipe", "stages")
 _BEGUN = {_STATE, "recipe.yaml"}
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.[a-z]+")  # as msqkd.files.replacing names them
 
@@ -37,12 +48,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, recipe: Recipe, fresh: bool = False, verb: str = "run") -> None:
         self.path = path
-        self.state: dict[str, Any] = {
-            "verb": verb,
-            "recipe_sha256": recipe.sha(),
-            "recipe": recipe.to_dict(),
-            "stages": {},
-        }
+        values: tuple[Any, ...] = (verb, recipe.sha(), recipe.to_dict(), {})
+        self.state: dict[str, Any] = dict(zip(_KEYS, values))
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -65,11 +72,51 @@ class RunDirectory:
         self._write()
         write_text(path / "recipe.yaml", dump_recipe(recipe))
 
+    @classmethod
+    def finished(cls, path: Path) -> RunDirectory:
+        """The folder of a run that is finished; nothing in it is changed.
+
+        Raises:
+            ExportError: there is no such folder, or no finished run in it; says what is missing.
+            RecipeError: its state is damaged.
+        """
+        if not (path / _STATE).is_file():
+            what = f"it holds no {_STATE}" if path.is_dir() else "there is no such folder"
+            raise ExportError(f"{path} is not the folder of a run: {what}; give one that msqkd run has filled")
+        folder = cls.__new__(cls)
+        folder.path = path
+        folder.state = folder._read()
+        if not folder.done("export"):
+            done = ", ".join(folder.state["stages"]) or "none"
+            raise ExportError(
+                f"the run in {path} is not finished: the stage export is missing (done: {done}); "
+                f"run msqkd {folder.state['verb']} again with its recipe"
+            )
+        return folder
+
+    def check_exports(self) -> dict[str, str]:
+        """Hold every exported file against the checksum that was recorded; SHA-256 by file name.
+
+        Raises:
+            ExportError: a file is missing, or is not the one that was exported.
+        """
+        recorded: dict[str, str] = self.result("export")["sha256"]
+        for name, checksum in recorded.items():
+            file = self.path / name
+            if not file.is_file():
+                raise ExportError(f"{file} is missing, though the run exported it; run it again with --fresh")
+            found = sha256(file)
+            if found != checksum:
+                raise ExportError(
+                    f"{file} does not match its checksum in {_STATE}: SHA-256 {found}, when exported {checksum}"
+                )
+        return dict(recorded)
+
     def _read(self) -> dict[str, Any]:
         file = self.path / _STATE
         try:
             held = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(held, dict) or not self.state.keys() <= held.keys():
+            if not isinstance(held, dict) or not set(_KEYS) <= held.keys():
                 raise ValueError("it is not the state of a run")
             return held
         except ValueError as error:

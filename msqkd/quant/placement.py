@@ -12,6 +12,8 @@ from msqkd.quant.plan import FLOAT_PRECISION, INT8, ActivationQuant, Group, Node
 from msqkd.quant.rules import RuleBook
 from msqkd.targets import SHARED, SHARED_ROUNDED, WEIGHTED, Int8Op, Target, get_target
 
+_VALID = 2  # MindSpore's number of the padding mode, as AvgPool takes it
+
 
 def make_plan(
     graph: Graph, default: Optional[QuantConfig] = None, rules: Sequence[Rule] = (), target: str = "lite_arm"
@@ -36,6 +38,8 @@ class _Placement:
             for name in dict.fromkeys(node.inputs):
                 self.readers.setdefault(name, []).append(node)
         self.verdicts: dict[str, tuple[str, str]] = {}
+        self.forms: dict[str, Optional[str]] = {}
+        self.avoids: dict[str, list[str]] = {}
         self.fused: dict[str, str] = {}
 
     def run(self) -> QuantPlan:
@@ -58,6 +62,8 @@ class _Placement:
                     reason,
                     rule,
                     self.fused.get(node.name),
+                    self.forms.get(node.name) if precision == INT8 else None,
+                    tuple(dict.fromkeys(self.avoids.get(node.name, ()))),
                 )
             )
         return self.plan
@@ -89,12 +95,41 @@ class _Placement:
             return FLOAT_PRECISION, f"kept float by rule '{rule}'"
         support = self.target.ops.get(node.op)
         if support is None:
-            known = self.target.float_reasons.get(node.op)
-            return FLOAT_PRECISION, known or f"{self.target.name} has no int8 kernel for {node.op}"
+            return FLOAT_PRECISION, self._float_reason(node)
         obstacle = self._obstacle(node, support)
         if obstacle:
             return FLOAT_PRECISION, obstacle
-        return INT8, f"int8 kernel {support.kernel}"
+        self._choose_form(node, support)
+        kernel, form = support.kernel, self.forms.get(node.name)
+        avoided = "; ".join(self.target.defects[name].what for name in self.avoids.get(node.name, ()))
+        how = f"int8 kernel {kernel}" if form is None else f"int8, written as a {form} convolution"
+        return INT8, f"{how} (avoids: {avoided})" if avoided else how
+
+    def _float_reason(self, node: Node) -> str:
+        """Why an operation that is not among the target's stays float."""
+        reason, defect = self.target.float_reasons.get(node.op), self.target.float_defects.get(node.op)
+        parts = [reason] if reason else []
+        if defect:
+            parts.append(self._avoid(node, defect))
+        return "; ".join(parts) or f"{self.target.name} has no int8 kernel for {node.op}"
+
+    def _avoid(self, node: Node, defect: str) -> str:
+        """Note a defect as avoided at `node`; returns what it is."""
+        self.avoids.setdefault(node.name, []).append(defect)
+        return self.target.defects[defect].what
+
+    def _choose_form(self, node: Node, support: Int8Op) -> None:
+        avoided = list(support.avoids)
+        self.forms[node.name] = support.form
+        if support.max_window is not None and self._window(node, support) > support.max_window:
+            self.forms[node.name] = support.large_window
+            avoided = [support.window_defect]
+        if self.target.padded_pointwise and node.op == "Conv2D" and is_padded_pointwise(self.graph, node):
+            avoided.append(self.target.padded_pointwise)
+        if support.sample_broadcast and len({self.graph.shape(name) for name in self.graph.tensor_inputs(node)}) > 1:
+            avoided.append(support.sample_broadcast)
+        if avoided:
+            self.avoids[node.name] = avoided
 
     def _obstacle(self, node: Node, support: Int8Op) -> Optional[str]:
         shape = self.graph.shape(node.inputs[0])
@@ -106,30 +141,44 @@ class _Placement:
         if support.kind == WEIGHTED and self.graph.values[node.inputs[1]].kind != "param":
             return "its weight is computed, not a parameter"
         tensors = self.graph.tensor_inputs(node)
-        if support.same_shape and (len(tensors) != 2 or self.graph.shape(tensors[0]) != self.graph.shape(tensors[1])):
-            return "its operands differ in shape, and the runtime reads a broadcast operand from batch 0 only"
+        shapes = {self.graph.shape(name) for name in tensors}
+        if support.operands and len(tensors) != support.operands:
+            return f"{len(tensors)} of its operands are computed, the int8 kernel takes {support.operands}"
+        if support.same_shape and len(shapes) != 1:
+            return f"its operands differ in shape; {self._avoid(node, support.same_shape)}"
+        if support.sample_broadcast and not (len(shapes) == 1 or _by_channel(*shapes)):
+            return "its operands are neither of one shape nor (N, C, H, W) and (N, C, 1, 1)"
         return self._window_obstacle(node, support, shape)
 
     def _window_obstacle(self, node: Node, support: Int8Op, shape: tuple[int, ...]) -> Optional[str]:
         if support.max_window is None:
             return None
-        if support.global_spatial:
-            axes = self.graph.const(node.inputs[1])
-            axes = (axes,) if isinstance(axes, int) else tuple(axes or range(len(shape)))
-            if len(shape) != 4 or sorted(a % 4 for a in axes) != [2, 3] or min(shape[2:]) < 1:
-                return "only a mean over the whole height and width of a feature map is an average pool"
-            window = prod(shape[2:])
-        else:
-            window = prod(self.graph.const(node.inputs[1]))
-        if window <= support.max_window:
+        if support.global_spatial and not _is_global(self.graph, node, shape):
+            return "only a mean over the whole height and width of a feature map has an int8 form"
+        window = self._window(node, support)
+        if window <= support.max_window or (support.large_window and not _pads(self.graph, node)):
             return None
-        return f"its window has {window} elements; above {support.max_window} the runtime's int16 sum overflows"
+        defect = f"; {self._avoid(node, support.window_defect)}" if support.window_defect else ""
+        return f"its window has {window} elements, allowed are {support.max_window}{defect}"
+
+    def _window(self, node: Node, support: Int8Op) -> int:
+        if support.global_spatial:
+            return prod(self.graph.shape(node.inputs[0])[2:])
+        return prod(self.graph.const(node.inputs[1]))
 
     def _kind(self, node: Node) -> str:
         return self.target.ops[node.op].kind if node.op in self.target.ops else ""
 
     def _is_int8(self, node: Optional[Node]) -> bool:
         return node is not None and self.verdicts[node.name][0] == INT8
+
+    def _gives_int8(self, node: Optional[Node]) -> bool:
+        """Whether what `node` computes is int8, not only what it reads."""
+        return node is not None and self._is_int8(node) and not self._gives_float(node)
+
+    def _gives_float(self, node: Node) -> bool:
+        head = self.graph.node(self.fused.get(node.name, node.name))
+        return head.op in self.target.ops and self.target.ops[head.op].float_output
 
     def _follow_neighbours(self) -> None:
         """A pool or reshape between float operations gains nothing from int8: it stays float unless a neighbour is
@@ -164,9 +213,9 @@ class _Placement:
             fused_away = any(
                 n.name in self.fused and self.fused[n.name] == (source.name if source else "") for n in readers
             )
-            if fused_away or not (self._is_int8(source) or int8_readers):
+            if fused_away or not (self._gives_int8(source) or int8_readers):
                 continue
-            if source is not None and self._is_int8(source) and self._kind(source) in (SHARED, SHARED_ROUNDED):
+            if source is not None and self._gives_int8(source) and self._kind(source) in (SHARED, SHARED_ROUNDED):
                 group = self.plan.activations[source.inputs[0]].group
                 self.plan.activations[value.name] = ActivationQuant(
                     value.name, group, exact=self._kind(source) == SHARED
@@ -176,7 +225,7 @@ class _Placement:
 
     def _own_group(self, value: str, source: Optional[Node], readers: list[Node], int8_readers: list[Node]) -> None:
         edges: tuple[tuple[str, int], ...] = ()
-        if source is not None and self._is_int8(source):
+        if source is not None and self._gives_int8(source):
             owner = self.graph.node(self.fused.get(source.name, source.name))
         else:
             owner = int8_readers[0]
@@ -205,12 +254,10 @@ class _Placement:
             quantizer, rule = self.settings[node.name][0].weight_quantizer, self.book.author(node, "weight.")
             self.effective.add(rule)
             axis: Optional[int] = 0 if quantizer.per_channel else None
-            if axis == 0 and not self.target.grouped_per_channel and self._grouped(node):
+            if axis == 0 and self.target.grouped_per_channel and self._grouped(node):
                 axis = None
-                self._warn(
-                    f"{node.name}: {self.target.name} refuses per-channel weights in a grouped convolution; "
-                    "one scale per tensor is used"
-                )
+                self._avoid(node, self.target.grouped_per_channel)
+                self._warn(f"{node.name}: {self.target.defects[self.target.grouped_per_channel]}")
             self.plan.weights[node.name] = WeightQuant(node.name, quantizer.bits, axis, quantizer.observer, rule)
 
     def _grouped(self, node: Node) -> bool:
@@ -221,8 +268,9 @@ class _Placement:
 
     def _warn_of_surrounded(self) -> None:
         """A converter goes by the parameters of values: it may take a float operation between such values for int8."""
+        kept_float = {*self.target.float_reasons, *self.target.float_defects}
         for node in self.graph.nodes:
-            if self._is_int8(node) or not (node.op in self.target.ops or node.op in self.target.float_reasons):
+            if self._is_int8(node) or not (node.op in self.target.ops or node.op in kept_float):
                 continue
             around = [*self.graph.tensor_inputs(node), *node.outputs]
             if all(value in self.plan.activations for value in around):
@@ -242,3 +290,27 @@ class _Placement:
     def _warn(self, text: str) -> None:
         if text not in self.plan.warnings:
             self.plan.warnings.append(text)
+
+
+def is_padded_pointwise(graph: Graph, node: Node) -> bool:
+    """Whether `node` is a 1×1 convolution that pads."""
+    return graph.shape(node.inputs[1])[2:] == (1, 1) and any(node.attrs["pad_list"])
+
+
+def _by_channel(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether one of two 4-D shapes is the other's with H = W = 1."""
+    if len(one) != 4 or len(other) != 4:
+        return False
+    return one[:2] == other[:2] and (1, 1) in (one[2:], other[2:])
+
+
+def _is_global(graph: Graph, node: Node, shape: tuple[int, ...]) -> bool:
+    """Whether a reduction is over the known H and W of a 4-D input."""
+    axes = graph.const(node.inputs[1])
+    axes = (axes,) if isinstance(axes, int) else tuple(axes or range(len(shape)))
+    return len(shape) == 4 and sorted(a % 4 for a in axes) == [2, 3] and min(shape[2:]) >= 1
+
+
+def _pads(graph: Graph, node: Node) -> bool:
+    """Whether a pool's windows reach over the border."""
+    return bool(graph.const(node.inputs[3]) != _VALID)

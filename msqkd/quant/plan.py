@@ -12,7 +12,8 @@ import numpy as np
 
 from msqkd.errors import PlanError
 from msqkd.graph.ir import Graph
-from msqkd.quant.qparams import QParams, activation_qparams, weight_clip_ratio, weight_qparams
+from msqkd.quant.qparams import SCALE_FLOOR, QParams, activation_qparams, weight_clip_ratio, weight_qparams
+from msqkd.targets import get_target
 
 INT8 = "int8"
 FLOAT_PRECISION = "float"
@@ -28,6 +29,8 @@ class NodePlan:
         reason: why, in words.
         rule: the rule that had the last word on the layer's settings.
         fused_into: the node in whose kernel this one is computed, if any.
+        form: how the operation is written where that is not its own kernel (``depthwise``).
+        avoids: names of the target's defects that this placement avoids.
     """
 
     name: str
@@ -38,6 +41,8 @@ class NodePlan:
     reason: str
     rule: str
     fused_into: Optional[str] = None
+    form: Optional[str] = None
+    avoids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,9 @@ class WeightQuant:
         """The clip ratio in force: 1 where none was chosen."""
         return 1.0 if self.clip_ratio is None else self.clip_ratio
 
-    def qparams(self, weight: np.ndarray) -> QParams:
-        """Scale and zero point for the current `weight`."""
-        return weight_qparams(weight, self.bits, self.axis, clip_ratio=self.kept_part, where=self.node)
+    def qparams(self, weight: np.ndarray, min_scale: Any = SCALE_FLOOR) -> QParams:
+        """Scale and zero point for the current `weight`; `min_scale` as in `weight_qparams`."""
+        return weight_qparams(weight, self.bits, self.axis, self.kept_part, min_scale, where=self.node)
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,15 @@ class QuantPlan:
         """Share of the operations that run in int8 (0–1); an activation computed in another's kernel counts with it."""
         return sum(node.precision == INT8 for node in self.nodes) / len(self.nodes) if self.nodes else 0.0
 
+    def avoided(self) -> list[dict[str, Any]]:
+        """The defects of the target that the plan avoids: name, what, instead, and the nodes concerned."""
+        defects = get_target(self.target).defects
+        nodes: dict[str, list[str]] = {}
+        for node in self.nodes:
+            for name in node.avoids:
+                nodes.setdefault(name, []).append(node.name)
+        return [{**asdict(defects[name]), "nodes": concerned} for name, concerned in nodes.items()]
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able data with stable keys."""
         weights = []
@@ -170,5 +184,6 @@ class QuantPlan:
             "weights": weights,
             "activations": [asdict(quant) for quant in self.activations.values()],
             "groups": [asdict(group) for group in self.groups.values()],
+            "avoided": [{**entry, "nodes": list(entry["nodes"])} for entry in self.avoided()],
             "warnings": list(self.warnings),
         }

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_args
 from annotated_types import Ge, Gt, Le
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from msqkd.exporters import FORMATS
 from msqkd.recipe.problems import Allowed, Problem, dotted, listing, refuse, refuse_value, show
 
-TargetName = Literal["lite_arm"]
+TargetName = Literal["lite_arm", "ascend"]
 TARGETS: tuple[str, ...] = get_args(TargetName)
 """The names of the runtimes a recipe may aim at."""
 
@@ -136,6 +137,14 @@ def _filled(values: Any, key: str, default: Any, used: bool) -> Any:
     if used and isinstance(values, dict) and values.get(key) is None:
         return {**values, key: default}
     return values
+
+
+def _filled_below(values: Any, section: str, key: str, default: Any) -> Any:
+    """`values` with `key` of `section` at its default, unless that is None or the key is given."""
+    inner = _get(values, section, {}) if isinstance(values, dict) else None
+    if default is None or not isinstance(inner, dict):
+        return values
+    return {**values, section: _filled(inner, key, default, True)}
 
 
 def _get(values: Any, key: str, default: Any = None) -> Any:
@@ -497,7 +506,12 @@ class CalibrationSection(_RangeSection):
     )
 
 
-ExportFormat = Literal["lite_mindir", "portable_mindir"]
+ExportFormat = Literal["lite_mindir", "portable_mindir", "ms", "ms_weight", "ms_float", "onnx", "ascend_mindir"]
+DEFAULT_FORMATS: dict[str, list[ExportFormat]] = {
+    "lite_arm": ["lite_mindir", "portable_mindir", "ms"],
+    "ascend": ["ascend_mindir", "portable_mindir"],
+}
+"""The files written for each target where a recipe does not say."""
 
 
 class ExportSection(Section):
@@ -507,14 +521,36 @@ class ExportSection(Section):
         list[ExportFormat],
         Field(min_length=1),
         AfterValidator(_distinct),
-        Allowed("a list, at least one of `lite_mindir` and `portable_mindir`"),
+        Allowed(f"a list, at least one of {listing(get_args(ExportFormat), 'and')}"),
     ] = Field(
-        default=list(get_args(ExportFormat)),
-        description="lite_mindir for the MindSpore Lite converter, portable_mindir for any MindSpore.",
+        default=DEFAULT_FORMATS["lite_arm"],
+        description="lite_mindir for the MindSpore Lite converter, portable_mindir for any MindSpore, ms for MindSpore "
+        "Lite without its converter (ms_weight: int8 weights and float computation; ms_float: float, for comparison), "
+        "onnx for onnxruntime on x86 and ARM servers (needs the extra msqkd[onnx]). Target ascend takes ascend_mindir "
+        "for Ascend NPUs, portable_mindir and onnx; the first two are its default.",
     )
     verify_tolerance: NotNegative = Field(
         default=1e-4,
-        description="Largest absolute difference of outputs accepted when an exported file is verified.",
+        description="Largest absolute difference of outputs accepted when the portable file is verified.",
+    )
+
+
+class VerifySection(Section):
+    """How far the device may be from the fake-quantised network. Every export ends with a comparison of the two on the
+    calibration samples; `msqkd verify` compares them on the test set."""
+
+    max_deviation: NotNegative = Field(
+        default=0.1,
+        description="Largest difference of top-1 accuracy between integer and fake-quantised execution, in points; "
+        "without labels, the largest share of different answers, in percent. A difference of two samples or fewer "
+        "always passes.",
+    )
+    samples: Optional[Count] = Field(
+        default=None, description="Test samples `msqkd verify` computes, at most; null takes the whole test set."
+    )
+    machine: Optional[Literal["x86", "arm64"]] = Field(
+        default=None,
+        description="Build of MindSpore Lite whose arithmetic is computed; target lite_arm only, arm64 there.",
     )
 
 
@@ -546,20 +582,39 @@ class Recipe(Section):
     )
     calibration: CalibrationSection = Field(default=CalibrationSection(), description="Calibration.")
     export: ExportSection = Field(default=ExportSection(), description="Export.")
+    verify: VerifySection = Field(default=VerifySection(), description="Comparison with what the device computes.")
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
         alone = _get(values, "distillation") is None
-        return _filled(values, "compare", ["float"] if alone else list(COMPARISONS), True)
+        values = _filled(values, "compare", ["float"] if alone else list(COMPARISONS), True)
+        target = _get(values, "target", "lite_arm")
+        formats = DEFAULT_FORMATS.get(target) if isinstance(target, str) else None
+        values = _filled_below(values, "export", "formats", formats)
+        return _filled_below(values, "verify", "machine", "arm64" if target == "lite_arm" else None)
 
     def _conflicts(self) -> Iterator[Problem]:
         yield from self._weights_conflicts()
         yield from self._distillation_conflicts()
+        yield from self._target_conflicts()
         shape, mean = self.model.input_shape, self.data.mean
         if shape is not None and mean is not None and len(mean) != shape[0]:
             text = f"found {len(mean)} values, allowed: {shape[0]}, the channels of model.input_shape"
             yield Problem(("data", "mean"), text)
+
+    def _target_conflicts(self) -> Iterator[Problem]:
+        """What only one target has."""
+        for index, name in enumerate(self.export.formats):
+            if self.target not in FORMATS[name].targets:
+                possible = listing(other for other, form in FORMATS.items() if self.target in form.targets)
+                yield Problem(
+                    ("export", "formats", index), f"found '{name}', allowed with target: {self.target}: {possible}"
+                )
+        if self.verify.machine is not None and self.target != "lite_arm":
+            yield Problem(
+                ("verify", "machine"), f"found '{self.verify.machine}', allowed only with target: lite_arm"
+            )
 
     def missing_weights(self) -> Optional[Problem]:
         """What is wrong where the float model has no origin of its weights: fine for planning, not for a run."""

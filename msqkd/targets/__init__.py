@@ -1,12 +1,24 @@
 """The runtimes msqkd knows, by name."""
 
 from msqkd.errors import PlanError, did_you_mean
-from msqkd.targets.base import FREE, SHARED, SHARED_ROUNDED, WEIGHTED, Int8Op, Target
+from msqkd.targets.ascend import ASCEND
+from msqkd.targets.base import DEPTHWISE, FREE, SHARED, SHARED_ROUNDED, WEIGHTED, Defect, Int8Op, Target
 from msqkd.targets.lite_arm import LITE_ARM
 
-TARGETS = {target.name: target for target in (LITE_ARM,)}
+TARGETS = {target.name: target for target in (LITE_ARM, ASCEND)}
 
-__all__ = ["FREE", "SHARED", "SHARED_ROUNDED", "TARGETS", "WEIGHTED", "Int8Op", "Target", "get_target"]
+__all__ = [
+    "DEPTHWISE",
+    "FREE",
+    "SHARED",
+    "SHARED_ROUNDED",
+    "TARGETS",
+    "WEIGHTED",
+    "Defect",
+    "Int8Op",
+    "Target",
+    "get_target",
+]
 
 
 def get_target(name: str) -> Target:

@@ -11,6 +11,27 @@ FREE = "free"
 SHARED = "shared"
 SHARED_ROUNDED = "shared_rounded"
 
+DEPTHWISE = "depthwise"
+"""The form of a mean as a depthwise convolution whose weights are all the same."""
+
+
+@dataclass(frozen=True)
+class Defect:
+    """Something a runtime computes wrongly or refuses, and what is done instead.
+
+    Attributes:
+        name: short, for data.
+        what: what goes wrong, as a clause.
+        instead: what is written in its place, as a clause.
+    """
+
+    name: str
+    what: str
+    instead: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.instead}"
+
 
 @dataclass(frozen=True)
 class Int8Op:
@@ -22,19 +43,34 @@ class Int8Op:
             output have their own parameters), ``shared`` (the output has the input's parameters and its values are
             among the input's) or ``shared_rounded`` (the same parameters, but the result is rounded again).
         activations: activation functions that are computed in the same kernel.
-        same_shape: both operands must have one shape (broadcasting is not to be trusted).
+        float_output: the kernel gives its result back in float: only its inputs are quantised.
+        operands: how many inputs must be computed values, no constants; 0: any number.
+        same_shape: both operands must have one shape; names the defect.
+        sample_broadcast: where the second operand is (N, C, 1, 1) the kernel is right in files of batch 1; names the
+            defect.
         max_window: most elements an averaging window may have.
+        large_window: form of an unpadded average over more than `max_window` elements; None: it stays float.
+        window_defect: the defect that `max_window` avoids.
         global_spatial: only over all of H and W of a 4-D input whose H and W are known.
+        form: how the operation is written where that is not its own kernel.
         max_rank: largest rank of the input.
+        avoids: names of the defects that this form, or the shared parameters, avoid.
     """
 
     kernel: str
     kind: str
     activations: tuple[str, ...] = ()
-    same_shape: bool = False
+    float_output: bool = False
+    operands: int = 0
+    same_shape: str = ""
+    sample_broadcast: str = ""
     max_window: Optional[int] = None
+    large_window: Optional[str] = None
+    window_defect: str = ""
     global_spatial: bool = False
+    form: Optional[str] = None
     max_rank: Optional[int] = None
+    avoids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,18 +81,25 @@ class Target:
         name: as recipes call it.
         description: one line for people.
         ops: operation (as in the graph) to its int8 kernel; what is not here stays float.
-        float_reasons: why a named operation that has a kernel of sorts is kept float all the same.
+        float_reasons: why a named operation is kept float, where "no kernel" is not the whole reason.
+        float_defects: the defect for which a named operation that has a kernel of sorts is kept float.
+        defects: what the runtime gets wrong, by name.
         act_symmetric: activations are symmetric where the recipe does not say.
         act_bits: widths of activations the runtime's kernels clamp to.
         weight_bits: widths of weights it can hold (narrower ones are stored in 8 bits).
-        grouped_per_channel: whether a grouped convolution that is not depthwise may have per-channel weights.
+        grouped_per_channel: the defect by which a grouped convolution that is not depthwise may not have per-channel
+            weights; empty where it may.
+        padded_pointwise: the defect by which a 1×1 convolution may not pad; empty where it may.
     """
 
     name: str
     description: str
     ops: Mapping[str, Int8Op]
     float_reasons: Mapping[str, str] = field(default_factory=dict)
+    float_defects: Mapping[str, str] = field(default_factory=dict)
+    defects: Mapping[str, Defect] = field(default_factory=dict)
     act_symmetric: bool = False
     act_bits: tuple[int, ...] = (8,)
     weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-    grouped_per_channel: bool = True
+    grouped_per_channel: str = ""
+    padded_pointwise: str = ""

@@ -1,38 +1,120 @@
 """MindSpore Lite's int8 CPU kernels, as measured on the 2.7 runtime; its defects are avoided here, by data."""
 
-from msqkd.targets.base import FREE, SHARED, SHARED_ROUNDED, WEIGHTED, Int8Op, Target
+from msqkd.targets.base import DEPTHWISE, FREE, SHARED, SHARED_ROUNDED, WEIGHTED, Defect, Int8Op, Target
 
 _RELUS = ("ReLU", "ReLU6")
+
+_DEFECTS = (
+    Defect(
+        "batch_broadcast",
+        "an addition or product with an (N, C, 1, 1) operand reads that operand from the batch's first item only",
+        "additions stay float, products are int8 in files of batch 1 and refused in others",
+    ),
+    Defect(
+        "global_mean",
+        "the mean over H and W is garbage on arm64 unless H·W is a multiple of 16, reads past its buffer for batches "
+        "with C not a multiple of 4, and is off by up to 1 level on x86",
+        "it is written as a depthwise convolution over the whole plane, all weights 127",
+    ),
+    Defect(
+        "average_wraps",
+        "an average pool whose input and output parameters differ wraps instead of saturating, and rounds twice",
+        "both have the same parameters",
+    ),
+    Defect(
+        "average_overflow",
+        "an average pool over more than 128 elements overflows its int16 sum",
+        "it is written as a depthwise convolution, or stays float where it pads",
+    ),
+    Defect(
+        "maximum_wraps",
+        "a maximum pool whose input and output parameters differ wraps instead of saturating",
+        "both have the same parameters",
+    ),
+    Defect(
+        "lone_relu",
+        "the stand-alone ReLU loses the last bit, and wraps on arm64 where its output has the finer scale",
+        "it is computed in the kernel before it, or stays float",
+    ),
+    Defect("lone_relu6", "the stand-alone ReLU6 wraps above 127", "it is fused into the kernel before it, or float"),
+    Defect("sigmoid_at_127", "the sigmoid of the largest input, 127, is always 0", "it stays float"),
+    Defect(
+        "leaky_zero_point",
+        "LeakyReLU applies its slope to the raw integer and is right for zero point 0 only",
+        "it stays float",
+    ),
+    Defect("division_threads", "a division with more than one thread leaves values unwritten", "it stays float"),
+    Defect(
+        "grouped_per_channel",
+        "a grouped convolution that is not depthwise is refused with per-channel weights",
+        "one scale per tensor is used",
+    ),
+    Defect(
+        "padded_pointwise",
+        "a 1×1 convolution pads with the integer 0 instead of the zero point",
+        "its kernel is embedded into zeros, so that the padding is that of a larger kernel",
+    ),
+    Defect("flatten", "Flatten has no int8 kernel and drags its neighbours to float", "it is written as Reshape"),
+    Defect(
+        "resize_zero_point",
+        "a bilinear resize with a zero point other than 0 truncates, and differs from one CPU to the next",
+        "it stays float",
+    ),
+    Defect(
+        "softmax_parameters",
+        "the softmax ignores its output's parameters and always gives scale 1/256 and zero point -128",
+        "it stays float",
+    ),
+)
 
 LITE_ARM = Target(
     name="lite_arm",
     description="MindSpore Lite on ARM CPUs (asymmetric int8 activations, symmetric int8 weights)",
     ops={
         "Conv2D": Int8Op("Conv2DFusion", WEIGHTED, activations=_RELUS),
-        # Written as a 1×1 convolution, the only form of a dense layer the converter keeps wholly int8.
-        "Dense": Int8Op("Conv2DFusion", WEIGHTED, activations=_RELUS, max_rank=2),
-        # Broadcast operands are read from batch 0 only.
-        "Add": Int8Op("AddFusion", FREE, activations=_RELUS, same_shape=True),
+        # Written as a 1×1 convolution for the converter, the only form of a dense layer it keeps wholly int8.
+        "Dense": Int8Op("MatMulFusion", WEIGHTED, activations=_RELUS, max_rank=2),
+        "Add": Int8Op("AddFusion", FREE, activations=_RELUS, operands=2, same_shape="batch_broadcast"),
+        "Sub": Int8Op("SubFusion", FREE, operands=2),
+        "Mul": Int8Op("MulFusion", FREE, operands=2, sample_broadcast="batch_broadcast"),
         "Concat": Int8Op("Concat", FREE),
         "HSwish": Int8Op("Activation", FREE),
-        "MaxPool": Int8Op("MaxPoolFusion", SHARED),
-        # With differing parameters the average wraps instead of saturating; above 128 elements its int16 sum overflows.
-        "AvgPool": Int8Op("AvgPoolFusion", SHARED_ROUNDED, max_window=128),
-        # ReduceMean is wrong on arm64 unless H·W is a multiple of 16; an average pool over the whole plane is right.
-        "ReduceMean": Int8Op("AvgPoolFusion", SHARED_ROUNDED, max_window=128, global_spatial=True),
+        "Tanh": Int8Op("Activation", FREE),
+        "MaxPool": Int8Op("MaxPoolFusion", SHARED, avoids=("maximum_wraps",)),
+        "AvgPool": Int8Op(
+            "AvgPoolFusion",
+            SHARED_ROUNDED,
+            max_window=128,
+            large_window=DEPTHWISE,
+            window_defect="average_overflow",
+            avoids=("average_wraps",),
+        ),
+        "ReduceMean": Int8Op(
+            "Conv2DFusion", FREE, global_spatial=True, form=DEPTHWISE, max_window=2**16, avoids=("global_mean",)
+        ),
         "Reshape": Int8Op("Reshape", SHARED),
         "Transpose": Int8Op("Transpose", SHARED),
         "Squeeze": Int8Op("Squeeze", SHARED),
         "ExpandDims": Int8Op("Unsqueeze", SHARED),
     },
     float_reasons={
-        "ReLU": "it follows no int8 convolution, dense layer or addition; the stand-alone kernel loses the last bit",
-        "ReLU6": "it follows no int8 convolution, dense layer or addition; the stand-alone kernel may wrap",
-        "Sigmoid": "the runtime's table gives 0 for the largest input",
-        "LeakyReLU": "the runtime applies the slope to the raw integer and is right for zero point 0 only",
-        "Mul": "the runtime reads a broadcast operand from batch 0 only",
+        "ReLU": "it follows no int8 convolution, dense layer or addition",
+        "ReLU6": "it follows no int8 convolution, dense layer or addition",
         "BatchNorm": "it follows no convolution or dense layer it could be folded into",
         "MatMul": "only a product with a parameter as its second operand, as nn.Dense writes it, is placed in int8",
     },
-    grouped_per_channel=False,
+    float_defects={
+        "ReLU": "lone_relu",
+        "ReLU6": "lone_relu6",
+        "Sigmoid": "sigmoid_at_127",
+        "LeakyReLU": "leaky_zero_point",
+        "Div": "division_threads",
+        "RealDiv": "division_threads",
+        "Softmax": "softmax_parameters",
+        "ResizeBilinear": "resize_zero_point",
+        "UpsampleBilinear2D": "resize_zero_point",
+    },
+    defects={defect.name: defect for defect in _DEFECTS},
+    grouped_per_channel="grouped_per_channel",
+    padded_pointwise="padded_pointwise",
 )

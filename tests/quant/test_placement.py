@@ -136,38 +136,40 @@ class Head(nn.Cell):
         return self.dense(y) if len(self.axes) == 2 else y
 
 
-def test_global_mean_shares_parameters_and_is_rounded() -> None:
+def test_global_mean_has_parameters_of_its_own_and_a_form_that_is_right() -> None:
     graph, plan = planned(Head())
-    quant = plan.activations[value_of(graph, "reduce_mean" if "reduce_mean" in verdicts(plan) else _mean(plan))]
-    assert (quant.group, quant.exact) == (value_of(graph, "first"), False)
+    node = plan.node(_mean(plan))
+    quant = plan.activations[value_of(graph, node.name)]
+    assert (quant.group, quant.exact) == (quant.value, False)
+    assert (node.form, node.avoids) == ("depthwise", ("global_mean",))
+    assert [(entry["name"], entry["nodes"]) for entry in plan.avoided()] == [("global_mean", [node.name])]
 
 
 def _mean(plan: QuantPlan) -> str:
     return next(node.name for node in plan.nodes if "Mean" in node.op)
 
 
-@pytest.mark.parametrize(("size", "precision"), [((11, 11), "int8"), ((8, 16), "int8"), ((12, 12), "float")])
-def test_windows_above_128_elements_stay_float(size: tuple[int, int], precision: str) -> None:
-    _, plan = planned(Head(), (4, *size))
-    node = plan.node(_mean(plan))
-    assert node.precision == precision
-    if precision == "float":
-        assert "window has 144 elements" in node.reason
-        assert "128" in node.reason
+class BigPool(nn.Cell):
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.first, self.pool, self.second = conv(), nn.AvgPool2d(12, 1, **options), conv()
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.second(self.pool(self.first(x)))
 
 
-def test_large_average_pool_stays_float() -> None:
-    class Big(nn.Cell):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.pool, self.second = conv(), nn.AvgPool2d(12, 1), conv()
+def test_large_average_pool_is_written_as_a_depthwise_convolution() -> None:
+    _, plan = planned(BigPool(), (4, 16, 16))
+    node = plan.node("pool")
+    assert (node.precision, node.form, node.avoids) == ("int8", "depthwise", ("average_overflow",))
 
-        def construct(self, x):  # type: ignore[no-untyped-def]
-            return self.second(self.pool(self.first(x)))
 
-    _, plan = planned(Big(), (4, 16, 16))
-    assert plan.node("pool").precision == "float"
-    assert "144 elements" in plan.node("pool").reason
+def test_large_average_pool_that_pads_stays_float() -> None:
+    _, plan = planned(BigPool(pad_mode="same"), (4, 16, 16))
+    node = plan.node("pool")
+    assert node.precision == "float"
+    assert "144 elements" in node.reason
+    assert node.avoids == ("average_overflow",)
 
 
 def test_a_mean_over_other_axes_stays_float() -> None:
@@ -189,8 +191,37 @@ class Between(nn.Cell):
 
 
 class Gate(nn.Cell):
+    """A product with something made of the same value."""
+
+    def __init__(self, gate: Callable) -> None:
+        super().__init__()
+        self.gate = gate
+
     def construct(self, x):  # type: ignore[no-untyped-def]
-        return x * ops.relu(x)
+        return x * self.gate(x)
+
+
+class Squeeze(nn.Cell):
+    def __init__(self, axes: tuple[int, ...] = (2, 3)) -> None:
+        super().__init__()
+        self.axes, self.gate = axes, nn.HSigmoid()
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.gate(ops.mean(x, self.axes, True))
+
+
+@pytest.mark.parametrize(
+    ("gate", "precision", "avoids"),
+    [
+        (nn.HSigmoid(), "int8", ()),
+        (Squeeze(), "int8", ("batch_broadcast",)),
+        (Squeeze((1,)), "float", ()),
+    ],
+)
+def test_products_of_one_shape_or_by_channel_are_int8(gate: Callable, precision: str, avoids: tuple[str, ...]) -> None:
+    _, plan = planned(Between(Gate(gate)))
+    node = next(node for node in plan.nodes if node.op == "Mul")
+    assert (node.precision, node.avoids) == (precision, avoids)
 
 
 @pytest.mark.parametrize(
@@ -199,8 +230,7 @@ class Gate(nn.Cell):
         (nn.ReLU(), "ReLU", "follows no int8 convolution"),
         (nn.ReLU6(), "ReLU6", "follows no int8 convolution"),
         (nn.Sigmoid(), "Sigmoid", "largest input"),
-        (Gate(), "Mul", "batch 0 only"),
-        (nn.Tanh(), "Tanh", "lite_arm has no int8 kernel for Tanh"),
+        (nn.HSigmoid(), "HSigmoid", "lite_arm has no int8 kernel for HSigmoid"),
     ],
 )
 def test_operations_without_a_sound_kernel_stay_float_with_a_reason(cell: nn.Cell, op: str, why: str) -> None:
@@ -233,7 +263,7 @@ class Forked(nn.Cell):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = conv(), conv()
-        self.sigmoid, self.tanh = nn.Sigmoid(), nn.Tanh()
+        self.sigmoid, self.tanh = nn.Sigmoid(), nn.HSigmoid()
 
     def construct(self, x):  # type: ignore[no-untyped-def]
         y = self.sigmoid(self.first(x))
@@ -251,7 +281,7 @@ def test_pools_between_float_operations_stay_float() -> None:
     class Floats(nn.Cell):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.pool, self.tanh, self.sigmoid = conv(), nn.MaxPool2d(2, 2), nn.Tanh(), nn.Sigmoid()
+            self.first, self.pool, self.tanh, self.sigmoid = conv(), nn.MaxPool2d(2, 2), nn.HSigmoid(), nn.Sigmoid()
 
         def construct(self, x):  # type: ignore[no-untyped-def]
             return self.sigmoid(self.pool(self.tanh(self.first(x))))
@@ -267,7 +297,7 @@ def test_a_chain_of_pools_reaches_its_int8_neighbour_from_every_branch() -> None
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b, self.c = nn.MaxPool2d(2, 1), nn.MaxPool2d(2, 1), nn.MaxPool2d(3, 1)
-            self.first, self.tanh = conv(), nn.Tanh()
+            self.first, self.tanh = conv(), nn.HSigmoid()
 
         def construct(self, x):  # type: ignore[no-untyped-def]
             y = self.a(self.tanh(x))
@@ -291,7 +321,8 @@ def test_broadcast_addition_stays_float() -> None:
     _, plan = planned(Wide())
     node = next(node for node in plan.nodes if node.op == "Add")
     assert node.precision == "float"
-    assert "batch 0 only" in node.reason
+    assert "first item only" in node.reason
+    assert node.avoids == ("batch_broadcast",)
 
 
 def test_concat_reads_and_gives_int8() -> None:
@@ -362,7 +393,17 @@ def test_unknown_target() -> None:
 def test_plan_as_data_has_stable_keys() -> None:
     _, plan = planned(Residual())
     data = plan.to_dict()
-    assert set(data) == {"target", "network", "int8_share", "nodes", "weights", "activations", "groups", "warnings"}
+    assert set(data) == {
+        "target",
+        "network",
+        "int8_share",
+        "nodes",
+        "weights",
+        "activations",
+        "groups",
+        "avoided",
+        "warnings",
+    }
     assert {"name", "op", "precision", "reason", "rule", "fused_into"} <= set(data["nodes"][0])
     assert data["int8_share"] == 1.0
 

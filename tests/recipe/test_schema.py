@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from msqkd import targets
 from msqkd.errors import RecipeError
+from msqkd.exporters import FORMATS
 from msqkd.recipe import (
     ActivationOverride,
     ActivationSection,
@@ -14,6 +16,7 @@ from msqkd.recipe import (
     make_recipe,
     path_pattern,
 )
+from msqkd.recipe.schema import DEFAULT_FORMATS, TARGETS, ExportFormat
 
 
 def complaints(values: dict[str, Any], *overrides: str) -> list[str]:
@@ -43,7 +46,8 @@ def test_defaults(minimal: dict[str, Any]) -> None:
     assert recipe.train.momentum == 0.9
     assert recipe.calibration.observer == "percentile"
     assert recipe.calibration.percentile == 99.99
-    assert recipe.export.formats == ["lite_mindir", "portable_mindir"]
+    assert recipe.export.formats == ["lite_mindir", "portable_mindir", "ms"]
+    assert (recipe.verify.max_deviation, recipe.verify.samples, recipe.verify.machine) == (0.1, None, "arm64")
     assert recipe.warnings() == []
 
 
@@ -59,6 +63,28 @@ def test_defaults_that_depend_on_another_setting(minimal: dict[str, Any]) -> Non
     smooth = make_recipe(minimal, ["distillation.hard_loss=label_smoothing"]).distillation
     assert smooth is not None
     assert smooth.label_smoothing == 0.1
+
+
+def test_what_depends_on_the_target(minimal: dict[str, Any]) -> None:
+    recipe = make_recipe(minimal, ["target=ascend"])
+    assert recipe.export.formats == ["ascend_mindir", "portable_mindir"]
+    assert recipe.verify.machine is None
+    assert make_recipe(recipe.to_dict()) == recipe
+    changed = make_recipe(minimal, ["target=ascend", "export.verify_tolerance=0.1", "verify.samples=5"])
+    assert changed.export.formats == ["ascend_mindir", "portable_mindir"]
+    assert "found 'ms', allowed with target: ascend: 'portable_mindir', 'ascend_mindir' or 'onnx'" in complaint(
+        minimal, "target=ascend", "export.formats=[onnx, ms]"
+    )
+    assert "found 'x86', allowed only with target: lite_arm" in complaint(
+        minimal, "target=ascend", "verify.machine=x86"
+    )
+
+
+def test_a_recipe_knows_the_targets_and_formats_there_are() -> None:
+    assert set(TARGETS) == set(targets.TARGETS)
+    assert set(get_args(ExportFormat)) == set(FORMATS)
+    for name, formats in DEFAULT_FORMATS.items():
+        assert all(name in FORMATS[form].targets for form in formats)
 
 
 def test_null_is_the_default_everywhere(minimal: dict[str, Any]) -> None:
@@ -90,8 +116,7 @@ def test_a_number_in_exponent_form_without_a_dot_is_a_number(minimal: dict[str, 
         ("quantization.weight.symmetric=false", "found false, allowed: true"),
         ("quantization.batchnorm=folded", "allowed: 'fold', 'freeze' or 'live'; did you mean 'fold'?"),
         ("train.opt=adm", "allowed: 'momentum', 'sgd', 'adamw' or 'adam'; did you mean 'adam' or 'adamw'?"),
-        ("target=lite_arn", "found 'lite_arn', allowed: 'lite_arm'; did you mean 'lite_arm'?"),
-        ("target=ascend", "found 'ascend', allowed: 'lite_arm'"),
+        ("target=lite_arn", "found 'lite_arn', allowed: 'lite_arm' or 'ascend'; did you mean 'lite_arm'?"),
         ("apiversion=msqkd/v2", "found 'msqkd/v2', allowed: 'msqkd/v1'"),
         ("name=My Recipe", "found 'My Recipe', allowed: a text of a-z, 0-9"),
         ("name=..", "found '..', allowed: a text of a-z, 0-9"),
@@ -104,8 +129,16 @@ def test_a_number_in_exponent_form_without_a_dot_is_a_number(minimal: dict[str, 
         ("data.augment=flip", "found 'flip', allowed: a list"),
         ("data.augment=[flip, flip]", "'flip' given twice"),
         ("compare=[float, float]", "'float' given twice"),
-        ("export.formats=[]", "found [], allowed: a list, at least one of `lite_mindir` and `portable_mindir`"),
-        ("export.formats=[onnx]", "found 'onnx', allowed: 'lite_mindir' or 'portable_mindir'"),
+        ("export.formats=[]", "found [], allowed: a list, at least one of 'lite_mindir', 'portable_mindir', 'ms'"),
+        ("export.formats=[onx]", "'onnx' or 'ascend_mindir'; did you mean 'onnx'?"),
+        ("export.formats=[ms, ms]", "'ms' given twice"),
+        (
+            "export.formats=[ascend_mindir]",
+            "found 'ascend_mindir', allowed with target: lite_arm: 'lite_mindir', 'portable_mindir', 'ms', ",
+        ),
+        ("verify.max_deviation=-0.1", "found -0.1, allowed: a number of 0 or more"),
+        ("verify.samples=0", "found 0, allowed: an integer of 1 or more"),
+        ("verify.machine=arm32", "found 'arm32', allowed: 'x86' or 'arm64'; did you mean 'arm64'?"),
         ("export=lite_mindir", "found 'lite_mindir', allowed: a section, keys formats, verify_tolerance"),
         ("model.args={1: a}", "key 1 is not a text; write it in quotes"),
         ("model.args.when=2024-01-01", "found a date, allowed: a text, number"),

@@ -1,0 +1,235 @@
+"""How operations that stay float are written for MindSpore Lite; what is not here becomes an island."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import numpy as np
+
+from msqkd.exporters.device.int8_steps import conv_attrs, pool_attrs
+from msqkd.exporters.device.lower import FLOAT, NATIVE, NHWC, WEIGHT_FILE, Lowering, tensor_quant
+from msqkd.exporters.device.moves import concat, reshape, transpose
+from msqkd.graph.ir import Node
+from msqkd.integer.program import ActivationType, Format, ReduceMode
+
+_ACTIVATIONS = {
+    "ReLU": ActivationType.RELU, "ReLU6": ActivationType.RELU6, "Sigmoid": ActivationType.SIGMOID,
+    "Tanh": ActivationType.TANH, "HSwish": ActivationType.HSWISH, "HSigmoid": ActivationType.HSIGMOID,
+    "SiLU": ActivationType.SWISH, "GeLU": ActivationType.GELU,
+}  # fmt: skip
+_BINARY = {
+    "Add": "AddFusion", "BiasAdd": "AddFusion", "Sub": "SubFusion", "Mul": "MulFusion", "Div": "DivFusion",
+    "RealDiv": "DivFusion", "Adds": "AddFusion", "Subs": "SubFusion", "Muls": "MulFusion", "Divs": "DivFusion",
+}  # fmt: skip
+_UNARY = {"Sqrt": "Sqrt", "Rsqrt": "Rsqrt", "Erf": "Erf", "Exp": "ExpFusion"}
+_REDUCE = {"ReduceMean": ReduceMode.MEAN, "ReduceSum": ReduceMode.SUM, "ReduceMax": ReduceMode.MAX}
+
+
+def _computed(low: Lowering, name: str) -> bool:
+    return low.graph.values[name].kind in ("node", "input")
+
+
+def _is_float(low: Lowering, name: str) -> bool:
+    kind = low.graph.values[name].type
+    return kind is not None and kind.dtype == FLOAT
+
+
+def _weight(low: Lowering, node: Node, data: np.ndarray, axes: tuple[int, ...]) -> str:
+    """The weight of `node`: float, or int8 with its parameters in a weight-only file."""
+    name = node.inputs[1]
+    format = Format.KHWC if data.ndim == 4 else Format.NHWC
+    quant = low.weights.get(node.name) if low.kind == WEIGHT_FILE else None
+    if quant is None:
+        return low.constant(name, data.transpose(axes), None, format)
+    qparams = quant.qparams(data)
+    integers = qparams.quantize(data).astype(np.int8)
+    return low.constant(name, integers.transpose(axes), tensor_quant(qparams), format)
+
+
+def _biases(low: Lowering, node: Node) -> list[str]:
+    return [low.constant(name, low.graph.params[name].data) for name in node.inputs[2:]]
+
+
+def _conv(low: Lowering, node: Node) -> bool:
+    if any(low.graph.values[name].kind != "param" for name in node.inputs[1:]):
+        return False
+    kernel = low.graph.params[node.inputs[1]].data
+    _, channels, kernel_h, kernel_w = kernel.shape
+    inputs = [low.get(node.inputs[0], FLOAT, NHWC), _weight(low, node, kernel, (0, 2, 3, 1)), *_biases(low, node)]
+    low.emit(node, "Conv2DFusion", inputs, conv_attrs(node, (kernel_h, kernel_w), channels), layout=NHWC)
+    return True
+
+
+def _dense(low: Lowering, node: Node) -> bool:
+    if any(low.graph.values[name].kind != "param" for name in node.inputs[1:]):
+        return False
+    inputs = [
+        low.get(node.inputs[0], FLOAT, NATIVE),
+        _weight(low, node, low.dense_weight(node), (0, 1)),
+        *_biases(low, node),
+    ]
+    low.emit(node, "MatMulFusion", inputs, {"transpose_b": True})
+    return True
+
+
+def _product(low: Lowering, node: Node) -> bool:
+    """MatMul or BatchMatMul of two computed values, or of one with a parameter."""
+    flags = [bool(low.graph.const(name)) for name in node.inputs[2:4]]
+    names = [_operand(low, name, NATIVE) for name in node.inputs[:2]]
+    attrs = {"transpose_a": flags[0], "transpose_b": flags[1]} if flags else {}
+    low.emit(node, "MatMulFusion", names, attrs)
+    return True
+
+
+def _operand(low: Lowering, name: str, layout: tuple[int, ...], rank: int = 0) -> str:
+    """A computed value in `layout`, or a constant that broadcasts against values of `rank` in it."""
+    if _computed(low, name):
+        return low.get(name, FLOAT, layout)
+    value = low.graph.values[name]
+    data = np.asarray(low.graph.params[name].data if value.kind == "param" else value.const, np.float32)
+    if layout and data.ndim:
+        data = data.reshape((1,) * (rank - data.ndim) + data.shape).transpose(layout)
+    return low.constant(name, data)
+
+
+def _binary(low: Lowering, node: Node) -> bool:
+    operands = node.inputs[:2]
+    if not any(_computed(low, name) for name in operands) or not _is_float(low, node.output):
+        return False
+    maps = [name for name in operands if _computed(low, name) and low.layout(name)]
+    rank = len(low.shapes[node.output])
+    # A bias is added along axis 1; other operands of lower rank broadcast along the last axes of the graph's layout.
+    layout = NHWC if maps and (rank == 4) and all(_fits_map(low, name) for name in operands) else NATIVE
+    if node.op == "BiasAdd" and rank != 2:
+        return False
+    low.emit(node, _BINARY[node.op], [_operand(low, name, layout, rank) for name in operands], layout=layout)
+    return True
+
+
+def _fits_map(low: Lowering, name: str) -> bool:
+    """Whether an operand can be laid out as a map: a 4-D value, or a constant."""
+    return not _computed(low, name) or len(low.shapes[name]) == 4
+
+
+def _activation(low: Lowering, node: Node) -> bool:
+    attrs: dict[str, Any] = {"activation_type": _ACTIVATIONS[node.op]}
+    if node.op == "GeLU":
+        attrs["approximate"] = True
+    layout = low.layout(node.inputs[0])
+    low.emit(node, "Activation", [low.get(node.inputs[0], FLOAT)], attrs, layout=layout)
+    return True
+
+
+def _unary(low: Lowering, node: Node) -> bool:
+    layout = low.layout(node.inputs[0])
+    low.emit(node, _UNARY[node.op], [low.get(node.inputs[0], FLOAT)], layout=layout)
+    return True
+
+
+def _pool(low: Lowering, node: Node) -> bool:
+    op = {"MaxPool": "MaxPoolFusion", "AvgPool": "AvgPoolFusion"}[node.op]
+    low.emit(node, op, [low.get(node.inputs[0], FLOAT, NHWC)], pool_attrs(low, node), layout=NHWC)
+    return True
+
+
+def _reduce(low: Lowering, node: Node) -> bool:
+    value = node.inputs[0]
+    rank = len(low.shapes[value])
+    axes = _axes(low.graph.const(node.inputs[1]), rank)
+    if axes is None:
+        return False
+    keep = bool(low.graph.const(node.inputs[2]))
+    # Without its reduced axes a map has no layout of its own; only over H and W, or C, is what is left in order.
+    as_map = bool(low.layout(value)) and (keep or axes in ([2, 3], [1]))
+    layout = NHWC if as_map else NATIVE
+    if as_map:
+        axes = sorted(NHWC.index(axis) for axis in axes)
+    inputs = [low.get(value, FLOAT, layout), low.constant(f"{node.output}_axes", np.array(axes, np.int32))]
+    attrs = {"mode": _REDUCE[node.op], "keep_dims": keep, "coeff": 1.0}
+    low.emit(node, "ReduceFusion", inputs, attrs, layout=layout if keep else NATIVE)
+    return True
+
+
+def _axes(given: Any, rank: int) -> Optional[list[int]]:
+    if given is None or given == ():
+        return list(range(rank))
+    found = (given,) if isinstance(given, int) else given
+    return sorted(int(axis) % rank for axis in found)
+
+
+def _softmax(low: Lowering, node: Node) -> bool:
+    axes = low.graph.const(node.inputs[1])
+    rank = len(low.shapes[node.inputs[0]])
+    axis = [int(a) % rank for a in ((axes,) if isinstance(axes, int) else axes)]
+    if len(axis) != 1:
+        return False
+    low.emit(node, "Softmax", [low.get(node.inputs[0], FLOAT, NATIVE)], {"axis": tuple(axis)})
+    return True
+
+
+def _layer_norm(low: Lowering, node: Node) -> bool:
+    if len(node.outputs) > 1 and any(low.graph.consumers(name) for name in node.outputs[1:]):
+        return False
+    begin, params_axis, epsilon = (low.graph.const(name) for name in node.inputs[3:6])
+    inputs = [low.get(node.inputs[0], FLOAT, NATIVE), *(_operand(low, name, NATIVE) for name in node.inputs[1:3])]
+    attrs = {
+        "begin_norm_axis": int(begin), "begin_params_axis": int(params_axis), "epsilon": float(epsilon),
+        "elementwise_affine": True,
+    }  # fmt: skip
+    low.emit(node, "LayerNormFusion", inputs, attrs)
+    return True
+
+
+def _batch_norm(low: Lowering, node: Node) -> bool:
+    """A factor and an offset a channel; what follows no layer it could be folded into."""
+    if any(name not in low.graph.params for name in node.inputs[1:5]) or len(low.shapes[node.inputs[0]]) != 4:
+        return False
+    gamma, beta, mean, variance = (np.float64(low.graph.params[name].data) for name in node.inputs[1:5])
+    factor = gamma / np.sqrt(variance + float(low.graph.const(node.inputs[6])))
+    scaled = f"{node.output}_scaled"
+    low.graph.values[scaled] = low.graph.values[node.output]
+    low.shapes[scaled] = low.shapes[node.output]
+    source = low.get(node.inputs[0], FLOAT, NHWC)
+    low.emit(node, "MulFusion", [source, low.constant(f"{node.name}.factor", factor.astype(np.float32))],
+             value=scaled, layout=NHWC)  # fmt: skip
+    offset = low.constant(f"{node.name}.offset", (beta - mean * factor).astype(np.float32))
+    low.emit(node, "AddFusion", [low.get(scaled, FLOAT, NHWC), offset], layout=NHWC)
+    return True
+
+
+def _pad(low: Lowering, node: Node) -> bool:
+    pairs = [tuple(int(p) for p in pair) for pair in node.attrs.get("paddings", ())]
+    if not pairs:
+        return False
+    layout = low.layout(node.inputs[0])
+    if layout:
+        pairs = [pairs[axis] for axis in layout]
+    table = low.constant(f"{node.output}_paddings", np.array(pairs, np.int32))
+    attrs = {"padding_mode": 0, "constant_value": 0.0}
+    low.emit(node, "PadFusion", [low.get(node.inputs[0], FLOAT), table], attrs, layout=layout)
+    return True
+
+
+FLOAT_STEPS: dict[str, Callable[[Lowering, Node], bool]] = {
+    "Conv2D": _conv,
+    "Dense": _dense,
+    "MatMul": _product,
+    "BatchMatMul": _product,
+    **dict.fromkeys(_BINARY, _binary),
+    **dict.fromkeys(_ACTIVATIONS, _activation),
+    **dict.fromkeys(_UNARY, _unary),
+    **dict.fromkeys(_REDUCE, _reduce),
+    "MaxPool": _pool,
+    "AvgPool": _pool,
+    "Softmax": _softmax,
+    "LayerNorm": _layer_norm,
+    "BatchNorm": _batch_norm,
+    "Pad": _pad,
+    "Concat": concat,
+    "Reshape": reshape,
+    "Squeeze": reshape,
+    "ExpandDims": reshape,
+    "Transpose": transpose,
+}
+"""Writers by operation; one answers False where this use of the operation has no form."""

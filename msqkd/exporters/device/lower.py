@@ -1,0 +1,242 @@
+"""A graph and its plan as a program of MindSpore Lite: NHWC, one step a kernel, casts between int8 and float.
+
+The plan says what is int8; how each operation is written is in `int8_steps` and `float_steps`. A value is held in the
+layout and type it was computed in; where a step needs another, a Transpose or a QuantDTypeCast is put between, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import numpy as np
+
+from msqkd.errors import ExportError
+from msqkd.exporters.device.shapes import Shape, concrete_shapes
+from msqkd.exporters.islands import cut
+from msqkd.exporters.lowering import lower_forms
+from msqkd.graph.ir import Graph, Node, unique_name
+from msqkd.integer.program import ISLAND, Format, Program, Step, Tensor, TensorQuant
+from msqkd.quant.plan import INT8, QuantPlan, WeightQuant
+from msqkd.quant.qparams import QParams
+
+INT8_FILE, WEIGHT_FILE, FLOAT_FILE = "int8", "weight", "float"
+NATIVE: tuple[int, ...] = ()
+NHWC = (0, 2, 3, 1)
+TO_NCHW = (0, 3, 1, 2)
+FLOAT = "float32"
+_INT8_TYPE, _FLOAT_TYPE = 32, 43  # the runtime's numbers of the data types
+
+
+def lite_program(graph: Graph, plan: QuantPlan, batch: int = 1, kind: str = INT8_FILE) -> Program:
+    """The program of MindSpore Lite that computes a deployment graph.
+
+    Args:
+        graph, plan: the deployment graph and its plan; for ``int8`` every range known.
+        batch: the batch the program is made for.
+        kind: ``int8`` (as planned), ``weight`` (float computation, weights stored as int8) or ``float``.
+
+    Raises:
+        PlanError: a range is missing.
+        ExportError: a scale the runtime cannot represent, or a size that depends on more than the batch.
+    """
+    return Lowering(graph, plan, batch, kind).run()
+
+
+class Lowering:
+    """The program in the making; the functions of `int8_steps` and `float_steps` add to it.
+
+    Attributes:
+        graph, plan: in the forms the plan chose.
+        program: what has been written so far.
+        shapes: shape of every value, in the graph's own layout.
+    """
+
+    def __init__(self, graph: Graph, plan: QuantPlan, batch: int, kind: str) -> None:
+        self.kind = kind
+        self.original = set(graph.values)
+        self.graph, self.plan = lower_forms(graph, plan) if kind == INT8_FILE else (graph.copy(), plan)
+        self.program = Program(graph.name)
+        self.shapes = concrete_shapes(self.graph, batch)
+        self.precision = {node.name: node.precision for node in self.plan.nodes}
+        self.fused = {node.fused_into: node.name for node in self.plan.nodes if node.fused_into}
+        self.weights = self.plan.with_weight_observers(self.graph).weights if kind != FLOAT_FILE else {}
+        self.columns: dict[str, Shape] = {}  # a flattened map, in its own layout -> its (C, H, W)
+        self.homes: dict[str, tuple[str, tuple[int, ...]]] = {}  # value -> (dtype, layout) it was computed in
+        self.held: dict[tuple[str, str, tuple[int, ...]], str] = {}  # (value, dtype, layout) -> tensor
+
+    def run(self) -> Program:
+        """Write every node, and return the program."""
+        from msqkd.exporters.device.float_steps import FLOAT_STEPS
+        from msqkd.exporters.device.int8_steps import INT8_STEPS
+
+        for name in self.graph.inputs:
+            self._input(name)
+        skipped = set(self.fused.values()) if self.kind == INT8_FILE else set()
+        for node in self.graph.nodes:
+            if node.name in skipped:
+                continue
+            if self.is_int8(node):
+                INT8_STEPS[node.op](self, node)
+            elif not (node.op in FLOAT_STEPS and FLOAT_STEPS[node.op](self, node)):
+                self._island(node)
+        for name in self.graph.outputs:
+            self.program.outputs.append(self.get(name, FLOAT, NATIVE))
+        return self.program
+
+    # -- what a step asks -----------------------------------------------------------------------------------------
+    def is_int8(self, node: Node) -> bool:
+        """Whether `node` is computed in int8; what lowering itself added follows its input."""
+        if self.kind != INT8_FILE:
+            return False
+        return self.precision.get(node.name, INT8) == INT8
+
+    def tail(self, node: Node) -> Optional[Node]:
+        """The activation that is computed in the kernel of `node`."""
+        name = self.fused.get(node.name) if self.kind == INT8_FILE else None
+        return self.graph.node(name) if name is not None else None
+
+    def layout(self, value: str) -> tuple[int, ...]:
+        """The layout a value was computed in: NATIVE, or NHWC for a map."""
+        return self.homes[value][1]
+
+    def dense_weight(self, node: Node) -> np.ndarray:
+        """The weight (out, in) of a dense layer, its columns in the order of what it reads."""
+        weight = self.graph.params[node.inputs[1]].data
+        sizes = self.columns.get(node.inputs[0])
+        if sizes is None:
+            return weight
+        return weight.reshape(-1, *sizes).transpose(NHWC).reshape(weight.shape)
+
+    def quant(self, value: str) -> TensorQuant:
+        """Parameters of a quantised value."""
+        return tensor_quant(self.plan.group_of(value).qparams())
+
+    def get(self, value: str, dtype: str, layout: Optional[tuple[int, ...]] = None) -> str:
+        """The tensor that holds `value` as `dtype` in `layout` (None: as computed); what is missing is added."""
+        home_type, home_layout = self.homes[value]
+        layout = home_layout if layout is None else layout
+        if home_type not in ("int8", FLOAT):
+            dtype = home_type  # an index or a mask: there is nothing to quantise
+        if (value, dtype, layout) not in self.held:
+            if (value, dtype, home_layout) not in self.held:
+                self._cast(value, dtype, home_layout)
+            if layout != home_layout:
+                self._transpose(value, dtype, home_layout, layout)
+        return self.held[value, dtype, layout]
+
+    # -- what a step adds -----------------------------------------------------------------------------------------
+    def emit(
+        self, node: Node, op: str, inputs: Sequence[str], attrs: Optional[dict[str, Any]] = None, *,
+        value: str = "", layout: tuple[int, ...] = NATIVE, outputs: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """Add the step of `node`; its results are `value` (by default the node's own), or `outputs`, in `layout`."""
+        quantized = self.is_int8(node)
+        names = []
+        for output in outputs or [value or node.output]:
+            kind = self.graph.values[output].type
+            dtype = kind.dtype if kind is not None else FLOAT
+            self.homes[output] = ("int8" if quantized else dtype, layout)
+            names.append(self._hold(output, *self.homes[output]))
+        name = self._step_name(node.name)
+        self.program.steps.append(Step(name, op, list(inputs), names, attrs or {}, quantized, node.name))
+
+    def constant(
+        self, hint: str, data: np.ndarray, quant: Optional[TensorQuant] = None, format: Format = Format.NHWC
+    ) -> str:
+        """Add a constant tensor and return its name."""
+        name = unique_name(hint, self.program.tensors)
+        data = np.ascontiguousarray(data)
+        return self.program.add(Tensor(name, str(data.dtype), data.shape, data, quant, format))
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+    def _input(self, name: str) -> None:
+        kind = self.graph.values[name].type
+        assert kind is not None
+        layout = NHWC if len(kind.shape) == 4 and kind.dtype == FLOAT else NATIVE
+        self.homes[name] = (kind.dtype, layout)
+        self.program.inputs.append(self._hold(name, kind.dtype, layout))
+        if name in self.plan.activations and not self.plan.activations[name].edges and self.kind == INT8_FILE:
+            self._cast(name, "int8", layout)
+
+    def _hold(self, value: str, dtype: str, layout: tuple[int, ...]) -> str:
+        """Register the tensor that holds `value` as `dtype` in `layout`."""
+        shape = self.shapes[value]
+        if layout:
+            shape = tuple(shape[axis] for axis in layout)
+        quant = self.quant(value) if dtype == "int8" else None
+        own = self.homes[value] == (dtype, layout)
+        suffix = "" if own else ("_int8" if dtype == "int8" else "_float") + ("_native" if layout == NATIVE else "_map")
+        name = unique_name(value + suffix, self.program.tensors)
+        shown = value if value in self.original else ""
+        tensor = Tensor(name, dtype, shape, None, quant, value=shown, perm=TO_NCHW if layout else ())
+        self.held[value, dtype, layout] = self.program.add(tensor)
+        return name
+
+    def _step_name(self, hint: str) -> str:
+        return unique_name(hint, {step.name for step in self.program.steps})
+
+    def _cast(self, value: str, dtype: str, layout: tuple[int, ...]) -> None:
+        source = self.held[value, self.homes[value][0], layout]
+        target = self._hold(value, dtype, layout)
+        types = (_FLOAT_TYPE, _INT8_TYPE) if dtype == "int8" else (_INT8_TYPE, _FLOAT_TYPE)
+        name = self._step_name(f"{value}_{'quant' if dtype == 'int8' else 'dequant'}")
+        attrs = {"src_t": types[0], "dst_t": types[1]}
+        self.program.steps.append(Step(name, "QuantDTypeCast", [source], [target], attrs))
+
+    def _transpose(self, value: str, dtype: str, home: tuple[int, ...], layout: tuple[int, ...]) -> None:
+        source, target = self.held[value, dtype, home], self._hold(value, dtype, layout)
+        perm = self.constant(f"{value}_perm", np.array(layout or TO_NCHW, np.int32))
+        name = self._step_name(f"{value}_to_{'map' if layout else 'native'}")
+        self.program.steps.append(Step(name, "Transpose", [source, perm], [target], {}, quantized=dtype == "int8"))
+
+    def _island(self, node: Node) -> None:
+        """A step that only MindSpore can compute; sizes it asks of tensors are computed inside it."""
+        island = cut(self.graph, [node])
+        if island.outputs:
+            inputs = [self.get(name, FLOAT, NATIVE) for name in island.inputs]
+            self.emit(node, ISLAND, inputs, {"graph": island}, outputs=island.outputs)
+
+
+def tensor_quant(qparams: QParams) -> TensorQuant:
+    """Parameters as a file holds them."""
+    return TensorQuant(np.atleast_1d(qparams.scale), np.atleast_1d(qparams.zero_point))
+
+
+def int8_weight(
+    quant: WeightQuant, weight: np.ndarray, bias: Optional[np.ndarray], input_scale: float, output_scale: float
+) -> tuple[np.ndarray, QParams, Optional[np.ndarray]]:
+    """The integers of a weight, their parameters, and the int32 bias with scale s_x · s_w.
+
+    Raises:
+        ExportError: a scale is out of what the runtime can represent.
+    """
+    floor = _scale_floor(weight, bias, input_scale, output_scale, quant.axis is None)
+    qparams = quant.qparams(weight, floor)
+    ratio = input_scale * np.float64(qparams.scale) / output_scale
+    if (ratio >= _LARGEST_RATIO).any():
+        raise ExportError(
+            f"{quant.node}: the ratio of scales s_x·s_w/s_y is {float(np.max(ratio)):.3g}, beyond what the runtime can "
+            f"represent; allowed: below {_LARGEST_RATIO:g}"
+        )
+    integers = qparams.quantize(weight).astype(np.int8)
+    if bias is None:
+        return integers, qparams, None
+    steps = np.float64(bias) / (np.float64(input_scale) * np.float64(qparams.scale))
+    return integers, qparams, np.rint(steps).astype(np.int32)
+
+
+_LARGEST_RATIO = 2.0**30
+_SMALLEST_RATIO = 2.0**-30
+_BIAS_LIMIT = 2.0**30
+
+
+def _scale_floor(
+    weight: np.ndarray, bias: Optional[np.ndarray], input_scale: float, output_scale: float, per_tensor: bool
+) -> Any:
+    """The least scale of a nearly dead channel for which its bias fits into int32 and its ratio can be represented."""
+    floor = np.full(weight.shape[0], _SMALLEST_RATIO * output_scale / input_scale)
+    if bias is not None:
+        floor = np.maximum(floor, np.abs(np.float64(bias)) / (input_scale * _BIAS_LIMIT))
+    floor = floor.astype(np.float32)
+    return floor.max() if per_tensor else floor

@@ -1,0 +1,105 @@
+"""Operations value by value, and activation functions."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from msqkd.exporters.onnx.calls import Call
+from msqkd.exporters.onnx.table import writes
+
+_UNARY = {
+    "Abs": "Abs", "Ceil": "Ceil", "Erf": "Erf", "Exp": "Exp", "Floor": "Floor", "HSwish": "HardSwish", "Log": "Log",
+    "LogicalNot": "Not", "Neg": "Neg", "Reciprocal": "Reciprocal", "ReLU": "Relu", "Sigmoid": "Sigmoid",
+    "Softplus": "Softplus", "Sqrt": "Sqrt", "Tanh": "Tanh",
+}  # fmt: skip
+_BINARY = {
+    "Add": "Add", "Div": "Div", "Divs": "Div", "Equal": "Equal", "Greater": "Greater", "GreaterEqual": "GreaterOrEqual",
+    "Less": "Less", "LessEqual": "LessOrEqual", "LogicalAnd": "And", "LogicalOr": "Or", "Maximum": "Max",
+    "Minimum": "Min", "Mul": "Mul", "Muls": "Mul", "Pow": "Pow", "RealDiv": "Div", "Sub": "Sub",
+}  # fmt: skip
+
+
+def _unary(onnx_op: str, call: Call) -> None:
+    call.emit(onnx_op, call.tensor(0))
+
+
+def _binary(onnx_op: str, call: Call) -> None:
+    call.emit(onnx_op, call.tensor(0), call.tensor(1))
+
+
+for _op, _onnx_op in _UNARY.items():
+    writes(_op)(partial(_unary, _onnx_op))
+for _op, _onnx_op in _BINARY.items():
+    writes(_op)(partial(_binary, _onnx_op))
+
+
+@writes("ReLU6")
+def _relu6(call: Call) -> None:
+    call.emit("Clip", call.tensor(0), call.number(0), call.number(6))
+
+
+@writes("ClampScalar")
+def _clamp(call: Call) -> None:
+    low, high = (call.literal(argument) for argument in (1, 2))
+    ends = ["" if end is None else call.number(end) for end in (low, high)]
+    call.emit("Clip", call.tensor(0), *ends)
+
+
+@writes("HSigmoid")
+def _hsigmoid(call: Call) -> None:
+    call.emit("HardSigmoid", call.tensor(0), alpha=1.0 / 6.0, beta=0.5)
+
+
+@writes("SiLU")
+def _silu(call: Call) -> None:
+    x = call.tensor(0)
+    call.emit("Mul", x, call.step("Sigmoid", x))
+
+
+@writes("GeLU")
+def _gelu(call: Call) -> None:
+    """The primitive is the approximation by tanh (Hendrycks and Gimpel, arXiv:1606.08415)."""
+    x = call.tensor(0)
+    cube = call.step("Mul", call.step("Mul", call.step("Mul", x, x), x), call.number(0.044715))
+    scaled = call.step("Mul", call.step("Add", x, cube), call.number(math.sqrt(2.0 / math.pi)))
+    gate = call.step("Add", call.step("Tanh", scaled), call.number(1.0))
+    call.emit("Mul", call.step("Mul", x, call.number(0.5)), gate)
+
+
+@writes("Elu")
+def _elu(call: Call) -> None:
+    call.emit("Elu", call.tensor(0), alpha=float(call.literal(1)))
+
+
+@writes("Square")
+def _square(call: Call) -> None:
+    x = call.tensor(0)
+    call.emit("Mul", x, x)
+
+
+@writes("Rsqrt")
+def _rsqrt(call: Call) -> None:
+    call.emit("Reciprocal", call.step("Sqrt", call.tensor(0)))
+
+
+@writes("Select")
+def _select(call: Call) -> None:
+    call.emit("Where", call.tensor(0), call.tensor(1), call.tensor(2))
+
+
+@writes("Cast")
+def _cast(call: Call) -> None:
+    kind = call.graph.values[call.node.output].type
+    if kind is None:
+        raise call.refusal("the data type of its result is not known")
+    call.emit("Cast", call.tensor(0), to=call.writer.element(kind.dtype))
+
+
+@writes("Softmax", "LogSoftmax")
+def _softmax(call: Call) -> None:
+    axis = call.literal(1)
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    if len(axes) != 1:
+        raise call.refusal(f"it goes over the axes {axes}; allowed: one axis")
+    call.emit(call.node.op, call.tensor(0), axis=int(axes[0]))

@@ -1,0 +1,155 @@
+"""Convolutions, matrix products, pools and normalisations. All are in NCHW, the layout of MindSpore and of ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from msqkd.exporters.onnx.calls import Call
+from msqkd.exporters.onnx.table import writes
+
+_SAME, _VALID = 1, 2  # MindSpore's numbers of the padding modes
+
+
+@writes("Conv2D")
+def _convolution(call: Call) -> None:
+    strides, dilations = (call.attribute(name)[-2:] for name in ("stride", "dilation"))
+    kernel = call.shape(1)[-2:]
+    mode = str(call.attribute("pad_mode")).upper()
+    if mode == "PAD":
+        top, bottom, left, right = call.attribute("pad")
+        pads = [top, left, bottom, right]
+    else:
+        pads = _pads(call, mode, kernel, strides, dilations)
+    call.emit(
+        "Conv",
+        *(call.tensor(index) for index in range(len(call.node.inputs))),
+        kernel_shape=list(kernel),
+        strides=list(strides),
+        dilations=list(dilations),
+        group=int(call.attribute("group")),
+        pads=pads,
+    )
+
+
+def _pads(
+    call: Call, mode: str, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int] = (1, 1)
+) -> list[int]:
+    """Rows and columns added (top, left, bottom, right); with SAME the output has ceil(size / stride) of them."""
+    if mode == "VALID":
+        return [0, 0, 0, 0]
+    if mode != "SAME":
+        raise call.refusal(f"its padding mode is {mode}; allowed: PAD (convolutions only), SAME, VALID")
+    sizes = call.shape(0)[2:]
+    if min(sizes) < 1:
+        raise call.refusal("the height and width of its input must be known to pad it")
+    totals = [
+        max((-(-size // stride) - 1) * stride + (window - 1) * dilation + 1 - size, 0)
+        for size, window, stride, dilation in zip(sizes, kernel, strides, dilations)
+    ]
+    return [total // 2 for total in totals] + [total - total // 2 for total in totals]
+
+
+@writes("MaxPool")
+def _max_pool(call: Call) -> None:
+    kernel, strides = (call.attribute(name)[-2:] for name in ("kernel_size", "strides"))
+    pads = _pads(call, str(call.attribute("pad_mode")).upper(), kernel, strides)
+    call.emit("MaxPool", call.tensor(0), kernel_shape=list(kernel), strides=list(strides), pads=pads)
+
+
+@writes("AvgPool")
+def _average_pool(call: Call) -> None:
+    kernel, strides, mode = (call.literal(argument) for argument in (1, 2, 3))
+    pads = _pads(call, {_SAME: "SAME", _VALID: "VALID"}.get(mode, str(mode)), kernel, strides)
+    call.emit("AveragePool", call.tensor(0), kernel_shape=list(kernel), strides=list(strides), pads=pads)
+
+
+@writes("ReduceMean")
+def _mean(call: Call) -> None:
+    """A mean over the whole plane is a pool, which int8 runtimes have; any other mean is ReduceMean."""
+    rank, axes, keep = len(call.shape(0)), _axes(call), bool(call.literal(2))
+    if rank == 4 and axes == [2, 3]:
+        if keep:
+            call.emit("GlobalAveragePool", call.tensor(0))
+            return
+        pooled = call.rounded(call.step("GlobalAveragePool", call.tensor(0)))
+        call.emit("Squeeze", pooled, call.constant(axes))
+        return
+    call.emit("ReduceMean", call.tensor(0), axes=axes, keepdims=int(keep))
+
+
+@writes("ReduceMax", "ReduceMin")
+def _extreme(call: Call) -> None:
+    call.emit(call.node.op, call.tensor(0), axes=_axes(call), keepdims=int(bool(call.literal(2))))
+
+
+@writes("ReduceSum")
+def _sum(call: Call) -> None:
+    call.emit("ReduceSum", call.tensor(0), call.constant(_axes(call)), keepdims=int(bool(call.literal(2))))
+
+
+def _axes(call: Call) -> list[int]:
+    """The axes of a reduction, counted from the front; all of them where none is named."""
+    axis, rank = call.literal(1), len(call.shape(0))
+    axes = (axis,) if isinstance(axis, int) else tuple(axis or range(rank))
+    return sorted(int(a) % rank for a in axes)
+
+
+@writes("Dense")
+def _dense(call: Call) -> None:
+    x, weight, *bias = (call.tensor(index) for index in range(len(call.node.inputs)))
+    if len(call.shape(0)) == 2:
+        call.emit("Gemm", x, weight, *bias, transB=1)
+        return
+    product = (x, call.step("Transpose", weight, perm=[1, 0]))
+    if bias:
+        call.emit("Add", call.step("MatMul", *product), *bias)
+    else:
+        call.emit("MatMul", *product)
+
+
+@writes("MatMul", "BatchMatMul")
+def _product(call: Call) -> None:
+    operands = [_transposed(call, index, bool(call.literal(index + 2))) for index in (0, 1)]
+    call.emit("MatMul", *operands)
+
+
+@writes("MatMulExt")
+def _plain_product(call: Call) -> None:
+    call.emit("MatMul", call.tensor(0), call.tensor(1))
+
+
+def _transposed(call: Call, argument: int, transpose: bool) -> str:
+    if not transpose:
+        return call.tensor(argument)
+    *batch, rows, columns = range(len(call.shape(argument)))
+    return call.step("Transpose", call.tensor(argument), perm=[*batch, columns, rows])
+
+
+@writes("BatchNorm")
+def _batch_norm(call: Call) -> None:
+    _only_first_result(call)
+    call.emit("BatchNormalization", *(call.tensor(index) for index in range(5)), epsilon=float(call.literal(6)))
+
+
+@writes("LayerNorm")
+def _layer_norm(call: Call) -> None:
+    _only_first_result(call)
+    rank = len(call.shape(0))
+    norm_axis, params_axis = (int(call.literal(argument)) % rank for argument in (3, 4))
+    if norm_axis != params_axis:
+        raise call.refusal(f"it normalises from axis {norm_axis} and scales from axis {params_axis}; allowed: one axis")
+    call.emit(
+        "LayerNormalization",
+        *(call.tensor(index) for index in range(3)),
+        axis=norm_axis - rank,
+        epsilon=float(call.literal(5)),
+    )
+
+
+def _only_first_result(call: Call) -> None:
+    """Refuse a node whose statistics are read; drop them otherwise."""
+    read: Any = {name for node in call.graph.nodes for name in node.inputs}.union(call.graph.outputs)
+    if read.intersection(call.node.outputs[1:]):
+        raise call.refusal("a result other than the first is read; allowed: the normalised value alone")
+    call.outputs = call.outputs[:1]

@@ -1,0 +1,245 @@
+"""ONNX with QuantizeLinear and DequantizeLinear (QDQ): float operations between int8 values, which a runtime joins into
+int8 kernels.
+
+Where the plan quantises a value stands a pair of QuantizeLinear and DequantizeLinear with the plan's scale and zero
+point; weights are int8 initialisers, and biases of quantised layers int32 ones with the scale s_x · s_w, which is what
+onnxruntime's kernels add. Scale and zero point of a group are stored once and read by every value of the group.
+
+Activations are stored as uint8, the plan's integers plus 128, which stand for the same numbers: the fast kernels of x86
+multiply unsigned by signed. onnxruntime 1.31 converts signed activations to that form only where a value has one reader
+(a ResNet-20 then computes half of its layers in float and is slower than the float model), and where it is told to take
+them as they are, its kernels are plain loops, five times slower than float. For runtimes that want the plan's own
+integers there is ``int8``.
+
+A runtime makes an int8 kernel of a layer only where QuantizeLinear follows it at once, or behind an activation that the
+saturation of the quantiser makes superfluous. Where neither holds (a symmetric ReLU, fewer than 8 bits) a second pair
+stands between them: activations are monotone, so rounding before and again behind gives the integers of rounding once.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msqkd.errors import ExportError, did_you_mean
+from msqkd.exporters.onnx.calls import Call
+from msqkd.exporters.onnx.table import find
+from msqkd.exporters.onnx.writer import ModelWriter, write_model
+from msqkd.files import PathLike
+from msqkd.graph.ir import Graph, Node
+from msqkd.quant.plan import INT8, QuantPlan
+from msqkd.quant.qparams import MAX_BITS, QParams, quant_limits, weight_qparams
+
+UINT8 = "uint8"
+_OFFSETS = {UINT8: 128, "int8": 0}  # what is added to the plan's integers
+_INT32_MAX = 2**31 - 1
+_ENDS = {"ReLU": np.asarray(np.inf), "ReLU6": np.asarray(6.0)}  # where fused activations end upwards
+
+
+def export_onnx(graph: Graph, plan: QuantPlan, file: PathLike, activations: str = UINT8) -> Path:
+    """Write a deployment graph and its plan as an ONNX QDQ model; the batch of the inputs is open.
+
+    Args:
+        graph, plan: every range known.
+        file: where to.
+        activations: how their integers are stored: ``uint8`` (fast on x86 and ARM) or ``int8`` (the plan's own).
+
+    Raises:
+        PlanError: a range is missing.
+        ExportError: an operation cannot be written, the file cannot, or `activations` is unknown.
+        MissingDependencyError: the package onnx is not installed.
+    """
+    return write_model(onnx_model(graph, plan, activations), file)
+
+
+def export_onnx_float(graph: Graph, file: PathLike) -> Path:
+    """Write a deployment graph in float32: what the quantised model is compared with. Raises as `export_onnx`."""
+    return export_onnx(graph, QuantPlan("float", graph.name), file)
+
+
+def onnx_model(graph: Graph, plan: QuantPlan, activations: str = UINT8) -> Any:
+    """The ModelProto that `export_onnx` writes, not yet checked. Raises as it does."""
+    if activations not in _OFFSETS:
+        raise ExportError(
+            f"activations are '{activations}'; allowed: {', '.join(_OFFSETS)}{did_you_mean(activations, _OFFSETS)}"
+        )
+    return _Export(graph, plan, activations).run()
+
+
+class _Export:
+    def __init__(self, graph: Graph, plan: QuantPlan, activations: str) -> None:
+        self.graph, self.plan, self.activations = graph, plan, activations
+        self.writer = ModelWriter(graph.name, graph.values)
+        self.weights = plan.with_weight_observers(graph).weights
+        self.qparams = {name: group.qparams() for name, group in plan.groups.items()}
+        self.int8 = {node.name for node in plan.nodes if node.precision == INT8}
+        self.fused = {node.fused_into: graph.node(node.name) for node in plan.nodes if node.fused_into}
+        self.names: dict[str, str] = {}  # value of the graph -> what its readers read
+        self.edges: dict[tuple[str, int], str] = {}  # (node, input) -> what is read there instead
+        self.outputs: set[str] = set()
+
+    def run(self) -> Any:
+        for name in self.graph.inputs:
+            kind = self.graph.values[name].type
+            assert kind is not None
+            self.writer.input(name, kind)
+            self._computed(name, name)
+        for node in self.graph.nodes:
+            self._node(node)
+        return self.writer.model([self._output(name) for name in self.graph.outputs])
+
+    # -- operations -----------------------------------------------------------------------------------------------
+    def _node(self, node: Node) -> None:
+        emit = find(self.graph, node)
+        operands = [self._operand(node, index) for index in range(len(node.inputs))]
+        raw = [self._raw_name(output) for output in node.outputs]
+        rounding = partial(self._round, node.output) if node.output in self.plan.activations else None
+        emit(Call(self.graph, node, self.writer, operands, raw, rounding))
+        for output, name in zip(node.outputs, raw):
+            if node.name in self.int8:
+                name = self._guarded(node, output, name)
+            self._computed(output, name)
+
+    def _operand(self, node: Node, index: int) -> str:
+        name = node.inputs[index]
+        kind = self.graph.values[name].kind
+        if kind == "const":
+            return ""
+        if kind != "param":
+            return self.edges.get((node.name, index), self.names[name])
+        if node.name in self.weights and index == 1:
+            return self._weight(node)
+        if node.name in self.weights and index == 2:
+            return self._bias(node)
+        return self._constant(name)
+
+    # -- values ---------------------------------------------------------------------------------------------------
+    def _raw_name(self, value: str) -> str:
+        """What an operation calls its result: where every reader wants it rounded, the rounded one has its name."""
+        return self.writer.unique(f"{value}.raw") if self._always_rounded(value) else value
+
+    def _always_rounded(self, value: str) -> bool:
+        activation = self.plan.activations.get(value)
+        return activation is not None and not activation.edges
+
+    def _computed(self, value: str, raw: str) -> None:
+        """Register a value that is there as `raw`, and quantise it where the plan does."""
+        activation = self.plan.activations.get(value)
+        self.names[value] = raw
+        if activation is None:
+            return
+        qparams = self._parameters(value)
+        if not _is_full(qparams):
+            ends = [
+                self.writer.derived(f"{activation.group}.{name}", end)
+                for name, end in (("low", qparams.lo), ("high", qparams.hi))
+            ]
+            clipped = self.writer.unique(f"{value}.clipped")
+            self.writer.node("Clip", [raw, *ends], [clipped], f"{value}.Clip")
+            raw = clipped
+        if activation.edges:
+            self.edges.update(dict.fromkeys(activation.edges, self._round(value, raw)))
+        elif value in self.graph.inputs:
+            self.names[value] = self._round(value, raw)
+        else:
+            self.names[value] = self._round(value, raw, output=value)
+
+    def _round(self, value: str, raw: str, output: str = "") -> str:
+        """QuantizeLinear and DequantizeLinear of `raw` with the parameters of `value`; returns the result's name."""
+        parameters = self._stored(value)
+        quantised = self.writer.unique(f"{value}.quantised")
+        output = output or self.writer.unique(f"{value}.rounded")
+        self.writer.node("QuantizeLinear", [raw, *parameters], [quantised], f"{value}.QuantizeLinear")
+        self.writer.node("DequantizeLinear", [quantised, *parameters], [output], f"{value}.DequantizeLinear")
+        return output
+
+    def _guarded(self, node: Node, value: str, raw: str) -> str:
+        """`raw` rounded at once where what stands before its quantiser would keep the layer out of int8."""
+        tail = self.fused.get(node.name)
+        if tail is None:
+            needed = value in self.plan.activations and not _is_full(self._parameters(value))
+            return self._round(value, raw) if needed and node not in self.fused.values() else raw
+        if tail.op not in _ENDS or tail.output not in self.plan.activations:
+            return raw
+        qparams = self._parameters(tail.output)
+        saturates = qparams.zero_point == qparams.qmin and qparams.quantize(_ENDS[tail.op]) == qparams.qmax
+        return raw if saturates and _is_full(qparams) else self._round(tail.output, raw)
+
+    def _parameters(self, value: str) -> QParams:
+        return self.qparams[self.plan.activations[value].group]
+
+    def _stored(self, value: str) -> list[str]:
+        """The names of scale and zero point of `value`."""
+        group = self.plan.activations[value].group
+        qparams = self.qparams[group]
+        zero_point = (qparams.zero_point + _OFFSETS[self.activations]).astype(self.activations)
+        return [
+            self.writer.derived(f"{group}.scale", qparams.scale),
+            self.writer.derived(f"{group}.zero_point", zero_point),
+        ]
+
+    def _output(self, value: str) -> tuple[str, str]:
+        """Name and dtype of an output of the model; its name is that of one computed value and of no other output."""
+        kind = self.graph.values[value].type
+        if kind is None:
+            raise ExportError(f"{self.graph.name}: its output '{value}' is not a tensor; allowed: tensors")
+        name = self.names[value] if value in self.names else self._constant(value)
+        if name in self.outputs or (name == value and self.graph.values[value].kind != "node"):
+            source, name = name, self.writer.unique(f"{value}.output")
+            self.writer.node("Identity", [source], [name], name)
+        self.outputs.add(name)
+        return name, kind.dtype
+
+    def _constant(self, value: str) -> str:
+        held = self.graph.params.get(value)
+        return self.writer.parameter(value, self.graph.const(value) if held is None else held.data)
+
+    # -- weights --------------------------------------------------------------------------------------------------
+    def _weight(self, node: Node) -> str:
+        qparams = self._weight_parameters(node)
+        data = self.graph.params[node.inputs[1]].data
+        names = [
+            self.writer.derived(f"{node.name}.weight.int8", qparams.quantize(data).astype(np.int8)),
+            self.writer.derived(f"{node.name}.weight.scale", qparams.scale),
+            self.writer.derived(f"{node.name}.weight.zero_point", qparams.zero_point.astype(np.int8)),
+        ]
+        return self._dequantize(node, "weight", names, qparams)
+
+    def _bias(self, node: Node) -> str:
+        qparams = self._weight_parameters(node)
+        scale = self._input_scale(node) * qparams.scale
+        steps = np.rint(self.graph.params[node.inputs[2]].data.astype(np.float64) / scale)
+        stored = np.clip(steps, -_INT32_MAX, _INT32_MAX).astype(np.int32)
+        names = [
+            self.writer.derived(f"{node.name}.bias.int32", stored),
+            self.writer.derived(f"{node.name}.bias.scale", scale),
+        ]
+        return self._dequantize(node, "bias", names, qparams)
+
+    def _weight_parameters(self, node: Node) -> QParams:
+        """Those of the plan; a channel all but dead has a wider scale, so that its int32 bias does not overflow."""
+        quant, least = self.weights[node.name], np.zeros((), np.float32)
+        if len(node.inputs) > 2:
+            bias = np.abs(self.graph.params[node.inputs[2]].data)
+            least = (bias if quant.axis is not None else bias.max()) / (self._input_scale(node) * _INT32_MAX)
+        weight = self.graph.params[node.inputs[1]].data
+        return weight_qparams(
+            weight, quant.bits, quant.axis, clip_ratio=quant.kept_part, min_scale=least, where=node.name
+        )
+
+    def _input_scale(self, node: Node) -> np.float32:
+        return np.float32(self._parameters(node.inputs[0]).scale)
+
+    def _dequantize(self, node: Node, what: str, inputs: list[str], qparams: QParams) -> str:
+        output = self.writer.unique(f"{node.name}.{what}.float")
+        axis = {} if qparams.axis is None else {"axis": qparams.axis}
+        self.writer.node("DequantizeLinear", inputs, [output], f"{node.name}.{what}.DequantizeLinear", **axis)
+        return output
+
+
+def _is_full(qparams: QParams) -> bool:
+    """Whether the quantiser saturates where int8 does."""
+    return (qparams.qmin, qparams.qmax) == quant_limits(MAX_BITS)

@@ -1,0 +1,269 @@
+"""The files of a run, each held against the network it stands for, and what the device will compute from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import mindspore as ms
+import numpy as np
+
+from msqkd.analysis.parity import Device, batch_size, compare_execution, differing_values, integer_answers
+from msqkd.data import Split, subset
+from msqkd.errors import ExportError
+from msqkd.exporters import FORMATS, MS, MS_FLOAT, ONNX, PORTABLE, Format, export
+from msqkd.exporters.portable import write_float
+from msqkd.exporters.verify import compare
+from msqkd.files import sha256
+from msqkd.graph.cell import to_cell
+from msqkd.graph.ir import Graph
+from msqkd.integer.registry import X86
+from msqkd.pipeline.rundir import RunDirectory, export_name
+from msqkd.progress import Reporter
+from msqkd.quant.fake_quant import OFF, QUANTIZE
+from msqkd.quant.plan import QuantPlan
+from msqkd.quant.qat import quantize_cell
+from msqkd.recipe import Recipe
+from msqkd.train.evaluate import accuracy_of, answers, input_batches
+
+_DISAGREEMENT = 1.0  # percent of the samples for which a file may name another class, where equal is not to be had
+_FEW_SAMPLES = 64  # computed by the kernels of a file that is in float, in numpy
+_ANY_RANGE = (0.0, 255.0)  # wide, and not symmetric: a zero point shows where none is allowed
+_LARGE_TEST = 2000  # test samples; of more, the integer accuracy is left to `msqkd verify`
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A network on its way into files.
+
+    Attributes:
+        recipe: how it was made.
+        captured: the float network.
+        graph, plan: what is exported, every range known.
+        test, calibration: the samples it is measured on.
+    """
+
+    recipe: Recipe
+    captured: Graph
+    graph: Graph
+    plan: QuantPlan
+    test: Split
+    calibration: Split
+
+
+# -- before anything is trained ----------------------------------------------------------------------------------------
+def preflight(recipe: Recipe, graph: Graph, plan: QuantPlan) -> None:
+    """Refuse now what export would refuse after the training.
+
+    Args:
+        recipe: whose files are to be written.
+        graph, plan: the deployment graph and its plan; ranges and weights may be any.
+
+    Raises:
+        ExportError: a layer cannot be written for the target, or not in one of the formats.
+        SimulationError: a step the simulator has no kernel for.
+        MissingDependencyError: ONNX is wanted, and its packages are not installed.
+    """
+    if ONNX in recipe.export.formats:
+        from msqkd.exporters.onnx.runtime import onnxruntime_package
+        from msqkd.exporters.onnx.writer import onnx_package
+
+        onnx_package()
+        onnxruntime_package()
+    guessed = plan.with_ranges(dict.fromkeys(plan.groups, _ANY_RANGE))
+    weights = {name: replace(quant, observer="minmax") for name, quant in plan.weights.items()}
+    guessed = replace(guessed, weights=weights)
+    device = Device(graph, guessed, recipe.verify.machine or X86)
+    if MS in recipe.export.formats:
+        from msqkd.exporters.ms.check import check_program
+
+        try:
+            check_program(device.program)
+        except ExportError as error:
+            others = ", ".join(name for name in recipe.export.formats if name != MS)
+            raise ExportError(f"export.formats: no .ms file is possible: {error}; leave it out with "
+                              f"--set export.formats=[{others or PORTABLE}]") from error  # fmt: skip
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+def export_files(network: Exported, folder: RunDirectory, reporter: Reporter) -> dict[str, Any]:
+    """Write every file of the recipe, read each back, and compute what the device will answer.
+
+    Returns:
+        What the export stage records: names, sizes and checksums of the files, how each was verified, accuracies on
+        the test set in percent, and the comparison of the three executions on the calibration samples.
+
+    Raises:
+        ExportError: a file cannot be written, or does not answer as the network.
+    """
+    recipe, graph, plan = network.recipe, network.graph, network.plan
+    cell = quantize_cell(graph, plan)
+    cell.set_phase(QUANTIZE)
+    reference = answers(cell, network.test, recipe.data.eval_batch_size)
+    files = {"float": write_float(network.captured, folder.file("float.mindir"))}
+    verified: dict[str, Any] = {}
+    for name in recipe.export.formats:
+        form = FORMATS[name]
+        files[name] = export(graph, plan, folder.file(export_name(recipe.name, form)), name)
+        verified[name] = {"file": files[name].name, **examine(form, files[name], network, reference)}
+    labels = network.test.labels
+    assert labels is not None
+    parity = calibration_parity(network, reporter)
+    return {
+        "accuracy": _exported_accuracy(verified, accuracy_of(reference, labels)),
+        "integer_accuracy": _integer_accuracy(network, reporter),
+        "files": [file.name for file in files.values()],
+        "sizes": {name: file.stat().st_size for name, file in files.items()},
+        "sha256": {file.name: sha256(file) for file in files.values()},
+        "verified": verified,
+        "parity": parity,
+    }
+
+
+def _exported_accuracy(verified: dict[str, Any], trained: float) -> float:
+    """The test accuracy of a file: of the portable one, which MindSpore itself computes, where there is one.
+
+    `trained`, that of the network, stands for files that were not computed on the whole test set.
+    """
+    for name in (PORTABLE, *verified):
+        if verified.get(name, {}).get("accuracy") is not None:
+            return float(verified[name]["accuracy"])
+    return trained
+
+
+def examine(form: Format, file: Path, network: Exported, reference: np.ndarray) -> dict[str, Any]:
+    """Hold an exported file against its network; empty for a format that only the device can compute.
+
+    Args:
+        form: the format of the file.
+        file: where it is.
+        network: what was exported.
+        reference: the fake-quantised network's answers on the test set, (N, classes).
+
+    Raises:
+        ExportError: the file is not the network.
+    """
+    if form.name == MS:
+        return check_integers(file, network)
+    if form.load is None:
+        return {}
+    if not form.int8:
+        return _float_file(form, file, network)
+    logits = answers(_tensors(form.load(file)), network.test, network.recipe.data.eval_batch_size)
+    labels = network.test.labels
+    assert labels is not None
+    result = {**compare(logits, reference), "accuracy": accuracy_of(logits, labels)}
+    _refuse_another(form, file, result, len(logits), network.recipe.export.verify_tolerance)
+    return result
+
+
+def check_integers(file: Path, network: Exported) -> dict[str, Any]:
+    """Compute one batch with the program in a ``.ms`` file and with the one it was written from.
+
+    Raises:
+        ExportError: a value differs, or the file cannot be read.
+    """
+    from msqkd.exporters.device import lite_program
+    from msqkd.exporters.ms.read import read_ms
+
+    size = min(batch_size(network.graph, network.recipe.calibration.batch_size), len(network.calibration))
+    batch = next(input_batches(network.calibration, size))
+    machine = network.recipe.verify.machine or X86
+    different, total = differing_values(lite_program(network.graph, network.plan), read_ms(file), [batch], machine)
+    if different:
+        raise ExportError(
+            f"{file.name} does not compute as the network it was written from: {different} of {total} values differ; "
+            "allowed: none"
+        )
+    return {"differing_values": different, "compared_values": total}
+
+
+def _float_file(form: Format, file: Path, network: Exported) -> dict[str, Any]:
+    """Compare a file that computes in float with the network in float, its weights rounded where the file's are."""
+    few = subset(network.test, min(_FEW_SAMPLES, len(network.test)))
+    if form.name == MS_FLOAT:
+        cell: Any = to_cell(network.graph)
+    else:
+        cell = quantize_cell(network.graph, network.plan)
+        cell.set_phase(OFF)
+    assert form.load is not None
+    logits = answers(_tensors(form.load(file)), few, len(few))
+    result: dict[str, Any] = compare(logits, answers(cell, few, len(few)))
+    _refuse_another(form, file, result, len(few), network.recipe.export.verify_tolerance)
+    return result
+
+
+def _tensors(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`run` with its first output as a Tensor, whatever library computes it."""
+
+    def call(batch: Any) -> Any:
+        output = run(batch)
+        output = output[0] if isinstance(output, tuple) else output
+        return output if isinstance(output, ms.Tensor) else ms.Tensor(output)
+
+    return call
+
+
+def _refuse_another(form: Format, file: Path, result: dict[str, Any], samples: int, tolerance: float) -> None:
+    if form.name == PORTABLE:
+        allowed = f"a difference of at most {tolerance:g}"
+        wrong = result["max_abs_diff"] > tolerance
+    else:
+        # Equal but for the order of sums or the rounding of halves, which may move a value to the next level, and a
+        # close call between two classes with it.
+        allowed = f"at least {100 - _DISAGREEMENT:g} % equal answers"
+        different = (100 - result["agreement"]) / 100 * samples
+        wrong = different > max(samples * _DISAGREEMENT / 100, 2.5)
+    if wrong:
+        raise ExportError(
+            f"{file.name} does not answer as the trained network: largest difference "
+            f"{result['max_abs_diff']:.3g}, equal answers {result['agreement']:.2f} %; allowed: {allowed}"
+        )
+
+
+# -- the device --------------------------------------------------------------------------------------------------------
+def calibration_parity(network: Exported, reporter: Reporter) -> dict[str, Any]:
+    """The comparison of the three executions on the calibration samples, held against the recipe's bound."""
+    return split_parity(network, network.calibration, "calibration", network.recipe.verify.machine, reporter)
+
+
+def split_parity(
+    network: Exported, split: Split, which: str, machine: Optional[str], reporter: Reporter
+) -> dict[str, Any]:
+    """The comparison of the three executions on a split, as data with the split's name `which`.
+
+    Raises as `msqkd.analysis.parity.compare_execution`.
+    """
+    size = batch_size(network.graph, min(network.recipe.data.eval_batch_size, len(split)))
+    with reporter.task("float, fake-quantised and integer execution", len(split)) as task:
+        parity = compare_execution(
+            network.graph, network.plan, input_batches(split, size), split.labels, machine or X86, task.update
+        )
+    return {"split": which, **parity.to_dict(network.recipe.verify.max_deviation)}
+
+
+def _integer_accuracy(network: Exported, reporter: Reporter) -> Optional[float]:
+    """What the device will reach on the test set, in percent; None where the set is large."""
+    test = network.test
+    if len(test) > _LARGE_TEST or test.labels is None:
+        return None
+    device = Device(network.graph, network.plan, network.recipe.verify.machine or X86)
+    batches: Iterator[np.ndarray] = input_batches(test, min(network.recipe.data.eval_batch_size, len(test)))
+    with reporter.task("integer execution of the test set", len(test)) as task:
+        return accuracy_of(integer_answers(device, batches, task.update), test.labels)
+
+
+def deviation_words(parity: dict[str, Any]) -> str:
+    """In a sentence, how far the device is from the fake-quantised network, and where the two part."""
+    text = (
+        f"on the {parity['samples']} {parity['split']} samples the device's answers deviate by "
+        f"{parity['deviation']:.2f} points from those of the fake-quantised network "
+        f"(verify.max_deviation: {parity['max_deviation']:g})"
+    )
+    first = parity["first_beyond_one"] or parity["first_difference"]
+    if first is None:
+        return f"{text}; no int8 value differs"
+    step = "step" if first["max_lsb"] == 1 else "steps"
+    return f"{text}; they part at {first['layer']} ({first['op']}), by up to {first['max_lsb']} {step}"
