@@ -134,8 +134,11 @@ def bench_onnx(
     from msqkd.exporters.onnx import executed_kernels, load_onnx
 
     arrays = [inputs] if isinstance(inputs, np.ndarray) else list(inputs)
-    if threads < 1 or (rounds is not None and rounds < 1):
-        raise DataError(f"threads is {threads} and rounds {rounds}; allowed: 1 or more")
+    for name, number in (("threads", threads), ("rounds", rounds)):
+        if number is not None and number < 1:
+            raise DataError(f"{name} is {number}; allowed: 1 or more")
+    if not arrays:
+        raise DataError("there is no input to measure with; give one array for each input of the network")
     files = [Path(float_file), Path(int8_file)]
     calls = [_call(file, load_onnx(file, threads), arrays) for file in files]
     for _ in range(WARM_UP - 1):

@@ -36,7 +36,7 @@ def test_version(command: Command) -> None:
 def test_help_names_every_verb(command: Command) -> None:
     code, out, _ = command("--help")
     assert code == 0
-    assert all(verb in out for verb in ("run", "plan", "recipes", "doctor"))
+    assert all(verb in out for verb in ("run", "calibrate", "verify", "plan", "recipes", "doctor"))
 
 
 def test_recipes_as_json(command: Command) -> None:
@@ -74,6 +74,14 @@ def test_settings_may_follow_one_set_or_several(command: Command) -> None:
     assert data["recipe"] == "digits_lenet5"
 
 
+def test_the_plan_says_which_defects_it_avoids(command: Command) -> None:
+    code, out, _ = command("plan", "digits_lenet5")
+    assert code == 0
+    assert "avoided: a maximum pool whose input and output parameters differ wraps" in out
+    assert "(pool, pool_1)" in out
+    assert "avoided:" not in command("plan", "digits_lenet5", "--set", "target=ascend")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -83,6 +91,8 @@ def test_settings_may_follow_one_set_or_several(command: Command) -> None:
         (["plan", "digits_lenet5", "train.lr=1"], "settings follow --set"),
         (["plan"], "RECIPE"),
         (["paln"], "paln"),
+        (["verify"], "RUN"),
+        (["verify", "nowhere"], "nowhere is not the folder of a run"),
     ],
 )
 def test_a_wrong_command_line_is_exit_code_2(command: Command, arguments: list[str], text: str) -> None:

@@ -14,6 +14,7 @@ deviates by more than the recipe's bound, or a dump differs; 2 for bad input.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import Any, Optional
@@ -99,6 +100,8 @@ def _check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 def export(args: argparse.Namespace) -> int:
     """Write the files and say how the device will answer; 1 where it deviates too far."""
     _quiet_compiler()
+    # While it runs a network MindSpore answers Ctrl-C itself, by sending SIGTERM to the process.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     from msqkd.exporters.bundle import Wanted, check_places, from_recipe, from_run, write_bundle
     from msqkd.exporters.converter_run import find_converter
     from msqkd.pipeline.export import deviation_words

@@ -207,8 +207,10 @@ def lsb(rows: Sequence[tuple[str, Sequence[float], str]]) -> list[str]:
     Args:
         rows: the layer, the shares in percent that differ by 1 step, by 2, and by more, and the text at the bar's end.
     """
+    if not rows:
+        return []
     charts = []
-    widest = max((sum(shares) for _, shares, _ in rows), default=0.0)
+    widest = max(sum(shares) for _, shares, _ in rows)
     for first, part in _parts(rows):
         with _style():
             figure, axes = _figure(_HALF if len(rows) > _ONE_CHART else _WIDE, 0.55 + _ROW_INCHES * len(part))

@@ -72,7 +72,7 @@ _README = """\
 Does the device answer as the simulator says?
 =============================================
 
-@MODEL@       the int8 model
+model         @MODEL@, int8
 inputs/       @COUNT@ samples, float32, NHWC
 expected/     what the simulator answers, as --benchmarkDataFile takes it (arithmetic of arm64)
 run.sh        runs on the device

@@ -18,6 +18,7 @@ from typing import Any, Optional
 import mindspore as ms
 import numpy as np
 
+from msqkd.analysis.parity import batch_size
 from msqkd.data import Split, subset
 from msqkd.environment import versions
 from msqkd.errors import ExportError, MsqkdError, RecipeError
@@ -197,7 +198,7 @@ class _Bundle:
         model = self._models()
         if count:
             write_kit(model, _array(subset(self.network.calibration, count)), self.folder / "benchmark")
-            self.reporter.say(f"benchmark: {count} samples for the device")
+            self.reporter.say(f"benchmark: {count} samples for the device; how to use them is in README.txt there")
         if self.wanted.converter is not None:
             result["converter"] = self._converted(self.wanted.converter, model)
         if vendor is not None:
@@ -249,7 +250,7 @@ class _Bundle:
     def _compared(self, ours: Path, theirs: Path) -> dict[str, Any]:
         """How a converter's file compares with ours; that it cannot be computed here is an answer too."""
         split = self.network.calibration
-        size = min(self.network.recipe.data.eval_batch_size, len(split))
+        size = batch_size(self.network.graph, min(self.network.recipe.data.eval_batch_size, len(split)))
         try:
             found = compare_ms(ours, theirs, (_nhwc(batch) for batch in input_batches(split, size)))
         except MsqkdError as error:

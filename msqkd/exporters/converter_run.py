@@ -144,10 +144,12 @@ class Comparison:
 
     def describe(self) -> str:
         """One line for people."""
+        floats = [layer.name for layer in self.theirs if not layer.int8]
+        named = f" (float: {', '.join(floats)})" if floats else ""
         return (
-            f"int8 in {_share(self.theirs)} of its nodes, {_share(self.ours)} in ours; on {self.samples} samples "
-            f"{self.equal:.2f} % of the output values are equal, {self.agreement:.2f} % of the answers; largest "
-            f"difference {self.max_difference:.3g}"
+            f"int8 in {_share(self.theirs)} of its nodes{named}, {_share(self.ours)} in ours; on {self.samples} "
+            f"samples {self.equal:.2f} % of the output values are equal, {self.agreement:.2f} % of the answers; "
+            f"largest difference {self.max_difference:.3g}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,9 @@ from typing import Any, Optional, Union
 
 from msqkd.errors import CaptureError
 from msqkd.graph.ir import Graph
-from msqkd.graph.mindir import read_mindir
+from msqkd.graph.mindir import read_model
 from msqkd.graph.passes.canonicalize import canonicalize
-from msqkd.graph.passes.open_batch import open_batch
+from msqkd.graph.passes.open_batch import BatchError, open_batch
 from msqkd.platform import mindspore
 
 Example = Union[Sequence[int], Any]
@@ -27,59 +28,111 @@ def capture(net: Any, example: Example, *, dynamic_batch: bool = True) -> Graph:
 
     Args:
         net: a trained `mindspore.nn.Cell`.
-        example: the input: a Tensor, a tuple of Tensors, or the shape (C, H, W) of one float32 sample.
-        dynamic_batch: leave dimension 0 of every input open (-1 in the graph's shapes).
+        example: the input: a Tensor, a tuple of Tensors, or the shape (C, H, W) of one float32 sample. Arguments of
+            `construct` that have defaults may be left out.
+        dynamic_batch: leave the batch open (-1 in the graph's shapes): dimension 0 of every input that is as large
+            there as the first one.
 
     Returns:
         The graph, with the network's parameter names and arrays; calling the cell built from it (`to_cell`) gives the
         network's outputs bit for bit.
 
     Raises:
-        CaptureError: the network does not compile for this input, branches on tensor values, or changes in place what
-            it reads again.
+        CaptureError: the network does not compile for this input, branches on tensor values, changes in place what it
+            reads again, or has two parameters of one name.
     """
     ms = mindspore()
     if not isinstance(net, ms.nn.Cell):
         raise CaptureError(f"a network is a mindspore.nn.Cell, not {type(net).__name__}")
     inputs = _inputs(ms, example)
+    _check_names(net)
     with _evaluating(net):
         if dynamic_batch:
             graph = _compile_open(ms, net, inputs)
         else:
             graph = _compile(ms, net, [_like(ms, tensor, tensor.shape) for tensor in inputs])
-    _take_parameters(net, graph)
     canonicalize(graph)
+    _take_parameters(net, graph)
     graph.check()
     return graph
 
 
+def _check_names(net: Any) -> None:
+    """MindSpore tells parameters apart by their names."""
+    places: dict[str, tuple[str, int]] = {}
+    for path, parameter in net.parameters_and_names():
+        first, known = places.setdefault(parameter.name, (path, id(parameter)))
+        if known != id(parameter):
+            raise CaptureError(
+                f"{type(net).__name__}: the parameters at '{first}' and '{path}' are both called '{parameter.name}'; "
+                "give the networks they come from names of their own: part.update_parameters_name('part.')"
+            )
+
+
 def _compile_open(ms: Any, net: Any, inputs: list[Any]) -> Graph:
-    """Compile with an open batch, or where the network's Python code asks for its size, with two sizes."""
+    """Compile with an open batch, or where the network's Python code asks for its size, with two sizes.
+
+    Behind a shape that is computed from the batch, sizes are unknown that are fixed in truth; two sizes tell which.
+    """
+    open_graph, failure = None, None
     try:
-        return _compile(ms, net, [_with_batch(ms, tensor, None) for tensor in inputs])
+        open_graph = _compile(ms, net, _with_batch(ms, inputs, None))
+        if _is_settled(open_graph):
+            return open_graph
     except CaptureError as error:
-        try:
-            pair = [_compile(ms, net, [_with_batch(ms, tensor, size) for tensor in inputs]) for size in _TWO_BATCHES]
-        except CaptureError:
-            raise error from error.__cause__
-        return open_batch(*pair)
+        failure = error
+    try:
+        return open_batch(*(_compile(ms, net, _with_batch(ms, inputs, size)) for size in _TWO_BATCHES))
+    except BatchError:
+        if open_graph is None:
+            raise
+    except CaptureError:
+        if failure is not None:
+            raise failure from failure.__cause__
+    assert open_graph is not None
+    return open_graph
+
+
+def _is_settled(graph: Graph) -> bool:
+    """Whether nothing is unknown but the batch, in front, and nothing is computed from it."""
+    kinds = [value.type for value in graph.activations()]
+    known = all(-1 not in kind.shape[1:] for kind in kinds if kind is not None)
+    return known and all(node.op != "Shape" for node in graph.nodes)
 
 
 def _compile(ms: Any, net: Any, inputs: list[Any]) -> Graph:
+    """One compilation, read while MindSpore writes it: its file never holds the weights, whatever their size."""
     name = type(net).__name__
     types = {path: type(cell).__name__ for path, cell in net.cells_and_names() if path}
-    with tempfile.TemporaryDirectory() as folder, _diagnostics(folder):
-        file = Path(folder) / "captured.mindir"
+    graphs: list[Graph] = []
+    own: list[CaptureError] = []
+
+    def read(model: Any) -> None:
         try:
-            ms.export(net, *inputs, file_name=str(file), file_format="MINDIR")
+            graphs.append(read_model(model, name, types, net.parameters_dict()))
+        except CaptureError as error:
+            own.append(error)
+        del model.graph.parameter[:]
+
+    with tempfile.TemporaryDirectory() as folder, _diagnostics(folder):
+        try:
+            file = str(Path(folder) / "captured.mindir")
+            ms.export(net, *inputs, file_name=file, file_format="MINDIR", custom_func=read)
         except Exception as error:  # MindSpore raises whatever the compiler met
-            shapes = ", ".join(f"({', '.join('batch' if s < 0 else str(s) for s in i.shape)})" for i in inputs)
+            shown = ", ".join(_shown(tensor) for tensor in inputs)
             raise CaptureError(
-                f"{name}: MindSpore cannot compile the network for input shape {shapes}: {_reason(error)}"
+                f"{name}: MindSpore cannot compile the network for input shape {shown}: {_reason(error)}"
             ) from error
-        if not file.exists():
-            raise CaptureError(f"{name}: the network is larger than the 1 GiB a single MindIR file holds")
-        return read_mindir(file.read_bytes(), name, types)
+    if own:
+        raise own[0]
+    return graphs[0]
+
+
+def _shown(tensor: Any) -> str:
+    """A shape as the user thinks of it, with the dtype where it is not the usual one."""
+    kind = str(tensor.dtype).lower()
+    shape = ", ".join("batch" if size < 0 else str(size) for size in tensor.shape)
+    return f"({shape})" + ("" if kind == "float32" else f" of {kind}")
 
 
 @contextmanager
@@ -120,8 +173,10 @@ def _inputs(ms: Any, example: Example) -> list[Any]:
     )
 
 
-def _with_batch(ms: Any, tensor: Any, size: Optional[int]) -> Any:
-    return _like(ms, tensor, (size, *tensor.shape[1:]) if tensor.ndim else ())
+def _with_batch(ms: Any, inputs: list[Any], size: Optional[int]) -> list[Any]:
+    """The types of the inputs with another batch; what has no batch stays as it is."""
+    batch = inputs[0].shape[:1]
+    return [_like(ms, t, (size, *t.shape[1:]) if batch and t.shape[:1] == batch else t.shape) for t in inputs]
 
 
 def _like(ms: Any, tensor: Any, shape: Sequence[Optional[int]]) -> Any:
@@ -130,13 +185,19 @@ def _like(ms: Any, tensor: Any, shape: Sequence[Optional[int]]) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of the compiler's message that says something."""
+    """The first line of the compiler's message that says something, and the line of the user's code it is about."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not set(line.strip()) <= set("-=")]
-    return lines[0] if lines else type(error).__name__
+    found = lines[0] if lines else type(error).__name__
+    library = str(Path(mindspore().__file__).parent)
+    frames = [match.groups() for match in re.finditer(r"In file (\S+?\.py):(\d+)", str(error))]
+    own = [(file, number) for file, number in frames if not file.startswith(library)]
+    return f"{found} (at {own[-1][0]}:{own[-1][1]})" if own else found
 
 
 def _take_parameters(net: Any, graph: Graph) -> None:
-    """The exported file holds copies of the weights; what may be trained only the network knows."""
+    """Make the arrays the graph's own; what may be trained only the network knows."""
+    for held in graph.params.values():
+        held.data = held.data.copy()
     for name, parameter in net.parameters_and_names():
         held = graph.params.get(parameter.name) or graph.params.get(name)
         if held is not None:

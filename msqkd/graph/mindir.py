@@ -8,6 +8,7 @@ The compiler has already flattened every cell, method and operator overload. Wha
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Optional
 
 import numpy as np
@@ -46,17 +47,38 @@ def read_mindir(data: bytes, name: str, types: Optional[dict[str, str]] = None) 
 
     model = pb.ModelProto()
     model.ParseFromString(data)
+    return read_model(model, name, types)
+
+
+def read_model(
+    model: Any, name: str, types: Optional[dict[str, str]] = None, parameters: Optional[Mapping[str, Any]] = None
+) -> Graph:
+    """A parsed MindIR as a Graph.
+
+    Args:
+        model: the ``ModelProto``.
+        name: class name of the network (the root of every `cell_types`).
+        types: cell path to class name of the original network, where it is at hand; corrects scopes.
+        parameters: name to Parameter, for a model that does not hold the weights itself; the graph's arrays may be
+            views of theirs.
+
+    Raises:
+        CaptureError: the graph has control flow on values or something else that cannot be flattened.
+    """
     if model.functions:
         raise CaptureError(
             f"{name}: the network branches or loops on tensor values ({_where(model)}); such control flow cannot be "
             "quantised: decide with Python values fixed at construction, or use ops.select / masks"
         )
-    return _Reader(model, name, types or {}).read()
+    return _Reader(model, name, types or {}, parameters).read()
 
 
 class _Reader:
-    def __init__(self, model: Any, name: str, types: dict[str, str]) -> None:
+    def __init__(
+        self, model: Any, name: str, types: dict[str, str], parameters: Optional[Mapping[str, Any]] = None
+    ) -> None:
         self.proto = model.graph
+        self.parameters = parameters
         self.graph = Graph(name)
         self.types = types
         self.primitives = {primitive.name: primitive for primitive in model.primitives}
@@ -74,7 +96,8 @@ class _Reader:
             graph.inputs.append(name)
             self.alias[info.name] = name
         for tensor in proto.parameter:
-            self.alias[tensor.name] = graph.add_param(tensor.ref_key or _short(tensor.name), _array(tensor))
+            name = tensor.ref_key or _short(tensor.name)
+            self.alias[tensor.name] = graph.add_param(name, self._weight(tensor, name))
         for node in proto.node:
             self._node(node)
         for info in proto.output:
@@ -85,6 +108,17 @@ class _Reader:
         graph.prune()
         graph.check()
         return graph
+
+    def _weight(self, tensor: Any, name: str) -> np.ndarray:
+        if self.parameters is None:
+            return _array(tensor)
+        _known_dtype(tensor, name)
+        if name not in self.parameters:
+            raise CaptureError(
+                f"{self.graph.name}: parameter '{name}' belongs to no cell of the network; make it an attribute of a "
+                "cell (cells in a list are found only in an nn.CellList or nn.SequentialCell)"
+            )
+        return self.parameters[name].asnumpy()
 
     def _values(self, proto_name: str) -> list[str]:
         """The values behind a proto name, nested tuples flattened."""

@@ -20,6 +20,31 @@ def _functional_class(op: str) -> Optional[type]:
     return cls if inspect.isclass(cls) else None
 
 
+def computed_settings(graph: Graph, node: Node) -> Optional[tuple[list[Argument], list[Argument]]]:
+    """For a primitive with a setting that is computed, as a target shape from the batch: (called with, settings).
+
+    None where every setting is a literal, which `primitive` sets.
+    """
+    cls = _functional_class(node.op) if node.functional else None
+    if cls is None:
+        return None
+    called = len(inspect.signature(cls.__call__).parameters) - 1
+    arguments = node.arguments()
+    flat = [i for item in arguments[called:] for i in ((item,) if isinstance(item, int) else item)]
+    literal = all(graph.values[node.inputs[index]].kind == "const" for index in flat)
+    return None if literal else (arguments[:called], arguments[called:])
+
+
+def dtype_arguments(graph: Graph, node: Node) -> frozenset[int]:
+    """Positions in `node.inputs` of literals that number a dtype which the primitive is called with."""
+    cls = _functional_class(node.op) if node.functional else None
+    if cls is None:
+        return frozenset()
+    names = list(inspect.signature(cls.__call__).parameters)[1:]
+    pairs = [(name, index) for name, index in zip(names, node.arguments()) if isinstance(index, int)]
+    return frozenset(i for name, i in pairs if name == "dtype" and isinstance(graph.const(node.inputs[i]), int))
+
+
 def primitive(graph: Graph, node: Node) -> tuple[Any, list[Argument]]:
     """The primitive of `node`, ready to be called, and what to call it with (as `Node.arguments`).
 

@@ -16,7 +16,7 @@ from msqkd.integer.program import ActivationType
 
 INT8_MIN, INT8_MAX = -128, 127
 _MAX_SHIFT = 31  # a shift of a 32-bit integer by more is undefined in C
-_MAX_EXACT_SHIFT = 14  # see Requantizer._by_float64
+_MAX_EXACT_SHIFT = 14  # see Requantiser._by_float64
 _BLOCK = 16384  # elements whose buffers stay in a core's second-level cache
 
 ArrayOrFloat = Union[np.ndarray, np.floating, float]
@@ -101,7 +101,7 @@ def multiply_by_quantized_multiplier(
     return product.astype(np.int32)
 
 
-class Requantizer:
+class Requantiser:
     """``clip(multiply_by_quantized_multiplier(sums) + zero_point, low, high)`` as int8, in few passes.
 
     Args:
@@ -123,13 +123,13 @@ class Requantizer:
         self._zero_point, self._low, self._high = int(zero_point), int(low), int(high)
         # Where the clipping hides every negative result, it does not matter how negative halves are rounded.
         self._halves_up = bool(halves_up or low >= zero_point)
-        self._exact_in_float = bool(((exponent <= 0) & (exponent >= -_MAX_EXACT_SHIFT)).all())
+        self._exact_in_float = bool(((exponent < 0) & (exponent >= -_MAX_EXACT_SHIFT)).all())
         # Constants repeated over a block make every pass one long loop, however few the channels.
         repeats = max(1, _BLOCK // multiplier.size)
         self._multiplier, self._exponent = np.tile(multiplier, repeats), np.tile(exponent, repeats)
         if self._exact_in_float:
             self._factor = np.ldexp(self._multiplier.astype(np.float64), self._exponent - 31)
-            self._tie = np.where(self._exponent < 0, np.ldexp(0.5, self._exponent), 0.0)
+            self._tie = np.ldexp(0.5, self._exponent)
 
     def __call__(self, sums: np.ndarray) -> np.ndarray:
         """int8 for `sums`: integers in the range of int32, of any integer or float dtype, channels last."""
@@ -141,7 +141,7 @@ class Requantizer:
         return out.reshape(np.shape(sums))
 
     def _by_integers(self, piece: np.ndarray, out: np.ndarray) -> None:
-        """Any exponents: the definition, in 64-bit integers."""
+        """Any exponents: the definition, in 64-bit integers; the sum with the zero point wraps as in C."""
         factors = self._multiplier[: piece.size], self._exponent[: piece.size]
         scaled = multiply_by_quantized_multiplier(piece.astype(np.int32), *factors, self._halves_up)
         scaled += np.int32(self._zero_point)
@@ -149,10 +149,10 @@ class Requantizer:
         out[:] = scaled
 
     def _by_float64(self, piece: np.ndarray, out: np.ndarray) -> None:
-        """Exponents −14 … 0: the same value by float64, exactly.
+        """Exponents −14 … −1: the same value by float64, exactly.
 
         With r = −exponent the result before the zero point is ``floor(v + 1/2 + d)``, where ``v = x · multiplier /
-        2^(31+r)`` and d is 2^-(r+1) (0 if r = 0), negative for negative x unless halves go up: the formula of
+        2^(31+r)`` and d is 2^-(r+1), negative for negative x unless halves go up: the formula of
         `multiply_by_quantized_multiplier` over 2^(31+r).  Every term is a multiple of 2^-45, so what is below 2^8 fits
         the 53 bits of a float64 and is exact; what is larger is rounded, monotonically, to no less than 2^8, and
         clipped either way.

@@ -76,7 +76,8 @@ def find_kernel(op: str, kind: str, name: str) -> Kernel:
     Raises:
         SimulationError: there is none; begins with `name`.
     """
-    import msqkd.integer.kernels  # noqa: F401  (registers them)
+    import msqkd.integer.ascend
+    import msqkd.integer.kernels  # noqa: F401  (importing registers them)
 
     found = _KERNELS.get((op, kind))
     if found is None:

@@ -268,6 +268,8 @@ class _Placement:
 
     def _warn_of_surrounded(self) -> None:
         """A converter goes by the parameters of values: it may take a float operation between such values for int8."""
+        if all(support.float_output for support in self.target.ops.values()):
+            return  # its int8 operations are written out: nothing goes by the parameters of values
         kept_float = {*self.target.float_reasons, *self.target.float_defects}
         for node in self.graph.nodes:
             if self._is_int8(node) or not (node.op in self.target.ops or node.op in kept_float):

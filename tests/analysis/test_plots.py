@@ -57,6 +57,28 @@ def test_only_the_worst_layers_are_highlighted() -> None:
     assert svg.count(f"fill: {plots.HIGHLIGHT}") == 6  # three bars and their numbers
 
 
+def test_different_integers_show_their_share_and_size() -> None:
+    rows = [("conv1", [0.5, 0.0, 0.0], "0.5 %, at most 1 step"), ("conv2", [2.0, 1.0, 0.25], "3.25 %, at most 4 steps")]
+    (svg,) = plots.lsb(rows)
+    shown = texts(svg)
+    assert [text for text in shown if "conv" in text or "%, at" in text] == [
+        "conv1", "conv2", "0.5 %, at most 1 step", "3.25 %, at most 4 steps",
+    ]  # fmt: skip
+    assert all(colour in svg for colour in plots.LSB_COLOURS)
+    (svg,) = plots.lsb([("same", [0.0, 0.0, 0.0], "none")])
+    assert "none" in texts(svg)
+    assert plots.lsb([]) == []
+
+
+def test_pairs_of_ratios_may_be_incomplete() -> None:
+    rows = [("x", 51.0, None), ("conv1", 41.5, 41.25), ("equal", None, None)]
+    (svg,) = plots.noise_pairs(rows)
+    assert [text for text in texts(svg) if text in ("x", "conv1", "equal")] == ["x", "conv1", "equal"]
+    assert plots.noise_pairs([("equal", None, None)]) == plots.noise_pairs([]) == []
+    (svg,) = plots.noise_pairs([("low", -3.0, -4.0)])
+    assert any(text.startswith("−") for text in texts(svg))
+
+
 def test_clipping_is_what_exceeds_one_step() -> None:
     assert plots.RangeRow("a", -1.27, 1.28, -1.28, 1.285).clipped == (False, False)
     assert plots.RangeRow("a", -1.27, 1.28, -1.3, 1.0).clipped == (True, False)

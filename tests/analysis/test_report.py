@@ -81,6 +81,9 @@ def plan(names: list[str]) -> dict[str, Any]:
         ],
         "activations": [{"value": f"{n}_out", "group": f"{n}_out", "exact": False, "edges": []} for n in names],
         "groups": [{"name": f"{name}_out", "range": [0.0, 6.0], **group} for name in names],
+        "avoided": [
+            {"name": "wraps", "what": "a pool wraps", "instead": "it has the same parameters", "nodes": [names[0]]}
+        ],
         "warnings": ["a warning of the plan"],
     }
 
@@ -93,6 +96,41 @@ def training(steps: int = 50) -> dict[str, Any]:
         "skipped_steps": 0,
         "seconds": 75.0,
         "start_of_activation_quantisation": 40,
+    }
+
+
+def value_parity(name: str, largest: int = 1) -> dict[str, Any]:
+    histogram = {"<=-3": 0, "-2": 0, "-1": 4, "0": 990, "1": 6, "2": 0, ">=3": 0}
+    return {
+        "layer": name,
+        "op": "Conv2D",
+        "value": f"{name}_out",
+        "scale": 0.0235,
+        "count": 1000,
+        "equal": 0.99,
+        "max_lsb": largest,
+        "histogram": histogram,
+        "relative_error": None,
+        "sqnr_db": {"fake_quantised": 35.0, "integer": 34.9, "integer_fake_quantised": 50.0},
+    }
+
+
+def parity(names: list[str]) -> dict[str, Any]:
+    place = {"layer": names[0], "op": "Conv2D", "value": f"{names[0]}_out", "max_lsb": 1}
+    return {
+        "split": "calibration",
+        "target": "lite_arm",
+        "machine": "arm64",
+        "samples": 1000,
+        "accuracy": {"float": 98.5, "fake_quantised": 98.2, "integer": 98.1},
+        "agreement": {"integer_fake_quantised": 99.9, "integer_float": 99.0, "fake_quantised_float": 99.1},
+        "deviation": 0.1,
+        "deviating_samples": 1,
+        "max_deviation": 0.1,
+        "exceeded": False,
+        "first_difference": place,
+        "first_beyond_one": None,
+        "values": [value_parity(name) for name in names],
     }
 
 
@@ -117,11 +155,15 @@ def make_result(names: list[str]) -> dict[str, Any]:
             "qat": 98.0,
             "qat_kd": 98.33,
             "exported": 98.33,
+            "integer": 98.3,
         },
         "size_bytes": {"float": 100_000, "int8": 26_000, "lite_mindir": 27_500},
         "int8_share": 1.0,
         "sha256": {"tiny.mindir": "cd" * 32},
-        "export": {"portable_mindir": {"file": "out/tiny.mindir", "max_abs_diff": 1e-7, "agreement": 99.999}},
+        "export": {
+            "portable_mindir": {"file": "out/tiny.mindir", "max_abs_diff": 1e-7, "agreement": 99.999},
+            "ms": {"file": "tiny_ms.ms", "differing_values": 0, "compared_values": 12345},
+        },
         "calibration": {
             "samples": 20,
             "observer": "percentile",
@@ -130,6 +172,7 @@ def make_result(names: list[str]) -> dict[str, Any]:
         },
         "training": {"qat_kd": training(), "pretrain": training()},
         "layers": [layer(name) for name in names],
+        "parity": parity(names),
         "plan": plan(names),
         "warnings": ["a warning of the run", "a warning of the plan"],
     }
@@ -138,7 +181,7 @@ def make_result(names: list[str]) -> dict[str, Any]:
 @pytest.fixture
 def summary() -> dict[str, Any]:
     """A result without the parts that take time to draw."""
-    heavy = ("layers", "training")
+    heavy = ("layers", "training", "parity")
     return {key: value for key, value in make_result(["conv1", "conv2", "fc"]).items() if key not in heavy}
 
 
@@ -223,7 +266,8 @@ def test_ids_are_unique_and_links_lead_somewhere(result: dict[str, Any]) -> None
     assert len(ids) == len(set(ids))
     targets = {value[1:] for _, name, value in attributes if name in ("href", "xlink:href")}
     assert targets <= set(ids)
-    assert {"accuracy", "size", "layers", "training", "plan", "calibration", "files", "run"} <= targets
+    sections = {"accuracy", "size", "layers", "device", "training", "plan", "calibration", "files", "run"}
+    assert sections <= targets
 
 
 def test_the_verdict_in_words(summary: dict[str, Any]) -> None:
@@ -255,6 +299,8 @@ def test_hostile_text_is_escaped_everywhere() -> None:
         result[part] = HOSTILE
     result["warnings"] = [HOSTILE]
     result["plan"]["nodes"][0].update(op=HOSTILE, precision="float", reason=HOSTILE, rule=HOSTILE)
+    result["plan"]["avoided"][0].update(what=HOSTILE, instead=HOSTILE, nodes=[HOSTILE])
+    result["parity"]["split"] = HOSTILE
     for part in ("sha256", "versions"):
         result[part] = {HOSTILE: HOSTILE}
     result["size_bytes"][HOSTILE] = 5
@@ -339,6 +385,42 @@ def test_the_worst_layer_and_clipping_are_named(result: dict[str, Any]) -> None:
     for row in result["layers"]:
         row["activation"]["observed_max"] = 6.0
     assert "observed but clipped" not in Page(render_html(result)).text
+
+
+def test_what_the_device_computes_is_told(result: dict[str, Any]) -> None:
+    text = Page(render_html(result)).text
+    assert "What the device computes" in text
+    assert (
+        "On 1000 calibration samples: 98.10 % in the device's integers, 98.20 % fake-quantised; "
+        "a deviation of 0.10 points is within the bound of 0.1." in text
+    )
+    assert "integers of the device 98.10 −0.10" in text
+    assert "integers and fake-quantised 99.90 %" in text
+    assert "first layer with a different integer conv1 (Conv2D), by up to 1" in text
+    assert "first layer with a difference of more than 1 step none" in text
+    assert "1 %, at most 1 step" in text
+    assert "0 · 0 · 4 · 990 · 6 · 0 · 0" in text
+    assert "a pool wraps it has the same parameters conv1" in text
+    assert "tiny_ms.ms" in text
+    assert "0 of 12,345" in text
+
+
+def test_a_deviation_beyond_the_bound_is_told(result: dict[str, Any]) -> None:
+    result["parity"].update(deviation=0.4, deviating_samples=4, exceeded=True)
+    assert "a deviation of 0.40 points is more than the bound of 0.1." in Page(render_html(result)).text
+    result["parity"].update(deviation=0.2, deviating_samples=2, exceeded=False)
+    assert "a deviation of 0.20 points is within the bound of 0.1 or two samples." in Page(render_html(result)).text
+    result["parity"]["accuracy"] = dict.fromkeys(result["parity"]["accuracy"])
+    assert "99.90 % equal answers in the device's integers and fake-quantised" in Page(render_html(result)).text
+
+
+def test_values_in_float_and_values_of_one_layer_stand_in_the_table(result: dict[str, Any]) -> None:
+    result["parity"]["values"][1] = {
+        **value_parity("conv1"), "scale": None, "equal": None, "max_lsb": None, "histogram": None,
+        "relative_error": 0.0123,
+    }  # fmt: skip
+    text = Page(render_html(result)).text
+    assert "conv1 (2) Conv2D 0.012" in text
 
 
 def test_warnings_are_shown_once(summary: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ def test_a_run_from_end_to_end(tiny: Recipe, msqkd: Command, tmp_path: Path) -> 
         "int8_share",
         "sha256",
         "export",
+        "parity",
         "calibration",
         "training",
         "layers",
@@ -54,11 +55,21 @@ def test_a_run_from_end_to_end(tiny: Recipe, msqkd: Command, tmp_path: Path) -> 
     assert (accuracy["qat"], accuracy["float_ft"], accuracy["float_kd"]) == (None, None, None)
     assert result["int8_share"] == 1.0
     assert result["export"]["portable_mindir"]["max_abs_diff"] <= 1e-4
+    assert result["export"]["ms"]["differing_values"] == 0
+    assert result["export"]["ms"]["compared_values"] > 1000
+    assert isinstance(accuracy["integer"], float)
+    parity = result["parity"]
+    assert (parity["split"], parity["samples"], parity["machine"]) == ("calibration", 24, "arm64")
+    assert parity["exceeded"] is False
+    assert {value["layer"] for value in parity["values"]} >= {"x", "stem", "block.conv", "fc"}
+    assert "What the device computes" in (folder / "report.html").read_text()
     assert [entry[0] for entry in result["training"]["qat_kd"]["accuracy"]] == [1, 2]
     assert result["training"]["qat_kd"]["start_of_activation_quantisation"] == 3
     for file, checksum in result["sha256"].items():
         assert sha256(folder / file) == checksum
-    assert json.loads(out)["accuracy"] == accuracy
+    told = json.loads(out)
+    assert told["accuracy"] == accuracy
+    assert told["parity"] == {key: value for key, value in parity.items() if key != "values"}
     names = {child.name for child in folder.iterdir()}
     assert names == {
         "recipe.yaml",
@@ -69,16 +80,19 @@ def test_a_run_from_end_to_end(tiny: Recipe, msqkd: Command, tmp_path: Path) -> 
         "float.mindir",
         "tiny_lite.mindir",
         "tiny_portable.mindir",
+        "tiny_ms.ms",
         "report.json",
         "report.html",
     }
 
     # A finished run is told again, not done again.
-    before = {name: (folder / name).stat().st_mtime_ns for name in names if name.endswith((".mindir", ".ckpt"))}
+    files = (".mindir", ".ckpt", ".ms")
+    before = {name: (folder / name).stat().st_mtime_ns for name in names if name.endswith(files)}
     code, out, err = msqkd("run", tiny(), "-o", folder)
     assert code == 0
     assert "done before" in err
     assert "exported INT8 file" in out
+    assert "on the 24 calibration samples the device's answers deviate by" in out
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
 
     # Another recipe in the same folder is refused with what differs; --fresh forgets the first.

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from msqkd.errors import ExportError, RecipeError
-from msqkd.pipeline.rundir import RunDirectory
+from msqkd.exporters import FORMATS
+from msqkd.files import sha256
+from msqkd.pipeline.rundir import RunDirectory, export_name
 from msqkd.recipe import load_recipe
 
 
@@ -62,6 +64,57 @@ def test_a_damaged_state_can_be_started_over(tmp_path: Path, content: str) -> No
         RunDirectory(tmp_path, recipe())
     RunDirectory(tmp_path, recipe(), fresh=True)
     assert json.loads((tmp_path / "state.json").read_text())["stages"] == {}
+
+
+def test_everything_a_run_writes_is_its_own(tmp_path: Path) -> None:
+    written = [export_name("digits_lenet5", form) for form in FORMATS.values()]
+    assert "digits_lenet5_lite.mindir" in written
+    assert "digits_lenet5_ms.ms" in written
+    assert len(set(written)) == len(FORMATS)
+    for name in [*written, "verify.json", "verify.html", "report.html", "float.mindir"]:
+        (tmp_path / name).write_text("x")
+    RunDirectory(tmp_path, recipe(), fresh=True)
+    assert names(tmp_path) == {"state.json", "recipe.yaml"}
+
+
+def finished(folder: Path) -> RunDirectory:
+    run = RunDirectory(folder, recipe())
+    (folder / "float.mindir").write_text("float")
+    (folder / "digits_lenet5_ms.ms").write_text("int8")
+    files = ("float.mindir", "digits_lenet5_ms.ms")
+    run.finish("export", {"sha256": {name: sha256(folder / name) for name in files}})
+    return run
+
+
+def test_a_finished_run_is_opened_without_touching_it(tmp_path: Path) -> None:
+    finished(tmp_path)
+    before = {child: child.stat().st_mtime_ns for child in tmp_path.iterdir()}
+    run = RunDirectory.finished(tmp_path)
+    assert set(run.check_exports()) == {"float.mindir", "digits_lenet5_ms.ms"}
+    assert {child: child.stat().st_mtime_ns for child in tmp_path.iterdir()} == before
+
+
+def test_what_is_missing_from_a_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="nowhere is not the folder of a run: there is no such folder"):
+        RunDirectory.finished(tmp_path / "nowhere")
+    with pytest.raises(ExportError, match=r"is not the folder of a run: it holds no state.json"):
+        RunDirectory.finished(tmp_path)
+    RunDirectory(tmp_path, recipe()).finish("float", {})
+    with pytest.raises(ExportError, match=r"not finished: the stage export is missing \(done: float\); run msqkd run"):
+        RunDirectory.finished(tmp_path)
+    (tmp_path / "state.json").write_text("[]")
+    with pytest.raises(RecipeError, match=r"state.json is damaged"):
+        RunDirectory.finished(tmp_path)
+
+
+def test_a_file_that_is_not_the_exported_one_is_found(tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    (tmp_path / "digits_lenet5_ms.ms").write_text("int9")
+    with pytest.raises(ExportError, match=r"digits_lenet5_ms.ms does not match its checksum in state.json"):
+        run.check_exports()
+    (tmp_path / "digits_lenet5_ms.ms").unlink()
+    with pytest.raises(ExportError, match=r"digits_lenet5_ms.ms is missing, though the run exported it"):
+        run.check_exports()
 
 
 def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ class _Export:
         emit = find(self.graph, node)
         operands = [self._operand(node, index) for index in range(len(node.inputs))]
         raw = [self._raw_name(output) for output in node.outputs]
-        rounding = partial(self._round, node.output) if node.output in self.plan.activations else None
+        rounding = partial(self._round, node.output) if self._always_rounded(node.output) else None
         emit(Call(self.graph, node, self.writer, operands, raw, rounding))
         for output, name in zip(node.outputs, raw):
             if node.name in self.int8:
@@ -160,9 +160,9 @@ class _Export:
         """`raw` rounded at once where what stands before its quantiser would keep the layer out of int8."""
         tail = self.fused.get(node.name)
         if tail is None:
-            needed = value in self.plan.activations and not _is_full(self._parameters(value))
-            return self._round(value, raw) if needed and node not in self.fused.values() else raw
-        if tail.op not in _ENDS or tail.output not in self.plan.activations:
+            clipped = self._always_rounded(value) and not _is_full(self._parameters(value))
+            return self._round(value, raw) if clipped and node not in self.fused.values() else raw
+        if tail.op not in _ENDS or not self._always_rounded(tail.output):
             return raw
         qparams = self._parameters(tail.output)
         saturates = qparams.zero_point == qparams.qmin and qparams.quantize(_ENDS[tail.op]) == qparams.qmax

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Callable
 
-from msqkd.errors import ExportError, did_you_mean
+from msqkd.errors import ExportError
 from msqkd.exporters.onnx.calls import Call
 from msqkd.graph.ir import Graph, Node
 
@@ -44,6 +44,5 @@ def find(graph: Graph, node: Node) -> Emit:
     if node.op not in _TABLE:
         raise ExportError(
             f"{graph.name}: '{node.name}' is a {node.op}, which is not written as ONNX; allowed: {', '.join(known)}"
-            f"{did_you_mean(node.op, known)}"
         )
     return _TABLE[node.op]

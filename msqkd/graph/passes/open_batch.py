@@ -14,27 +14,34 @@ import numpy as np
 from msqkd.errors import CaptureError
 from msqkd.graph.ir import Graph, Node, TensorType, Value
 
-_TAKE_ANY_SIZE = ("Reshape", "BroadcastTo")  # operations that read -1 as "whatever it is"
+_COMPUTED_SHAPE = ("Reshape", "BroadcastTo", "Tile")  # operations whose last argument may be computed
+_END = 2  # where StridedSlice takes its end
+
+
+class BatchError(CaptureError):
+    """A network that computes something else for another batch size."""
 
 
 def open_batch(one: Graph, other: Graph) -> Graph:
     """`one` with every dimension that differs in `other` set to -1 (changes and returns `one`).
 
+    A shape argument that holds the batch is -1 there where the operation fills it in, else computed from the size of
+    the first input.
+
     Raises:
-        CaptureError: the operations differ, or one has the batch size in an argument that cannot be left open.
+        BatchError: the operations differ, or one has the batch size in an argument that cannot be left open.
     """
     if [node.op for node in one.nodes] != [node.op for node in other.nodes]:
-        raise CaptureError(
+        raise BatchError(
             f"{one.name}: it computes something else for another batch size; capture it with a fixed batch"
         )
+    batches = one.shape(one.inputs[0])[0], other.shape(other.inputs[0])[0]
     for name, twin_name in zip(one.inputs, other.inputs):
         _open(one, name, other.values[twin_name])
-    for node, twin in zip(one.nodes, other.nodes):
+    for node, twin in zip(list(one.nodes), other.nodes):
         for name, twin_name in zip(node.outputs, twin.outputs):
             _open(one, name, other.values[twin_name])
-        for index, (name, twin_name) in enumerate(zip(node.inputs, twin.inputs)):
-            if one.values[name].kind == "const" and not _same(one.const(name), other.const(twin_name)):
-                node.inputs[index] = one.add_const(_open_shape(one, node), "shape")
+        _open_arguments(one, node, [other.values[name].const for name in twin.inputs], batches)
         if not all(_same(value, twin.attrs.get(key)) for key, value in node.attrs.items()):
             raise _fixed(one, node)
     one.prune()
@@ -48,21 +55,69 @@ def _open(graph: Graph, name: str, twin: Value) -> None:
         graph.values[name] = replace(value, type=TensorType(shape, value.type.dtype))
 
 
+def _open_arguments(graph: Graph, node: Node, twins: list[Any], batches: tuple[int, int]) -> None:
+    for index, name in enumerate(node.inputs):
+        if graph.values[name].kind != "const" or _same(graph.const(name), twins[index]):
+            continue
+        if node.op == "StridedSlice" and index == _END and _takes_whole_batch(graph, node, batches[0]):
+            continue
+        shape = graph.shape(node.output)
+        if node.op == "Reshape" and shape.count(-1) == 1:
+            node.inputs[index] = graph.add_const(shape, "shape")
+            continue
+        if node.op not in _COMPUTED_SHAPE or index + 1 != len(node.inputs) or not isinstance(twins[index], tuple):
+            raise _fixed(graph, node)
+        sizes = [_size(graph, node, *pair, batches) for pair in zip(graph.const(name), twins[index])]
+        node.inputs[index:] = sizes
+        node.sequences = (*node.sequences, (index, len(sizes)))
+        return  # it was the last one
+
+
+def _takes_whole_batch(graph: Graph, node: Node, batch: int) -> bool:
+    """Let a slice that ends where the batch does, in front, say so by its mask."""
+    end, *masks = (graph.const(name) for name in node.inputs[_END:])
+    _, _, end_mask, ellipsis, new_axis, shrink = masks
+    if end[0] != batch or (ellipsis | new_axis | shrink) & 1:
+        return False
+    node.inputs[_END] = graph.add_const((0, *end[1:]), "end")
+    node.inputs[_END + 3] = graph.add_const(end_mask | 1, "end_mask")
+    return True
+
+
+def _size(graph: Graph, node: Node, size: int, twin: int, batches: tuple[int, int]) -> str:
+    """The value of one entry of a shape: a literal, or so many times the batch."""
+    if size == twin:
+        return graph.add_const(size, "size")
+    times, rest = divmod(size, batches[0])
+    if rest or times * batches[1] != twin:
+        raise _fixed(graph, node)
+    batch = _batch(graph)
+    if times == 1:
+        return batch
+    output = graph.add_value(Value(graph.unique_value("batch_times"), "node"))
+    product = Node(graph.unique_node("batch_times"), "ScalarMul", [batch, graph.add_const(times, "times")], [output])
+    graph.nodes.insert(graph.nodes.index(node), product)
+    return output
+
+
+def _batch(graph: Graph) -> str:
+    """The value of the batch size; what computes it comes first in the graph."""
+    source, first = graph.inputs[0], graph.nodes[0]
+    if first.op != "Shape" or first.inputs != [source]:
+        rank = len(graph.shape(source))
+        names = [graph.add_value(Value(graph.unique_value("size"), "node")) for _ in range(rank)]
+        shape = Node(graph.unique_node("shape"), "Shape", [source], names, cell_types=(graph.name,), unpack=True)
+        graph.nodes.insert(0, shape)
+    return graph.nodes[0].outputs[0]
+
+
 def _same(literal: Any, twin: Any) -> bool:
     if isinstance(literal, np.ndarray):
         return np.array_equal(literal, twin)
     return repr(literal) == repr(twin)
 
 
-def _open_shape(graph: Graph, node: Node) -> tuple[int, ...]:
-    """The shape that `node` makes, as its argument."""
-    shape = graph.shape(node.output)
-    if node.op in _TAKE_ANY_SIZE and shape.count(-1) == 1:
-        return shape
-    raise _fixed(graph, node)
-
-
-def _fixed(graph: Graph, node: Node) -> CaptureError:
-    return CaptureError(
+def _fixed(graph: Graph, node: Node) -> BatchError:
+    return BatchError(
         f"{graph.name}: '{node.name}' ({node.op}) depends on the batch size; capture the network with a fixed batch"
     )

@@ -30,11 +30,11 @@ def cast(call: Call) -> list[np.ndarray]:
             raise SimulationError(
                 f"{call.name}: {name} is {call.attrs.get(name)} and the tensor {dtype}; allowed: {allowed}"
             )
-    real = x if x.dtype == np.float32 else _dequantize(call)
-    return [_quantize(call, real) if target == INT8 else real]
+    real = x if x.dtype == np.float32 else _dequantise(call)
+    return [_quantise(call, real) if target == INT8 else real]
 
 
-def _dequantize(call: Call) -> np.ndarray:
+def _dequantise(call: Call) -> np.ndarray:
     """``(q − zero_point) · scale``, the product in float32; a float output may say with which parameters."""
     output = call.outputs[0]
     given = output.dtype == FLOAT32 and output.quant is not None
@@ -42,7 +42,7 @@ def _dequantize(call: Call) -> np.ndarray:
     return (call.inputs[0].data.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)
 
 
-def _quantize(call: Call, x: np.ndarray) -> np.ndarray:
+def _quantise(call: Call, x: np.ndarray) -> np.ndarray:
     """``round(x · (1 / scale) + zero_point)`` clipped to int8 (``quant_dtype_cast_int8.c``).
 
     The reciprocal is a float32; product and sum are rounded once, but on arm64 twice for the values left over when 16

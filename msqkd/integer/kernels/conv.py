@@ -19,7 +19,7 @@ from msqkd.integer.kernels.matmul import (
     Accumulator,
     integer_bias,
     largest_distance,
-    requantizer,
+    requantiser,
     weight_quant,
     wrap_int32,
 )
@@ -120,15 +120,15 @@ def conv2d(call: Call) -> list[np.ndarray]:
         sums, elements = _DepthwiseSums(place, weight, bias, peak), 4 * channels
     else:
         sums, elements = _GroupedSums(place, weight, bias, peak, group), w[0].size + channels
-    requantize = requantizer(call, quant)
+    requantise = requantiser(call, quant)
     upwards = _rounds_up(place, channels) if depthwise and call.machine == ARM64 else None
-    requantize_up = requantize if upwards is None else requantizer(call, quant, halves_up=True)
+    requantise_up = requantise if upwards is None else requantiser(call, quant, halves_up=True)
     out = np.empty((x.shape[0], *place.output, channels), np.int8)
     for images, rows in _chunks(x.shape[0], place, elements):
         total = sums(_padded(x[images], x_zero, place, rows, padding))
-        out[images, rows] = requantize(total)
+        out[images, rows] = requantise(total)
         if upwards is not None:
-            np.copyto(out[images, rows], requantize_up(total), where=upwards[rows, :, None])
+            np.copyto(out[images, rows], requantise_up(total), where=upwards[rows, :, None])
     return [out]
 
 

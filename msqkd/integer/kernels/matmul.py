@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from msqkd.errors import SimulationError
-from msqkd.integer.arithmetic import Requantizer, activation_bounds, quantize_multiplier
+from msqkd.integer.arithmetic import Requantiser, activation_bounds, quantize_multiplier
 from msqkd.integer.kernels.parameters import input_params, output_params
 from msqkd.integer.program import ActivationType, TensorQuant
 from msqkd.integer.registry import Call, kernel
@@ -116,7 +116,7 @@ def fused_activation(call: Call) -> int:
     return activation
 
 
-def requantizer(call: Call, weight: TensorQuant, halves_up: bool = False) -> Requantizer:
+def requantiser(call: Call, weight: TensorQuant, halves_up: bool = False) -> Requantiser:
     """What brings sums of products to the parameters of the output, the fused activation included.
 
     The ratio is ``float32(s_x) · float32(s_w)``, multiplied in float32, over ``float32(s_y)``, divided in float64.
@@ -130,7 +130,7 @@ def requantizer(call: Call, weight: TensorQuant, halves_up: bool = False) -> Req
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = product.astype(np.float64) / np.float64(np.float32(y_scale))
     low, high = activation_bounds(fused_activation(call), y_scale, zero_point)
-    return Requantizer(*quantize_multiplier(ratio, call.name), zero_point, low, high, halves_up)
+    return Requantiser(*quantize_multiplier(ratio, call.name), zero_point, low, high, halves_up)
 
 
 def _product(call: Call, x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -141,7 +141,7 @@ def _product(call: Call, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     quant, (_, x_zero) = weight_quant(call, channels), input_params(call)
     matrix = w.astype(np.int16) - quant.zero_point.astype(np.int16)
     sums = Accumulator(matrix, integer_bias(call, channels), largest_distance(x, x_zero))
-    return requantizer(call, quant)(sums(x.astype(np.float32) - np.float32(x_zero)))
+    return requantiser(call, quant)(sums(x.astype(np.float32) - np.float32(x_zero)))
 
 
 @kernel("MatMulFusion")
