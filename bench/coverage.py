@@ -33,7 +33,14 @@ FAMILIES = (
     "resnext50_32x4d", "rexnet_09", "seresnet18", "shufflenet_v1_g3_05", "skresnet18", "squeezenet1_0",
     "swinv2_tiny_window8", "vgg11", "visformer_tiny", "volo_d1", "xception", "xcit_tiny_12_p16_224",
 )  # fmt: skip
-SIDES = {"inception_v3": 299, "inception_v4": 299, "xception": 299, "crossvit_9": 240, "swinv2_tiny_window8": 256}
+SIDES = {
+    "cmt_tiny": 160,
+    "inception_v3": 299,
+    "inception_v4": 299,
+    "xception": 299,
+    "crossvit_9": 240,
+    "swinv2_tiny_window8": 256,
+}
 KEYS = ("name", "nodes", "kinds", "capture_s", "difference", "pynative", "train", "again", "memory_x", "error")
 
 

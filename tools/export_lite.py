@@ -102,8 +102,8 @@ def export(args: argparse.Namespace) -> int:
     _quiet_compiler()
     # While it runs a network MindSpore answers Ctrl-C itself, by sending SIGTERM to the process.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from msqkd.exporters.bundle import Wanted, check_places, from_recipe, from_run, write_bundle
-    from msqkd.exporters.converter_run import find_converter
+    from msqkd.deploy.bundle import Wanted, check_places, from_recipe, from_run, write_bundle
+    from msqkd.deploy.converter_run import find_converter
     from msqkd.pipeline.export import deviation_words
     from msqkd.progress import Reporter
 
@@ -130,7 +130,7 @@ def _tell(result: dict[str, Any], folder: Path) -> None:
 
 def check(folder: Path, dump: Path) -> int:
     """Compare a device's dump with the simulator; 1 where a value differs."""
-    from msqkd.exporters.benchmark_check import check_dump
+    from msqkd.deploy.benchmark_check import check_dump
 
     found = check_dump(folder, dump)
     for node in found.nodes:

@@ -21,7 +21,8 @@ from typing import Any, Callable, Optional, Union
 import mindspore as ms
 import numpy as np
 
-from msqkd.errors import DataError
+from msqkd.errors import DataError, ExportError
+from msqkd.exporters.device.shapes import concrete_shapes
 from msqkd.exporters.islands import run_island
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
@@ -61,7 +62,7 @@ def device_program(graph: Graph, plan: QuantPlan) -> tuple[Program, str]:
         ExportError: the target cannot represent a layer.
     """
     if plan.target == ASCEND.name:
-        from msqkd.exporters.ascend_program import ascend_program
+        from msqkd.exporters.ascend.program import ascend_program
 
         return ascend_program(graph, plan), registry.ASCEND
     from msqkd.exporters.device import lite_program
@@ -294,15 +295,18 @@ def compare_execution(
 
 def batch_size(graph: Graph, wanted: int) -> int:
     """How many samples a batch of `compare_execution` may have, at most `wanted`, to hold its values in 256 MiB."""
-    shapes = [value.type.shape for value in graph.activations() if value.type is not None]
-    numbers = sum(prod(size for size in shape if size > 0) for shape in shapes)
+    try:
+        shapes = concrete_shapes(graph, 1)
+    except ExportError:  # a size that MindSpore alone knows: counted as if it were that of the batch
+        shapes = {value: tuple(map(abs, graph.shape(value))) for value in graph.values}
+    numbers = sum(prod(shapes[value.name]) for value in graph.activations() if value.type is not None)
     held = 2 * np.dtype(np.float32).itemsize * max(numbers, 1)
     return max(1, min(wanted, _BATCH_BYTES // held))
 
 
 class _Comparison:
     def __init__(self, graph: Graph, plan: QuantPlan, device: Device) -> None:
-        self.plan, self.device = plan, device
+        self.graph, self.plan, self.device = graph, plan, device
         self.tallies = {tally.tensor: tally for tally in _tallies(graph, plan, device.program)}
         self.names = [tally.value for tally in self.tallies.values()]
         self.outputs = len(graph.outputs)
@@ -352,9 +356,19 @@ class _Comparison:
 
     def _observe(self, execution: str, cell: Any, tensors: Sequence[Any], count: int) -> dict[str, np.ndarray]:
         results = cell(*tensors)
-        found = [item.asnumpy()[:count] for item in (results if isinstance(results, tuple) else (results,))]
-        self._answer(execution, found[0])
-        return dict(zip(self.names, found[self.outputs :]))
+        results = results if isinstance(results, tuple) else (results,)
+        self._answer(execution, results[0].asnumpy()[:count])
+        observed = zip(self.names, results[self.outputs :])
+        return {name: self._cut(name, item.asnumpy(), count) for name, item in observed}
+
+    def _cut(self, value: str, data: np.ndarray, count: int) -> np.ndarray:
+        """The part of a value that the first `count` samples of a filled-up batch gave."""
+        shape = self.graph.shape(value)
+        if count == self.size or -1 not in shape:
+            return data
+        axis = shape.index(-1)
+        kept = data.shape[axis] // self.size * count
+        return data[(slice(None),) * axis + (slice(kept),)]
 
     def _answer(self, execution: str, logits: np.ndarray) -> None:
         self.answers[execution].append(logits.reshape(len(logits), -1).argmax(-1))

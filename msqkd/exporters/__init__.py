@@ -66,7 +66,7 @@ def _load_portable(path: Path) -> Any:
 
 
 def _write_ascend(graph: Graph, plan: QuantPlan, path: Path) -> Path:
-    from msqkd.exporters.ascend import export_ascend
+    from msqkd.exporters.ascend.quantised import export_ascend
 
     return export_ascend(graph, plan, path)
 

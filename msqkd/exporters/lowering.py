@@ -1,5 +1,6 @@
-"""The graph in forms the runtime computes rightly: averages as depthwise convolutions where the plan says so, padded
-1×1 kernels embedded into zeros and, for the converter, dense layers as 1×1 convolutions.
+"""The graph in forms the runtime computes rightly: averages, normalisations and stand-alone activations as depthwise
+convolutions where the plan says so, hard sigmoids in the kernels before them, padded 1×1 kernels embedded into zeros
+and, for the converter, dense layers as 1×1 convolutions.
 
 Nothing is decided here; the plan says what is int8, and only int8 nodes are rewritten. The plan returned fits the
 graph returned.
@@ -14,14 +15,18 @@ from typing import Any
 import numpy as np
 
 from msqkd.graph.ir import Graph, Node, TensorType, Value
-from msqkd.quant.placement import is_padded_pointwise
-from msqkd.quant.plan import INT8, ActivationQuant, QuantPlan, WeightQuant
-from msqkd.targets import DEPTHWISE
+from msqkd.quant.plan import INT8, ActivationQuant, NodePlan, QuantPlan, WeightQuant
+from msqkd.quant.uses import is_padded_pointwise
+from msqkd.targets import DEPTHWISE, HARD_SIGMOID, RESCALED, get_target
 
 
 def lower_for_lite(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
-    """A copy of graph and plan in the forms MindSpore Lite's converter keeps wholly int8."""
+    """A copy of graph and plan in the forms MindSpore Lite's converter keeps int8.
+
+    What it would write in a form the runtime refuses has no parameters there: the converter keeps it float.
+    """
     graph, plan = lower_forms(graph, plan)
+    _keep_float(graph, plan)
     for node in list(graph.nodes):
         if node.op == "Dense" and node.name in plan.weights:
             _dense_to_conv(graph, plan, node)
@@ -34,13 +39,16 @@ def lower_for_lite(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
 def lower_forms(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
     """A copy of graph and plan in which every int8 node has the form the plan chose for it."""
     graph = graph.copy()
-    plan = replace(plan, activations=dict(plan.activations), weights=dict(plan.weights))
-    for decision in plan.nodes:
+    plan = replace(plan, nodes=list(plan.nodes), activations=dict(plan.activations), weights=dict(plan.weights))
+    nodes = {node.name: node for node in graph.nodes}
+    for decision in list(plan.nodes):
         if decision.precision != INT8:
             continue
-        node = graph.node(decision.name)
+        node = nodes[decision.name]
         if decision.form == DEPTHWISE:
-            _average_to_conv(graph, plan, node, decision.rule)
+            _DEPTHWISE_FORMS.get(node.op, _average_to_conv)(graph, plan, node, decision)
+        elif decision.form == HARD_SIGMOID:
+            _into_kernel_before(graph, node)
         elif node.op == "Conv2D" and is_padded_pointwise(graph, node):
             _embed_pointwise(graph, node)
     graph.prune()
@@ -48,65 +56,136 @@ def lower_forms(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
     return graph, plan
 
 
-def _reshape(graph: Graph, plan: QuantPlan, source: str, shape: tuple[int, ...], hint: str, output: str = "") -> Node:
-    batch = graph.shape(source)[0]
+def _keep_float(graph: Graph, plan: QuantPlan) -> None:
+    """Take the parameters from what the operations give that are int8 only in files written without the converter."""
+    ops = get_target(plan.target).ops
+    float_groups = set()
+    for decision in plan.nodes:
+        if decision.precision == INT8 and decision.fused_into is None:
+            support = ops.get(decision.op)
+            if decision.form == RESCALED or (support is not None and support.file_only):
+                float_groups.update(graph.node(decision.name).outputs)
+                plan.weights.pop(decision.name, None)
+    plan.activations = {name: quant for name, quant in plan.activations.items() if quant.group not in float_groups}
+
+
+def _reshape(
+    graph: Graph, plan: QuantPlan, source: str, shape: tuple[int, ...], rows: int, hint: str, output: str = ""
+) -> Node:
+    """A Reshape to `shape`, whose first size is open and is `rows` in truth (-1 where it is not known)."""
     output = output or graph.unique_value(hint)
-    graph.add_value(Value(output, "node", TensorType((batch, *shape[1:]))))
+    graph.add_value(Value(output, "node", TensorType((rows, *shape[1:]))))
     if source in plan.activations:
         plan.activations[output] = ActivationQuant(output, plan.activations[source].group, exact=True)
     return Node(graph.unique_node(hint), "Reshape", [source, graph.add_const(shape, "shape")], [output])
 
 
 def _dense_to_conv(graph: Graph, plan: QuantPlan, node: Node) -> None:
-    """Reshape (N, C) → (N, C, 1, 1), a 1×1 convolution with its activation, and Reshape back."""
+    """Reshape (..., C) → (N, C, 1, 1), a 1×1 convolution with its activation, and Reshape back."""
     weight = graph.params[node.inputs[1]]
-    out_features, features = weight.data.shape
+    out_features = weight.data.shape[0]
+    features = weight.data.size // out_features
+    leading = graph.shape(node.output)[:-1]
+    rows = -1 if min(leading) < 0 else prod(leading)
     weight.data = weight.data.reshape(out_features, features, 1, 1)
     graph.values[node.inputs[1]] = Value(node.inputs[1], "param", TensorType(weight.data.shape))
     readers = graph.consumers(node.output)
     fused = len(readers) == 1 and plan.node(readers[0].name).fused_into == node.name
     tail = readers[0] if fused else node
     position = graph.nodes.index(node)
-    before = _reshape(graph, plan, node.inputs[0], (-1, features, 1, 1), f"{node.name}.to_map")
+    before = _reshape(graph, plan, node.inputs[0], (-1, features, 1, 1), rows, f"{node.name}.to_map")
     node.inputs[0] = before.output
     final = tail.output
     mapped = graph.unique_value(f"{final}_map")
-    batch = graph.shape(final)[0]
-    graph.add_value(Value(mapped, "node", TensorType((batch, out_features, 1, 1))))
+    graph.add_value(Value(mapped, "node", TensorType((rows, out_features, 1, 1))))
     if tail is not node:
-        graph.values[node.output] = Value(node.output, "node", TensorType((batch, out_features, 1, 1)))
+        graph.values[node.output] = Value(node.output, "node", TensorType((rows, out_features, 1, 1)))
     tail.outputs = [mapped]
     if final in plan.activations:
         plan.activations[mapped] = replace(plan.activations[final], value=mapped)
     node.op, node.functional = "Conv2D", False
     node.attrs = _valid_conv((1, 1), out_features)
     graph.nodes.insert(position, before)
-    graph.insert_after(
-        tail, [_reshape(graph, plan, mapped, (-1, out_features), f"{node.name}.to_vector", output=final)]
-    )
+    sizes = (-1, *leading[1:], out_features)
+    graph.insert_after(tail, [_reshape(graph, plan, mapped, sizes, leading[0], f"{node.name}.to_vector", output=final)])
 
 
-def _average_to_conv(graph: Graph, plan: QuantPlan, node: Node, rule: str) -> None:
+def _average_to_conv(graph: Graph, plan: QuantPlan, node: Node, decision: NodePlan) -> None:
     """A depthwise convolution whose weights are all 1 / window, and a Reshape where a mean dropped the axes."""
     shape, final = graph.shape(node.inputs[0]), node.output
     channels = shape[1]
-    if node.op == "ReduceMean":
-        window, strides = tuple(shape[2:]), (1, 1)
-    else:
+    if node.op == "AvgPool":
         window, strides = graph.const(node.inputs[1]), graph.const(node.inputs[2])
-    weight = graph.add_param(
-        f"{node.name}.weight", np.full((channels, 1, *window), 1 / prod(window), np.float32), trainable=False
-    )
-    node.op, node.inputs, node.functional = "Conv2D", [node.inputs[0], weight], False
-    node.attrs = _valid_conv(window, channels, strides, group=channels)
-    plan.weights[node.name] = WeightQuant(node.name, 8, None, "minmax", rule)
+    else:
+        window, strides = tuple(shape[2:]), (1, 1)
+    kernel = np.full((channels, 1, *window), 1 / prod(window), np.float32)
+    _to_depthwise(graph, plan, node, kernel, strides)
+    plan.weights[node.name] = WeightQuant(node.name, 8, None, "minmax", decision.rule)
     if len(graph.shape(final)) == 4:
         return
     pooled = graph.unique_value(f"{final}_map")
     graph.add_value(Value(pooled, "node", TensorType((shape[0], channels, 1, 1))))
     node.outputs = [pooled]
     plan.activations[pooled] = replace(plan.activations[final], value=pooled)
-    graph.insert_after(node, [_reshape(graph, plan, pooled, (-1, channels), f"{node.name}.to_vector", output=final)])
+    graph.insert_after(
+        node, [_reshape(graph, plan, pooled, (-1, channels), shape[0], f"{node.name}.to_vector", output=final)]
+    )
+
+
+def _norm_to_conv(graph: Graph, plan: QuantPlan, node: Node, decision: NodePlan) -> None:
+    """A factor and an offset a channel: one weight a channel is exactly on the grid of its own scale."""
+    gamma, beta, mean, variance = (np.float64(graph.params[name].data) for name in node.inputs[1:5])
+    factor = gamma / np.sqrt(variance + float(graph.const(node.inputs[6])))
+    _to_depthwise(graph, plan, node, factor.astype(np.float32).reshape(-1, 1, 1, 1))
+    offset = (beta - mean * factor).astype(np.float32)
+    node.inputs.append(graph.add_param(graph.unique_value(f"{node.name}.offset"), offset, trainable=False))
+    node.outputs = node.outputs[:1]
+    plan.weights[node.name] = WeightQuant(node.name, 8, 0, "minmax", decision.rule)
+
+
+def _activation_to_conv(graph: Graph, plan: QuantPlan, node: Node, decision: NodePlan) -> None:
+    """A stand-alone activation as a convolution with the weight 1, in whose kernel it is computed."""
+    source = node.inputs[0]
+    copied = graph.add_value(Value(graph.unique_value(f"{node.name}.copy"), "node", graph.values[source].type))
+    conv = Node(node.name, "Conv2D", [source], [copied], {}, node.cell_path, node.cell_types)
+    graph.nodes.insert(graph.nodes.index(node), conv)
+    node.name = graph.unique_node(f"{conv.name}.activation")
+    node.inputs = [copied, *node.inputs[1:]]
+    _to_depthwise(graph, plan, conv, np.ones((graph.shape(source)[1], 1, 1, 1), np.float32))
+    plan.weights[conv.name] = WeightQuant(conv.name, 8, None, "minmax", decision.rule)
+    plan.nodes.append(replace(decision, name=node.name, fused_into=conv.name, form=None))
+
+
+_DEPTHWISE_FORMS = {"BatchNorm": _norm_to_conv, "ReLU": _activation_to_conv, "ReLU6": _activation_to_conv}
+"""How operations other than averages become depthwise convolutions."""
+
+
+def _to_depthwise(
+    graph: Graph, plan: QuantPlan, node: Node, kernel: np.ndarray, strides: tuple[int, ...] = (1, 1)
+) -> None:
+    """Make `node` a convolution of its first input with `kernel` (C, 1, H, W)."""
+    weight = graph.add_param(graph.unique_value(f"{node.name}.weight"), kernel, trainable=False)
+    channels = kernel.shape[0]
+    node.op, node.inputs, node.functional = "Conv2D", [node.inputs[0], weight], False
+    node.attrs = _valid_conv(kernel.shape[2:], channels, strides, group=channels)
+
+
+def _into_kernel_before(graph: Graph, node: Node) -> None:
+    """clip((x + 3) / 6, 0, 1) as a ReLU of another convolution: the lower clip is the ReLU, the upper one the end of
+    int8, as the range of the result is 0 to 1."""
+    head = graph.producer(node.inputs[0])
+    assert head is not None
+    weight = graph.params[head.inputs[1]].data
+    channels = weight.shape[0]
+    offset = graph.params[head.inputs[2]].data if len(head.inputs) > 2 else np.zeros(channels, np.float32)
+    offset = np.broadcast_to((offset + np.float32(3)) / np.float32(6), (channels,))
+    names = [f"{head.name}.sixth_weight", f"{head.name}.sixth_bias"]
+    arrays = [weight / np.float32(6), offset]
+    head.inputs[1:] = [
+        graph.add_param(graph.unique_value(name), array.astype(np.float32), trainable=False)
+        for name, array in zip(names, arrays)
+    ]
+    node.op, node.attrs = "ReLU", {}
 
 
 def _embed_pointwise(graph: Graph, node: Node) -> None:

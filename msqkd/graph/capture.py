@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from msqkd.errors import CaptureError
+from msqkd.graph.arguments import flatten, is_structured
 from msqkd.graph.ir import Graph
 from msqkd.graph.mindir import read_model
 from msqkd.graph.passes.canonicalize import canonicalize
 from msqkd.graph.passes.open_batch import BatchError, open_batch
+from msqkd.graph.source import load_class
 from msqkd.platform import mindspore
 
 Example = Union[Sequence[int], Any]
@@ -29,7 +31,8 @@ def capture(net: Any, example: Example, *, dynamic_batch: bool = True) -> Graph:
     Args:
         net: a trained `mindspore.nn.Cell`.
         example: the input: a Tensor, a tuple of Tensors, or the shape (C, H, W) of one float32 sample. Arguments of
-            `construct` that have defaults may be left out.
+            `construct` that have defaults may be left out; a mapping gives arguments by name. An argument may be a
+            tuple of Tensors itself: the graph has one input for each.
         dynamic_batch: leave the batch open (-1 in the graph's shapes): dimension 0 of every input that is as large
             there as the first one.
 
@@ -44,17 +47,34 @@ def capture(net: Any, example: Example, *, dynamic_batch: bool = True) -> Graph:
     ms = mindspore()
     if not isinstance(net, ms.nn.Cell):
         raise CaptureError(f"a network is a mindspore.nn.Cell, not {type(net).__name__}")
-    inputs = _inputs(ms, example)
     _check_names(net)
+    if is_structured(example):
+        called, inputs = _with_flat_arguments(net, example)
+    else:
+        called, inputs = net, _inputs(ms, example)
     with _evaluating(net):
         if dynamic_batch:
-            graph = _compile_open(ms, net, inputs)
+            graph = _compile_open(ms, net, called, inputs)
         else:
-            graph = _compile(ms, net, [_like(ms, tensor, tensor.shape) for tensor in inputs])
+            graph = _compile(ms, net, called, [_like(ms, tensor, tensor.shape) for tensor in inputs])
     canonicalize(graph)
     _take_parameters(net, graph)
     graph.check()
     return graph
+
+
+def _with_flat_arguments(net: Any, example: Example) -> tuple[Any, list[Any]]:
+    """A cell of flat arguments that calls `net`, which stays the owner of its parameters."""
+    tensors, names, call = flatten(example)
+    source = (
+        '"""Flat arguments for a network."""\n\nfrom mindspore import nn\n\n\n'
+        "class Arguments(nn.Cell):\n"
+        f"    def construct(self, {', '.join(names)}):\n"
+        f"        return self.msqkd_network({call})\n"
+    )
+    cell = load_class(source)(auto_prefix=False)
+    cell.msqkd_network = net
+    return cell, tensors
 
 
 def _check_names(net: Any) -> None:
@@ -69,20 +89,20 @@ def _check_names(net: Any) -> None:
             )
 
 
-def _compile_open(ms: Any, net: Any, inputs: list[Any]) -> Graph:
+def _compile_open(ms: Any, net: Any, called: Any, inputs: list[Any]) -> Graph:
     """Compile with an open batch, or where the network's Python code asks for its size, with two sizes.
 
     Behind a shape that is computed from the batch, sizes are unknown that are fixed in truth; two sizes tell which.
     """
     open_graph, failure = None, None
     try:
-        open_graph = _compile(ms, net, _with_batch(ms, inputs, None))
+        open_graph = _compile(ms, net, called, _with_batch(ms, inputs, None))
         if _is_settled(open_graph):
             return open_graph
     except CaptureError as error:
         failure = error
     try:
-        return open_batch(*(_compile(ms, net, _with_batch(ms, inputs, size)) for size in _TWO_BATCHES))
+        return open_batch(*(_compile(ms, net, called, _with_batch(ms, inputs, size)) for size in _TWO_BATCHES))
     except BatchError:
         if open_graph is None:
             raise
@@ -100,8 +120,11 @@ def _is_settled(graph: Graph) -> bool:
     return known and all(node.op != "Shape" for node in graph.nodes)
 
 
-def _compile(ms: Any, net: Any, inputs: list[Any]) -> Graph:
-    """One compilation, read while MindSpore writes it: its file never holds the weights, whatever their size."""
+def _compile(ms: Any, net: Any, called: Any, inputs: list[Any]) -> Graph:
+    """One compilation of `called` (`net` or a cell around it), read while MindSpore writes it.
+
+    The file never holds the weights, whatever their size.
+    """
     name = type(net).__name__
     types = {path: type(cell).__name__ for path, cell in net.cells_and_names() if path}
     graphs: list[Graph] = []
@@ -114,10 +137,10 @@ def _compile(ms: Any, net: Any, inputs: list[Any]) -> Graph:
             own.append(error)
         del model.graph.parameter[:]
 
-    with tempfile.TemporaryDirectory() as folder, _diagnostics(folder):
+    with tempfile.TemporaryDirectory() as folder, _diagnostics(folder), _own_compilation(called):
         try:
             file = str(Path(folder) / "captured.mindir")
-            ms.export(net, *inputs, file_name=file, file_format="MINDIR", custom_func=read)
+            ms.export(called, *inputs, file_name=file, file_format="MINDIR", custom_func=read)
         except Exception as error:  # MindSpore raises whatever the compiler met
             shown = ", ".join(_shown(tensor) for tensor in inputs)
             raise CaptureError(
@@ -145,6 +168,18 @@ def _diagnostics(folder: str) -> Iterator[None]:
     finally:
         if chosen is None:
             del os.environ[_DIAGNOSTICS]
+
+
+@contextmanager
+def _own_compilation(cell: Any) -> Iterator[None]:
+    """Let the compiler see the network as it is now: an earlier export may have been of another state."""
+    known = set(cell.compile_cache)
+    cell.compile_cache.clear()
+    try:
+        yield
+    finally:
+        cell.compile_cache.clear()
+        cell.compile_cache.update(known)
 
 
 @contextmanager
@@ -196,9 +231,9 @@ def _reason(error: Exception) -> str:
 
 def _take_parameters(net: Any, graph: Graph) -> None:
     """Make the arrays the graph's own; what may be trained only the network knows."""
-    for held in graph.params.values():
-        held.data = held.data.copy()
-    for name, parameter in net.parameters_and_names():
-        held = graph.params.get(parameter.name) or graph.params.get(name)
+    for mine in graph.params.values():
+        mine.data = mine.data.copy()
+    for path, owned in net.parameters_and_names():
+        held = graph.params.get(owned.name) or graph.params.get(path)
         if held is not None:
-            held.trainable = bool(parameter.requires_grad)
+            held.trainable = bool(owned.requires_grad)

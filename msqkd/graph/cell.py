@@ -7,18 +7,11 @@ back.
 
 from __future__ import annotations
 
-import atexit
-import importlib.util
-import itertools
 import keyword
 import math
 import re
-import shutil
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
@@ -26,6 +19,7 @@ import numpy as np
 from msqkd.errors import CaptureError
 from msqkd.graph.ir import Graph, Node, unique_name
 from msqkd.graph.ops import Argument, computed_settings, dtype_arguments, primitive
+from msqkd.graph.source import load_class
 from msqkd.platform import mindspore
 
 # Arithmetic on the sizes of a tensor, which are Python numbers where `construct` is run by Python
@@ -37,9 +31,6 @@ _DTYPE_NUMBERS = {
     30: "bool", 32: "int8", 33: "int16", 34: "int32", 35: "int64", 37: "uint8", 38: "uint16", 39: "uint32",
     40: "uint64", 42: "float16", 43: "float32", 44: "float64",
 }  # fmt: skip
-
-_counter = itertools.count()
-_folder: Optional[Path] = None
 
 
 @dataclass
@@ -68,7 +59,7 @@ def to_cell(graph: Graph, hooks: Optional[Hooks] = None, base: Optional[type] = 
     """
     writer = _Writer(graph, hooks or Hooks())
     source = writer.write(base)
-    cell = _load(source)()
+    cell = load_class(source)()
     for name, value in writer.attributes.items():
         setattr(cell, name, value)
     cell.graph = graph
@@ -166,6 +157,12 @@ class _Writer:
             found = [args[item] if isinstance(item, int) else _tuple([args[i] for i in item]) for item in arguments]
             return ", ".join(found)
 
+        if node.op == "TrainingDropout":
+            from msqkd.graph.dropout import dropout_cell
+
+            return f"self.{self._attribute('op_' + node.name, dropout_cell(**node.attrs))}({args[0]})"
+        if node.body is not None:
+            return f"self.{self._attribute('op_' + node.name, to_cell(node.body))}({args[0]})"
         computed = computed_settings(self.graph, node)
         if computed is not None:
             operands, settings = computed
@@ -275,21 +272,3 @@ def _tuple(items: list[str]) -> str:
 def _identifier(text: str) -> str:
     name = re.sub(r"\W", "_", text)
     return f"v_{name}" if not name or name[0].isdigit() or keyword.iskeyword(name) else name
-
-
-def _load(source: str) -> type:
-    """Import `source` from a file of its own: MindSpore's parser reads the file behind a method."""
-    global _folder
-    if _folder is None:
-        _folder = Path(tempfile.mkdtemp(prefix="msqkd_cells_"))
-        atexit.register(shutil.rmtree, _folder, ignore_errors=True)
-    name = f"msqkd_cell_{next(_counter)}"
-    file = _folder / f"{name}.py"
-    file.write_text(source, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # MindSpore's parser looks the class's module up by name
-    spec.loader.exec_module(module)
-    return next(v for v in vars(module).values() if isinstance(v, type) and v.__module__ == name)

@@ -50,6 +50,8 @@ class Node:
         functional: whether the primitive takes its attributes as arguments (True) or as attributes (False).
         sequences: (start, length) of the runs of `inputs` that are one argument together, as the tensors of ``Concat``.
         unpack: whether the operation gives a tuple (of one output or more).
+        body: for an operation found in a network that spells it out: what was written, as a graph of one input. It is
+            what the built cell computes, so that not a bit changes. Passes take it as it is and never change it.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Node:
     functional: bool = True
     sequences: tuple[tuple[int, int], ...] = ()
     unpack: bool = False
+    body: Optional[Graph] = None
 
     @property
     def output(self) -> str:

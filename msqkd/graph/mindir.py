@@ -29,6 +29,7 @@ _INPLACE = {
 }  # fmt: skip
 # Operations that hand their first input on: they order side effects, or copy because an in-place operation follows.
 _PASS_THROUGH = ("Load", "Depend", "TensorMove")
+_MAKE_SEQUENCE, _GET_ITEM = ("MakeTuple", "make_list"), ("TupleGetItem", "list_getitem")
 _SKIP_SCOPE = ("Default", "Gradients", "recompute_Default")
 
 
@@ -115,8 +116,8 @@ class _Reader:
         _known_dtype(tensor, name)
         if name not in self.parameters:
             raise CaptureError(
-                f"{self.graph.name}: parameter '{name}' belongs to no cell of the network; make it an attribute of a "
-                "cell (cells in a list are found only in an nn.CellList or nn.SequentialCell)"
+                f"{self.graph.name}: parameter '{name}' belongs to no cell of the network; make its cell an attribute "
+                "of another (those in a plain list, tuple or dict it does not see: use nn.CellList or nn.CellDict)"
             )
         return self.parameters[name].asnumpy()
 
@@ -141,9 +142,9 @@ class _Reader:
         inputs = [name for name in proto.input if name not in self.monads]
         if op in _PASS_THROUGH:
             self._pass_through(out, proto.input[0], copy=op != "Depend")
-        elif op == "MakeTuple":
+        elif op in _MAKE_SEQUENCE:
             self.tuples[out] = inputs
-        elif op == "TupleGetItem":
+        elif op in _GET_ITEM:
             self._element(out, inputs[0], int(self.graph.const(self.alias[inputs[1]])))
         else:
             self._operation(proto, primitive, inputs)

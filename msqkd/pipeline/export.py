@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -250,16 +249,23 @@ def _integer_accuracy(network: Exported, reporter: Reporter) -> Optional[float]:
     if len(test) > _LARGE_TEST or test.labels is None:
         return None
     device = Device(network.graph, network.plan, network.recipe.verify.machine or X86)
-    batches: Iterator[np.ndarray] = input_batches(test, min(network.recipe.data.eval_batch_size, len(test)))
+    size = batch_size(network.graph, min(network.recipe.data.eval_batch_size, len(test)))
     with reporter.task("integer execution of the test set", len(test)) as task:
-        return accuracy_of(integer_answers(device, batches, task.update), test.labels)
+        return accuracy_of(integer_answers(device, input_batches(test, size), task.update), test.labels)
 
 
 def deviation_words(parity: dict[str, Any]) -> str:
     """In a sentence, how far the device is from the fake-quantised network, and where the two part."""
+    reached = parity["accuracy"]
+    if reached["integer"] is None:
+        found = f"gives other answers than the fake-quantised network to {parity['deviation']:.2f} %"
+    else:
+        found = (
+            f"reaches {reached['integer']:.2f} %, the fake-quantised network {reached['fake_quantised']:.2f} %: "
+            f"a deviation of {parity['deviation']:.2f} points"
+        )
     text = (
-        f"on the {parity['samples']} {parity['split']} samples the device's answers deviate by "
-        f"{parity['deviation']:.2f} points from those of the fake-quantised network "
+        f"on the {parity['samples']} {parity['split']} samples the device {found} "
         f"(verify.max_deviation: {parity['max_deviation']:g})"
     )
     first = parity["first_beyond_one"] or parity["first_difference"]

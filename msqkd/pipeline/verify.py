@@ -69,7 +69,7 @@ def verify_run(
     }
     if MS in files:
         files[MS].update(check_integers(folder.file(files[MS]["file"]), network))
-        reporter.say(f"{files[MS]['file']}: all {files[MS]['compared_values']:,} integers of a batch as simulated")
+        reporter.say(f"{files[MS]['file']}: all {files[MS]['compared_values']:,} values of a batch as simulated")
     count = samples or recipe.verify.samples
     test = subset(network.test, min(count, len(network.test))) if count else network.test
     reporter.stage(f"Float, fake-quantised and integer execution of {len(test)} test samples")

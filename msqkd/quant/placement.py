@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from dataclasses import replace
 from typing import Optional
 
 from msqkd.graph.ir import Graph, Node
+from msqkd.quant import uses
 from msqkd.quant.config import QuantConfig, Rule
 from msqkd.quant.plan import FLOAT_PRECISION, INT8, ActivationQuant, Group, NodePlan, QuantPlan, WeightQuant
 from msqkd.quant.rules import RuleBook
-from msqkd.targets import SHARED, SHARED_ROUNDED, WEIGHTED, Int8Op, Target, get_target
+from msqkd.targets import RESCALED, SHARED, SHARED_ROUNDED, WEIGHTED, Int8Op, Target, get_target
 
-_VALID = 2  # MindSpore's number of the padding mode, as AvgPool takes it
+_MOVES = (SHARED, SHARED_ROUNDED, RESCALED)
+_FLOAT_INPUT = "its input is computed in float"
 
 
 def make_plan(
@@ -37,6 +39,7 @@ class _Placement:
         for node in graph.nodes:
             for name in dict.fromkeys(node.inputs):
                 self.readers.setdefault(name, []).append(node)
+        self.supports = {node.name: self._support(node) for node in graph.nodes}
         self.verdicts: dict[str, tuple[str, str]] = {}
         self.forms: dict[str, Optional[str]] = {}
         self.avoids: dict[str, list[str]] = {}
@@ -48,6 +51,7 @@ class _Placement:
         self._values()
         self._weights()
         self._warn_of_surrounded()
+        self._warn_of_files()
         self._warn_of_idle_rules()
         for node in self.graph.nodes:
             precision, reason = self.verdicts[node.name]
@@ -69,12 +73,17 @@ class _Placement:
         return self.plan
 
     # -- operations -----------------------------------------------------------------------------------------------
+    def _support(self, node: Node) -> Optional[Int8Op]:
+        """How the target computes `node` in int8, as far as it can."""
+        if node.op in self.target.rescaled and uses.rescale_factor(self.graph, node) is not None:
+            return self.target.rescaling
+        return self.target.ops.get(node.op)
+
     def _decide(self) -> None:
         for node in self.graph.nodes:
             head = self._fusion_head(node)
             if head is not None:
-                self.fused[node.name] = head.name
-                self.verdicts[node.name] = (INT8, f"computed in the kernel of {head.name}")
+                self._fuse(node, head)
             else:
                 self.verdicts[node.name] = self._verdict(node)
 
@@ -83,17 +92,27 @@ class _Placement:
         source = self.producers.get(node.inputs[0])
         if source is None or self.settings[node.name][0].is_float:
             return None
-        support = self.target.ops.get(source.op)
+        support = self.supports[source.name]
         alone = len(self.readers.get(source.output, [])) == 1 and source.output not in self.graph.outputs
         fits = support is not None and node.op in support.activations and alone
+        if node.op in self.target.fused_forms and self.settings[source.name][0].act_bits != 8:
+            return None  # a narrower range would not clip where int8 does
         return source if fits and self.verdicts[source.name][0] == INT8 else None
+
+    def _fuse(self, node: Node, head: Node) -> None:
+        self.fused[node.name] = head.name
+        how = f"computed in the kernel of {head.name}"
+        if node.op in self.target.fused_forms:
+            self.forms[node.name] = self.target.fused_forms[node.op].form
+            how += f", as a {self.forms[node.name]}"
+        self.verdicts[node.name] = (INT8, how)
 
     def _verdict(self, node: Node) -> tuple[str, str]:
         if self.settings[node.name][0].is_float:
             rule = self.book.author(node, "act_quant_dtype")
             self.effective.add(rule)
             return FLOAT_PRECISION, f"kept float by rule '{rule}'"
-        support = self.target.ops.get(node.op)
+        support = self.supports[node.name]
         if support is None:
             return FLOAT_PRECISION, self._float_reason(node)
         obstacle = self._obstacle(node, support)
@@ -102,7 +121,7 @@ class _Placement:
         self._choose_form(node, support)
         kernel, form = support.kernel, self.forms.get(node.name)
         avoided = "; ".join(self.target.defects[name].what for name in self.avoids.get(node.name, ()))
-        how = f"int8 kernel {kernel}" if form is None else f"int8, written as a {form} convolution"
+        how = f"int8 kernel {kernel}" if form in (None, RESCALED) else f"int8, written as a {form} convolution"
         return INT8, f"{how} (avoids: {avoided})" if avoided else how
 
     def _float_reason(self, node: Node) -> str:
@@ -120,11 +139,11 @@ class _Placement:
 
     def _choose_form(self, node: Node, support: Int8Op) -> None:
         avoided = list(support.avoids)
-        self.forms[node.name] = support.form
+        self.forms[node.name] = RESCALED if support.kind == RESCALED else support.form
         if support.max_window is not None and self._window(node, support) > support.max_window:
             self.forms[node.name] = support.large_window
             avoided = [support.window_defect]
-        if self.target.padded_pointwise and node.op == "Conv2D" and is_padded_pointwise(self.graph, node):
+        if self.target.padded_pointwise and node.op == "Conv2D" and uses.is_padded_pointwise(self.graph, node):
             avoided.append(self.target.padded_pointwise)
         if support.sample_broadcast and len({self.graph.shape(name) for name in self.graph.tensor_inputs(node)}) > 1:
             avoided.append(support.sample_broadcast)
@@ -132,42 +151,74 @@ class _Placement:
             self.avoids[node.name] = avoided
 
     def _obstacle(self, node: Node, support: Int8Op) -> Optional[str]:
-        shape = self.graph.shape(node.inputs[0])
-        kind = self.graph.values[node.output].type
-        if kind is not None and kind.dtype != "float32":
-            return f"its output is {kind.dtype}, not float32"
+        tensors = self.graph.tensor_inputs(node)
+        if not tensors:
+            return "it reads nothing that is computed"
+        shape = self.graph.shape(tensors[0])
+        kinds = [self.graph.values[name].type for name in (tensors[0], node.output)]
+        if any(kind is not None and kind.dtype != "float32" for kind in kinds):
+            odd = next(kind.dtype for kind in kinds if kind is not None and kind.dtype != "float32")
+            return f"it reads or gives {odd}, not float32"
         if support.max_rank is not None and len(shape) > support.max_rank:
             return f"its input has {len(shape)} dimensions, the int8 kernel takes {support.max_rank}"
+        if support.maps_only and len(shape) != 4:
+            return f"its input has {len(shape)} dimensions; only a feature map (N, C, H, W) has an int8 form"
+        if support.kind in _MOVES and tensors[0] != node.inputs[0] and support.kind != RESCALED:
+            return "what it moves is a parameter"
         if support.kind == WEIGHTED and self.graph.values[node.inputs[1]].kind != "param":
             return "its weight is computed, not a parameter"
-        tensors = self.graph.tensor_inputs(node)
+        use = uses.OBSTACLES.get(node.op)
+        return (use and use(self.graph, node)) or self._operand_obstacle(node, support, tensors)
+
+    def _operand_obstacle(self, node: Node, support: Int8Op, tensors: list[str]) -> Optional[str]:
         shapes = {self.graph.shape(name) for name in tensors}
         if support.operands and len(tensors) != support.operands:
             return f"{len(tensors)} of its operands are computed, the int8 kernel takes {support.operands}"
         if support.same_shape and len(shapes) != 1:
             return f"its operands differ in shape; {self._avoid(node, support.same_shape)}"
-        if support.sample_broadcast and not (len(shapes) == 1 or _by_channel(*shapes)):
+        if support.sample_broadcast and not (len(shapes) == 1 or uses.by_channel(*shapes)):
             return "its operands are neither of one shape nor (N, C, H, W) and (N, C, 1, 1)"
-        return self._window_obstacle(node, support, shape)
+        if support.asymmetric and uses.resize_flags(self.graph, node) != (False, False):
+            return f"it aligns corners or has half-pixel coordinates; {self._avoid(node, support.asymmetric)}"
+        if support.kind == SHARED_ROUNDED and self._is_rescaled(tensors[0]):
+            return "its input has the integers of another value, with another scale"
+        return self._row_obstacle(node, support) or self._window_obstacle(node, support)
 
-    def _window_obstacle(self, node: Node, support: Int8Op, shape: tuple[int, ...]) -> Optional[str]:
+    def _row_obstacle(self, node: Node, support: Int8Op) -> Optional[str]:
+        if support.max_row is None:
+            return None
+        axes = uses.axes_of(self.graph, node, 1)
+        size = self.graph.shape(node.inputs[0])[axes[0]] if len(axes) == 1 else 0
+        if size < 1:
+            return "it is over several axes, or over one of unknown size"
+        if size <= support.max_row:
+            return None
+        return f"it is over {size} values, allowed are {support.max_row}; {self._avoid(node, support.row_defect)}"
+
+    def _window_obstacle(self, node: Node, support: Int8Op) -> Optional[str]:
         if support.max_window is None:
             return None
-        if support.global_spatial and not _is_global(self.graph, node, shape):
+        if support.global_spatial and not uses.is_global(self.graph, node):
             return "only a mean over the whole height and width of a feature map has an int8 form"
         window = self._window(node, support)
-        if window <= support.max_window or (support.large_window and not _pads(self.graph, node)):
+        if window <= support.max_window or (support.large_window and not uses.pads(self.graph, node)):
             return None
         defect = f"; {self._avoid(node, support.window_defect)}" if support.window_defect else ""
         return f"its window has {window} elements, allowed are {support.max_window}{defect}"
 
     def _window(self, node: Node, support: Int8Op) -> int:
-        if support.global_spatial:
-            return prod(self.graph.shape(node.inputs[0])[2:])
-        return prod(self.graph.const(node.inputs[1]))
+        return uses.window_of(self.graph, node, support.global_spatial)
+
+    def _is_rescaled(self, value: str) -> bool:
+        """Whether `value` has the integers of another one, with another scale."""
+        source = self.producers.get(value)
+        while source is not None and self._is_int8(source) and self._kind(source) == SHARED:
+            source = self.producers.get(source.inputs[0])
+        return source is not None and self._is_int8(source) and self._kind(source) == RESCALED
 
     def _kind(self, node: Node) -> str:
-        return self.target.ops[node.op].kind if node.op in self.target.ops else ""
+        support = self.supports[node.name]
+        return support.kind if support is not None else ""
 
     def _is_int8(self, node: Optional[Node]) -> bool:
         return node is not None and self.verdicts[node.name][0] == INT8
@@ -177,30 +228,44 @@ class _Placement:
         return node is not None and self._is_int8(node) and not self._gives_float(node)
 
     def _gives_float(self, node: Node) -> bool:
-        head = self.graph.node(self.fused.get(node.name, node.name))
-        return head.op in self.target.ops and self.target.ops[head.op].float_output
+        support = self.supports[self.fused.get(node.name, node.name)]
+        return support is not None and support.float_output
 
     def _follow_neighbours(self) -> None:
-        """A pool or reshape between float operations gains nothing from int8: it stays float unless a neighbour is
-        int8."""
-        anchored = {
-            n.name for n in self.graph.nodes if self._is_int8(n) and self._kind(n) not in (SHARED, SHARED_ROUNDED)
-        }
-        movable = [
-            n for n in self.graph.nodes if self._is_int8(n) and n.name not in anchored and n.name not in self.fused
-        ]
+        """What only moves values gains nothing from int8 between float operations, nor does a cheap operation whose
+        input is float: they stay float."""
+        placed = [n for n in self.graph.nodes if self._is_int8(n) and n.name not in self.fused]
+        waiting = [n for n in placed if self._kind(n) in _MOVES or self._follows(n)]
+        anchored = {n.name for n in placed} - {n.name for n in waiting}
         reached = True
         while reached:
-            reached = False
-            for node in movable:
-                source = self.producers.get(node.inputs[0])
-                around = [*self.readers.get(node.output, []), *([source] if source else [])]
-                if node.name not in anchored and any(n.name in anchored for n in around):
-                    anchored.add(node.name)
-                    reached = True
-        for node in movable:
+            anchored |= {name for name, head in self.fused.items() if head in anchored}
+            found = {n.name for n in waiting if n.name not in anchored and self._is_reached(n, anchored)}
+            anchored |= found
+            reached = bool(found)
+        for node in waiting:
             if node.name not in anchored:
-                self.verdicts[node.name] = (FLOAT_PRECISION, "no neighbour runs in int8")
+                reason = _FLOAT_INPUT if self._follows(node) else "no neighbour runs in int8"
+                self._place_in_float(node, reason)
+
+    def _follows(self, node: Node) -> bool:
+        support = self.supports[node.name]
+        return support is not None and support.follows
+
+    def _is_reached(self, node: Node, anchored: set[str]) -> bool:
+        """Whether a neighbour that matters is among the nodes that are int8 in any case."""
+        source = self.producers.get(self.graph.tensor_inputs(node)[0])
+        if source is not None and source.name in anchored and not self._gives_float(source):
+            return True
+        readers = [reader for output in node.outputs for reader in self.readers.get(output, [])]
+        return not self._follows(node) and any(reader.name in anchored for reader in readers)
+
+    def _place_in_float(self, node: Node, reason: str) -> None:
+        self.verdicts[node.name] = (FLOAT_PRECISION, reason)
+        for name, head in list(self.fused.items()):
+            if head == node.name:
+                del self.fused[name]
+                self.verdicts[name] = (FLOAT_PRECISION, _FLOAT_INPUT)
 
     # -- values ---------------------------------------------------------------------------------------------------
     def _values(self) -> None:
@@ -215,13 +280,24 @@ class _Placement:
             )
             if fused_away or not (self._gives_int8(source) or int8_readers):
                 continue
-            if source is not None and self._gives_int8(source) and self._kind(source) in (SHARED, SHARED_ROUNDED):
-                group = self.plan.activations[source.inputs[0]].group
-                self.plan.activations[value.name] = ActivationQuant(
-                    value.name, group, exact=self._kind(source) == SHARED
-                )
-                continue
-            self._own_group(value.name, source, readers, int8_readers)
+            if source is not None and self._gives_int8(source) and self._kind(source) in _MOVES:
+                self._inherit(value.name, source)
+            else:
+                self._own_group(value.name, source, readers, int8_readers)
+
+    def _inherit(self, value: str, source: Node) -> None:
+        """The parameters of what `source` reads, or in another scale."""
+        group = self.plan.activations[self.graph.tensor_inputs(source)[0]].group
+        kind = self._kind(source)
+        if kind == RESCALED:
+            origin, factor = self.plan.groups[group], uses.rescale_factor(self.graph, source)
+            assert factor is not None
+            span = (origin.range[0] * factor, origin.range[1] * factor) if origin.range is not None else None
+            self.plan.groups[value] = replace(
+                origin, name=value, source=origin.source or group, factor=origin.factor * factor, range=span
+            )
+            group = value
+        self.plan.activations[value] = ActivationQuant(value, group, exact=kind != SHARED_ROUNDED)
 
     def _own_group(self, value: str, source: Optional[Node], readers: list[Node], int8_readers: list[Node]) -> None:
         edges: tuple[tuple[str, int], ...] = ()
@@ -241,15 +317,28 @@ class _Placement:
                 f"{owner.name}: {self.target.name} clamps activations to 8 bits; "
                 f"{bits}-bit ranges are simulated in training only"
             )
-        self.plan.groups[value] = Group(
-            value, bits, symmetric, config.act_observer, config.act_percentile, config.act_quant_delay, rule
-        )
+        group = Group(value, bits, symmetric, config.act_observer, config.act_percentile, config.act_quant_delay, rule)
+        fixed = self._fixed_range(source) if source is not None and not edges and self._gives_int8(source) else None
+        if fixed is not None:
+            group = replace(group, bits=8, symmetric=False, range=fixed, fixed=True, delay=0)
+        self.plan.groups[value] = group
         self.plan.activations[value] = ActivationQuant(value, value, edges=edges)
+
+    def _fixed_range(self, node: Node) -> Optional[tuple[float, float]]:
+        """The range of what `node` gives, where it is the same for every network."""
+        if node.name in self.fused:
+            form = self.target.fused_forms.get(node.op)
+            return form.range if form is not None else None
+        support = self.supports[node.name]
+        return support.fixed_range if support is not None else None
 
     # -- weights --------------------------------------------------------------------------------------------------
     def _weights(self) -> None:
         for node in self.graph.nodes:
             if not self._is_int8(node) or self._kind(node) != WEIGHTED:
+                continue
+            if self.supports[node.name].per_tensor:  # type: ignore[union-attr]
+                self.plan.weights[node.name] = WeightQuant(node.name, 8, None, "minmax", "default")
                 continue
             quantizer, rule = self.settings[node.name][0].weight_quantizer, self.book.author(node, "weight.")
             self.effective.add(rule)
@@ -281,6 +370,19 @@ class _Placement:
                     "a converter that goes by the parameters of values may compute it in int8 all the same"
                 )
 
+    def _warn_of_files(self) -> None:
+        """The converter would make of some int8 operations what the runtime refuses."""
+        concerned: dict[str, list[str]] = {}
+        for node in self.graph.nodes:
+            support = self.supports[node.name]
+            if self._is_int8(node) and node.name not in self.fused and support is not None and support.file_only:
+                concerned.setdefault(node.op, []).append(node.name)
+        for op, names in concerned.items():
+            self._warn(
+                f"{op} ({len(names)} of them, first {names[0]}) is int8 in .ms files only: in the file for the "
+                "converter it is float, and so is what reads it"
+            )
+
     def _warn_of_idle_rules(self) -> None:
         for idle in self.book.rules:
             if str(idle) not in self.effective:
@@ -292,27 +394,3 @@ class _Placement:
     def _warn(self, text: str) -> None:
         if text not in self.plan.warnings:
             self.plan.warnings.append(text)
-
-
-def is_padded_pointwise(graph: Graph, node: Node) -> bool:
-    """Whether `node` is a 1×1 convolution that pads."""
-    return graph.shape(node.inputs[1])[2:] == (1, 1) and any(node.attrs["pad_list"])
-
-
-def _by_channel(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether one of two 4-D shapes is the other's with H = W = 1."""
-    if len(one) != 4 or len(other) != 4:
-        return False
-    return one[:2] == other[:2] and (1, 1) in (one[2:], other[2:])
-
-
-def _is_global(graph: Graph, node: Node, shape: tuple[int, ...]) -> bool:
-    """Whether a reduction is over the known H and W of a 4-D input."""
-    axes = graph.const(node.inputs[1])
-    axes = (axes,) if isinstance(axes, int) else tuple(axes or range(len(shape)))
-    return len(shape) == 4 and sorted(a % 4 for a in axes) == [2, 3] and min(shape[2:]) >= 1
-
-
-def _pads(graph: Graph, node: Node) -> bool:
-    """Whether a pool's windows reach over the border."""
-    return bool(graph.const(node.inputs[3]) != _VALID)

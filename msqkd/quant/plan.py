@@ -29,7 +29,8 @@ class NodePlan:
         reason: why, in words.
         rule: the rule that had the last word on the layer's settings.
         fused_into: the node in whose kernel this one is computed, if any.
-        form: how the operation is written where that is not its own kernel (``depthwise``).
+        form: how the operation is written where that is not its own kernel (``depthwise``, ``hard sigmoid``,
+            ``rescaled``).
         avoids: names of the target's defects that this placement avoids.
     """
 
@@ -74,7 +75,14 @@ class WeightQuant:
 class Group:
     """Values that share one scale and zero point, with the settings of the value they all come from.
 
-    `range` is (lo, hi) once it is known.
+    Attributes:
+        name: of the value they come from.
+        bits, symmetric, observer, percentile, delay: settings, as in `msqkd.quant.config.QuantConfig`.
+        rule: who made them.
+        range: (lo, hi) once it is known.
+        fixed: the range is given by the operation, it is neither observed nor trained.
+        source: the group whose integers these values have, where their scale is only `factor` times its.
+        factor: see `source`; positive.
     """
 
     name: str
@@ -85,6 +93,9 @@ class Group:
     delay: int
     rule: str
     range: Optional[tuple[float, float]] = None
+    fixed: bool = False
+    source: str = ""
+    factor: float = 1.0
 
     def qparams(self) -> QParams:
         """Scale and zero point.
@@ -95,8 +106,9 @@ class Group:
         if self.range is None:
             raise PlanError(f"value '{self.name}' has no range yet; calibrate the network or train it past its delay")
         # In float32, as a training cell holds it: a tie in the zero point must not depend on who computes it.
-        low, high = (float(np.float32(end)) for end in self.range)
-        return activation_qparams(low, high, bits=self.bits, symmetric=self.symmetric, where=self.name)
+        low, high = (float(np.float32(end / self.factor)) for end in self.range)
+        found = activation_qparams(low, high, bits=self.bits, symmetric=self.symmetric, where=self.name)
+        return replace(found, scale=found.scale * np.float32(self.factor)) if self.source else found
 
 
 @dataclass(frozen=True)
@@ -138,13 +150,20 @@ class QuantPlan:
         return self.groups[self.activations[value].group]
 
     def with_ranges(self, ranges: dict[str, tuple[float, float]]) -> QuantPlan:
-        """A copy with the ranges of the named groups set."""
-        groups = {name: replace(group, range=ranges.get(name, group.range)) for name, group in self.groups.items()}
+        """A copy with the ranges of the named groups set; those that are fixed or follow another's are not taken."""
+        groups: dict[str, Group] = {}
+        for name, group in self.groups.items():  # a group comes after the one it follows
+            if group.source:
+                span = groups[group.source].range
+                span = (span[0] * group.factor, span[1] * group.factor) if span is not None else None
+            else:
+                span = group.range if group.fixed else ranges.get(name, group.range)
+            groups[name] = replace(group, range=span)
         return replace(self, groups=groups)
 
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """The known ranges by group."""
-        return {name: group.range for name, group in self.groups.items() if group.range is not None}
+        """The known ranges by group, without those that follow another's."""
+        return {n: group.range for n, group in self.groups.items() if group.range is not None and not group.source}
 
     def with_weight_observers(self, graph: Graph) -> QuantPlan:
         """A copy whose ``mse`` weights have clip ratios: those chosen before, else the best for `graph`."""

@@ -612,9 +612,7 @@ class Recipe(Section):
                     ("export", "formats", index), f"found '{name}', allowed with target: {self.target}: {possible}"
                 )
         if self.verify.machine is not None and self.target != "lite_arm":
-            yield Problem(
-                ("verify", "machine"), f"found '{self.verify.machine}', allowed only with target: lite_arm"
-            )
+            yield Problem(("verify", "machine"), f"found '{self.verify.machine}', allowed only with target: lite_arm")
 
     def missing_weights(self) -> Optional[Problem]:
         """What is wrong where the float model has no origin of its weights: fine for planning, not for a run."""

@@ -2,7 +2,19 @@
 
 from msqkd.errors import PlanError, did_you_mean
 from msqkd.targets.ascend import ASCEND
-from msqkd.targets.base import DEPTHWISE, FREE, SHARED, SHARED_ROUNDED, WEIGHTED, Defect, Int8Op, Target
+from msqkd.targets.base import (
+    DEPTHWISE,
+    FREE,
+    HARD_SIGMOID,
+    RESCALED,
+    SHARED,
+    SHARED_ROUNDED,
+    WEIGHTED,
+    Defect,
+    FusedForm,
+    Int8Op,
+    Target,
+)
 from msqkd.targets.lite_arm import LITE_ARM
 
 TARGETS = {target.name: target for target in (LITE_ARM, ASCEND)}
@@ -10,11 +22,14 @@ TARGETS = {target.name: target for target in (LITE_ARM, ASCEND)}
 __all__ = [
     "DEPTHWISE",
     "FREE",
+    "HARD_SIGMOID",
+    "RESCALED",
     "SHARED",
     "SHARED_ROUNDED",
     "TARGETS",
     "WEIGHTED",
     "Defect",
+    "FusedForm",
     "Int8Op",
     "Target",
     "get_target",

@@ -10,9 +10,14 @@ WEIGHTED = "weighted"
 FREE = "free"
 SHARED = "shared"
 SHARED_ROUNDED = "shared_rounded"
+RESCALED = "rescaled"
 
 DEPTHWISE = "depthwise"
-"""The form of a mean as a depthwise convolution whose weights are all the same."""
+"""The form as a depthwise convolution: of a mean, whose weights are all the same, and of what treats every channel on
+its own."""
+
+HARD_SIGMOID = "hard sigmoid"
+"""The form of a hard sigmoid in the kernel before it: a sixth of its weights, and the range 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,9 @@ class Int8Op:
     Attributes:
         kernel: the runtime's name of it.
         kind: ``weighted`` (a weight at input 1, int32 bias, output requantised freely), ``free`` (each input and the
-            output have their own parameters), ``shared`` (the output has the input's parameters and its values are
-            among the input's) or ``shared_rounded`` (the same parameters, but the result is rounded again).
+            output have their own parameters), ``shared`` (every output has the input's parameters and its values are
+            among the input's), ``shared_rounded`` (the same parameters, but the result is rounded again) or
+            ``rescaled`` (the output has the input's integers, and its scale times a constant).
         activations: activation functions that are computed in the same kernel.
         float_output: the kernel gives its result back in float: only its inputs are quantised.
         operands: how many inputs must be computed values, no constants; 0: any number.
@@ -54,7 +60,17 @@ class Int8Op:
         global_spatial: only over all of H and W of a 4-D input whose H and W are known.
         form: how the operation is written where that is not its own kernel.
         max_rank: largest rank of the input.
-        avoids: names of the defects that this form, or the shared parameters, avoid.
+        maps_only: only for a feature map (N, C, H, W).
+        follows: only where its input is computed in int8: it gains nothing from a float one.
+        fixed_range: of the output, whatever it holds.
+        max_row: most elements along the axis it sums over.
+        row_defect: the defect that `max_row` avoids.
+        asymmetric: of a resize: the defect by which only coordinates that are neither aligned nor of half pixels are
+            right.
+        per_tensor: its weight has 8 bits and one scale, whatever the recipe says.
+        file_only: MindSpore Lite's converter would write it in a form the runtime refuses: it is int8 in the files
+            that are written without the converter.
+        avoids: names of the defects that this form, or the parameters, avoid.
     """
 
     kernel: str
@@ -70,7 +86,28 @@ class Int8Op:
     global_spatial: bool = False
     form: Optional[str] = None
     max_rank: Optional[int] = None
+    maps_only: bool = False
+    follows: bool = False
+    fixed_range: Optional[tuple[float, float]] = None
+    max_row: Optional[int] = None
+    row_defect: str = ""
+    asymmetric: str = ""
+    per_tensor: bool = False
+    file_only: bool = False
     avoids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FusedForm:
+    """An activation that is computed in the kernel before it by other weights.
+
+    Attributes:
+        form: the name of the form.
+        range: of the result; the ends of int8 do the clipping.
+    """
+
+    form: str
+    range: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -84,6 +121,9 @@ class Target:
         float_reasons: why a named operation is kept float, where "no kernel" is not the whole reason.
         float_defects: the defect for which a named operation that has a kernel of sorts is kept float.
         defects: what the runtime gets wrong, by name.
+        fused_forms: activations that are computed in the kernel before them by other weights.
+        rescaling: how a product with a positive number is computed, for the operations in `rescaled`.
+        rescaled: operations that are no more than that where one of their operands is a positive number.
         act_symmetric: activations are symmetric where the recipe does not say.
         act_bits: widths of activations the runtime's kernels clamp to.
         weight_bits: widths of weights it can hold (narrower ones are stored in 8 bits).
@@ -98,6 +138,9 @@ class Target:
     float_reasons: Mapping[str, str] = field(default_factory=dict)
     float_defects: Mapping[str, str] = field(default_factory=dict)
     defects: Mapping[str, Defect] = field(default_factory=dict)
+    fused_forms: Mapping[str, FusedForm] = field(default_factory=dict)
+    rescaling: Optional[Int8Op] = None
+    rescaled: tuple[str, ...] = ()
     act_symmetric: bool = False
     act_bits: tuple[int, ...] = (8,)
     weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)

@@ -1,8 +1,24 @@
 """MindSpore Lite's int8 CPU kernels, as measured on the 2.7 runtime; its defects are avoided here, by data."""
 
-from msqkd.targets.base import DEPTHWISE, FREE, SHARED, SHARED_ROUNDED, WEIGHTED, Defect, Int8Op, Target
+from msqkd.targets.base import (
+    DEPTHWISE,
+    FREE,
+    HARD_SIGMOID,
+    RESCALED,
+    SHARED,
+    SHARED_ROUNDED,
+    WEIGHTED,
+    Defect,
+    FusedForm,
+    Int8Op,
+    Target,
+)
 
 _RELUS = ("ReLU", "ReLU6")
+_WEIGHTED = (*_RELUS, "HSigmoid")
+_PRODUCT = Int8Op("MatMulFusion", FREE, operands=2)
+_SLICE = Int8Op("SliceFusion", SHARED)
+_NEAREST = Int8Op("Resize", SHARED, asymmetric="resize_half_pixel")
 
 _DEFECTS = (
     Defect(
@@ -34,9 +50,13 @@ _DEFECTS = (
     Defect(
         "lone_relu",
         "the stand-alone ReLU loses the last bit, and wraps on arm64 where its output has the finer scale",
-        "it is computed in the kernel before it, or stays float",
+        "it is computed in the kernel before it, or is a depthwise convolution with the weight 1",
     ),
-    Defect("lone_relu6", "the stand-alone ReLU6 wraps above 127", "it is fused into the kernel before it, or float"),
+    Defect(
+        "lone_relu6",
+        "the stand-alone ReLU6 wraps above 127",
+        "it is computed in the kernel before it, or is a depthwise convolution with the weight 1",
+    ),
     Defect("sigmoid_at_127", "the sigmoid of the largest input, 127, is always 0", "it stays float"),
     Defect(
         "leaky_zero_point",
@@ -63,6 +83,12 @@ _DEFECTS = (
     Defect(
         "softmax_parameters",
         "the softmax ignores its output's parameters and always gives scale 1/256 and zero point -128",
+        "its output has just these",
+    ),
+    Defect("softmax_sum", "the sum of a softmax over 512 values or more is undefined", "it stays float"),
+    Defect(
+        "resize_half_pixel",
+        "a resize to the nearest neighbour ignores half-pixel coordinates",
         "it stays float",
     ),
 )
@@ -71,9 +97,12 @@ LITE_ARM = Target(
     name="lite_arm",
     description="MindSpore Lite on ARM CPUs (asymmetric int8 activations, symmetric int8 weights)",
     ops={
-        "Conv2D": Int8Op("Conv2DFusion", WEIGHTED, activations=_RELUS),
+        "Conv2D": Int8Op("Conv2DFusion", WEIGHTED, activations=_WEIGHTED),
         # Written as a 1×1 convolution for the converter, the only form of a dense layer it keeps wholly int8.
-        "Dense": Int8Op("MatMulFusion", WEIGHTED, activations=_RELUS, max_rank=2),
+        "Dense": Int8Op("MatMulFusion", WEIGHTED, activations=_WEIGHTED),
+        "MatMul": _PRODUCT,
+        "MatMulExt": _PRODUCT,
+        "BatchMatMul": _PRODUCT,
         "Add": Int8Op("AddFusion", FREE, activations=_RELUS, operands=2, same_shape="batch_broadcast"),
         "Sub": Int8Op("SubFusion", FREE, operands=2),
         "Mul": Int8Op("MulFusion", FREE, operands=2, sample_broadcast="batch_broadcast"),
@@ -92,26 +121,48 @@ LITE_ARM = Target(
         "ReduceMean": Int8Op(
             "Conv2DFusion", FREE, global_spatial=True, form=DEPTHWISE, max_window=2**16, avoids=("global_mean",)
         ),
+        "AdaptiveAvgPool2D": Int8Op(
+            "Conv2DFusion", FREE, global_spatial=True, form=DEPTHWISE, max_window=2**16, avoids=("global_mean",)
+        ),
+        "BatchNorm": Int8Op("Conv2DFusion", FREE, activations=_RELUS, form=DEPTHWISE, maps_only=True, follows=True),
+        "ReLU": Int8Op("Conv2DFusion", FREE, form=DEPTHWISE, maps_only=True, follows=True, avoids=("lone_relu",)),
+        "ReLU6": Int8Op("Conv2DFusion", FREE, form=DEPTHWISE, maps_only=True, follows=True, avoids=("lone_relu6",)),
+        "Softmax": Int8Op(
+            "Softmax",
+            FREE,
+            follows=True,
+            fixed_range=(0.0, 255 / 256),
+            max_row=511,
+            row_defect="softmax_sum",
+            avoids=("softmax_parameters",),
+        ),
+        "LayerNorm": Int8Op("LayerNormFusion", WEIGHTED, follows=True, per_tensor=True, file_only=True),
         "Reshape": Int8Op("Reshape", SHARED),
         "Transpose": Int8Op("Transpose", SHARED),
         "Squeeze": Int8Op("Squeeze", SHARED),
         "ExpandDims": Int8Op("Unsqueeze", SHARED),
+        "Split": Int8Op("Split", SHARED),
+        "Unstack": Int8Op("Split", SHARED),
+        "StridedSlice": _SLICE,
+        "Gather": Int8Op("Gather", SHARED),
+        "Pad": Int8Op("PadFusion", SHARED),
+        "PadV3": Int8Op("PadFusion", SHARED),
+        "ResizeNearestNeighbor": _NEAREST,
+        "ResizeNearestNeighborV2": _NEAREST,
     },
+    fused_forms={"HSigmoid": FusedForm(HARD_SIGMOID, (0.0, 1.0))},
+    rescaling=Int8Op("MulFusion", RESCALED, file_only=True),
+    rescaled=("Mul", "Muls", "Div", "Divs", "RealDiv"),
     float_reasons={
-        "ReLU": "it follows no int8 convolution, dense layer or addition",
-        "ReLU6": "it follows no int8 convolution, dense layer or addition",
-        "BatchNorm": "it follows no convolution or dense layer it could be folded into",
-        "MatMul": "only a product with a parameter as its second operand, as nn.Dense writes it, is placed in int8",
+        "HSigmoid": "it follows no int8 convolution or dense layer",
     },
     float_defects={
-        "ReLU": "lone_relu",
-        "ReLU6": "lone_relu6",
         "Sigmoid": "sigmoid_at_127",
         "LeakyReLU": "leaky_zero_point",
         "Div": "division_threads",
         "RealDiv": "division_threads",
-        "Softmax": "softmax_parameters",
         "ResizeBilinear": "resize_zero_point",
+        "ResizeBilinearV2": "resize_zero_point",
         "UpsampleBilinear2D": "resize_zero_point",
     },
     defects={defect.name: defect for defect in _DEFECTS},

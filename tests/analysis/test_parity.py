@@ -40,6 +40,17 @@ class Tiny(nn.Cell):
         return self.fc(ops.mean(self.conv2(x), (2, 3)))
 
 
+class Tokens(nn.Cell):
+    """A dense layer over every row of every sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head, self.relu = nn.Dense(64, 8), nn.Dense(24, 4), nn.ReLU()
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.head(self.relu(self.fc(x.reshape(-1, 64))).reshape(-1, 24))
+
+
 class Floating(Tiny):
     def construct(self, x):  # type: ignore[no-untyped-def]
         x = ops.sin(ops.sin(self.relu(self.conv1(x))))
@@ -124,6 +135,15 @@ def test_batches_do_not_matter(tiny: tuple[Graph, QuantPlan], found: Parity) -> 
     assert [value.histogram for value in other.values] == [value.histogram for value in found.values]
     for one, two in zip(other.values, found.values):
         assert one.sqnr_db["integer"] == pytest.approx(two.sqnr_db["integer"])
+
+
+def test_rows_of_a_sample_stay_with_it() -> None:
+    graph, plan = planned(Tokens())
+    whole = compare_execution(graph, plan, [samples(10)])
+    parts = compare_execution(graph, plan, [samples(10)[:6], samples(10)[6:]])
+    assert [value.histogram for value in parts.values] == [value.histogram for value in whole.values]
+    assert whole.values[1].count == 10 * 3 * 64
+    assert max(value.max_lsb or 0 for value in whole.values) <= 1
 
 
 def test_a_scale_that_is_not_the_planned_one_is_found_where_it_is(

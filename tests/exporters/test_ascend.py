@@ -14,9 +14,9 @@ from mindspore import nn, ops
 
 from msqkd.api import create_ptq_network, quantize
 from msqkd.errors import ExportError, PlanError
-from msqkd.exporters.ascend import export_ascend
-from msqkd.exporters.ascend_float import export_ascend_float
-from msqkd.exporters.ascend_program import ascend_program
+from msqkd.exporters.ascend.program import ascend_program
+from msqkd.exporters.ascend.quantised import export_ascend
+from msqkd.exporters.ascend.vendor import export_ascend_float
 from msqkd.exporters.islands import run_island
 from msqkd.graph.ir import Graph
 from msqkd.graph.mindir import read_mindir

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
 from msqkd.exporters.device.int8_steps import conv_attrs, pool_attrs
 from msqkd.exporters.device.lower import FLOAT, NATIVE, NHWC, WEIGHT_FILE, Lowering, tensor_quant
 from msqkd.exporters.device.moves import concat, reshape, transpose
+from msqkd.exporters.device.slices import gather, pad, resize, split, strided_slice
 from msqkd.graph.ir import Node
 from msqkd.integer.program import ActivationType, Format, ReduceMode
+from msqkd.quant.uses import axes_of, is_global
 
 _ACTIVATIONS = {
     "ReLU": ActivationType.RELU, "ReLU6": ActivationType.RELU6, "Sigmoid": ActivationType.SIGMOID,
     "Tanh": ActivationType.TANH, "HSwish": ActivationType.HSWISH, "HSigmoid": ActivationType.HSIGMOID,
-    "SiLU": ActivationType.SWISH, "GeLU": ActivationType.GELU,
+    "SiLU": ActivationType.SWISH, "GeLU": ActivationType.GELU, "LeakyReLU": ActivationType.LEAKY_RELU,
 }  # fmt: skip
 _BINARY = {
     "Add": "AddFusion", "BiasAdd": "AddFusion", "Sub": "SubFusion", "Mul": "MulFusion", "Div": "DivFusion",
     "RealDiv": "DivFusion", "Adds": "AddFusion", "Subs": "SubFusion", "Muls": "MulFusion", "Divs": "DivFusion",
 }  # fmt: skip
 _UNARY = {"Sqrt": "Sqrt", "Rsqrt": "Rsqrt", "Erf": "Erf", "Exp": "ExpFusion"}
-_REDUCE = {"ReduceMean": ReduceMode.MEAN, "ReduceSum": ReduceMode.SUM, "ReduceMax": ReduceMode.MAX}
+_REDUCE = {
+    "ReduceMean": ReduceMode.MEAN, "ReduceSum": ReduceMode.SUM, "SumExt": ReduceMode.SUM,
+    "ReduceMax": ReduceMode.MAX, "ReduceMin": ReduceMode.MIN, "ReduceProd": ReduceMode.PROD,
+}  # fmt: skip
+
+
+_CASTABLE = ("float32", "int32", "int64")
 
 
 def _computed(low: Lowering, name: str) -> bool:
@@ -97,25 +105,58 @@ def _binary(low: Lowering, node: Node) -> bool:
     operands = node.inputs[:2]
     if not any(_computed(low, name) for name in operands) or not _is_float(low, node.output):
         return False
-    maps = [name for name in operands if _computed(low, name) and low.layout(name)]
     rank = len(low.shapes[node.output])
-    # A bias is added along axis 1; other operands of lower rank broadcast along the last axes of the graph's layout.
-    layout = NHWC if maps and (rank == 4) and all(_fits_map(low, name) for name in operands) else NATIVE
+    # Other operands of lower rank broadcast along the last axes of the graph's layout; a bias along axis 1.
     if node.op == "BiasAdd" and rank != 2:
         return False
+    computed = [name for name in operands if _computed(low, name)]
+    fits = all(len(low.shapes[name]) == rank for name in computed)
+    layout = low.common_layout(computed) if fits else NATIVE
     low.emit(node, _BINARY[node.op], [_operand(low, name, layout, rank) for name in operands], layout=layout)
     return True
 
 
-def _fits_map(low: Lowering, name: str) -> bool:
-    """Whether an operand can be laid out as a map: a 4-D value, or a constant."""
-    return not _computed(low, name) or len(low.shapes[name]) == 4
+def _with_number(low: Lowering, node: Node, op: str, number: float, first: bool = False) -> bool:
+    """A step of the input and a number, which comes first where `first` says so."""
+    value = node.inputs[0]
+    if not _is_float(low, value):
+        return False
+    layout = low.layout(value)
+    operands = [low.get(value, FLOAT, layout), low.constant(f"{node.output}_number", np.array([number], np.float32))]
+    low.emit(node, op, operands[::-1] if first else operands, layout=layout)
+    return True
+
+
+def _negative(low: Lowering, node: Node) -> bool:
+    return _with_number(low, node, "MulFusion", -1.0)
+
+
+def _reciprocal(low: Lowering, node: Node) -> bool:
+    return _with_number(low, node, "DivFusion", 1.0, first=True)
+
+
+def _power(low: Lowering, node: Node) -> bool:
+    exponent = 2.0 if node.op == "Square" else low.graph.const(node.inputs[1])
+    if exponent is None or np.size(exponent) != 1:
+        return False
+    return _with_number(low, node, "PowFusion", float(np.reshape(exponent, ())))
+
+
+def _cast(low: Lowering, node: Node) -> bool:
+    kinds = [low.graph.values[name].type for name in (node.inputs[0], node.output)]
+    if any(kind is None or kind.dtype not in _CASTABLE for kind in kinds):
+        return False
+    layout = low.layout(node.inputs[0])
+    low.emit(node, "Cast", [low.get(node.inputs[0], FLOAT, layout)], layout=layout)
+    return True
 
 
 def _activation(low: Lowering, node: Node) -> bool:
     attrs: dict[str, Any] = {"activation_type": _ACTIVATIONS[node.op]}
     if node.op == "GeLU":
-        attrs["approximate"] = True
+        attrs["approximate"] = node.attrs.get("approximate", "tanh") != "none"
+    if node.op == "LeakyReLU":
+        attrs["alpha"] = float(node.attrs["alpha"])
     layout = low.layout(node.inputs[0])
     low.emit(node, "Activation", [low.get(node.inputs[0], FLOAT)], attrs, layout=layout)
     return True
@@ -135,13 +176,12 @@ def _pool(low: Lowering, node: Node) -> bool:
 
 def _reduce(low: Lowering, node: Node) -> bool:
     value = node.inputs[0]
-    rank = len(low.shapes[value])
-    axes = _axes(low.graph.const(node.inputs[1]), rank)
-    if axes is None:
+    if not _is_float(low, value):
         return False
+    axes = axes_of(low.graph, node, 1)
     keep = bool(low.graph.const(node.inputs[2]))
     # Without its reduced axes a map has no layout of its own; only over H and W, or C, is what is left in order.
-    as_map = bool(low.layout(value)) and (keep or axes in ([2, 3], [1]))
+    as_map = low.layout(value) == NHWC and (keep or axes in ([2, 3], [1]))
     layout = NHWC if as_map else NATIVE
     if as_map:
         axes = sorted(NHWC.index(axis) for axis in axes)
@@ -151,20 +191,14 @@ def _reduce(low: Lowering, node: Node) -> bool:
     return True
 
 
-def _axes(given: Any, rank: int) -> Optional[list[int]]:
-    if given is None or given == ():
-        return list(range(rank))
-    found = (given,) if isinstance(given, int) else given
-    return sorted(int(axis) % rank for axis in found)
-
-
 def _softmax(low: Lowering, node: Node) -> bool:
-    axes = low.graph.const(node.inputs[1])
-    rank = len(low.shapes[node.inputs[0]])
-    axis = [int(a) % rank for a in ((axes,) if isinstance(axes, int) else axes)]
-    if len(axis) != 1:
+    value = node.inputs[0]
+    axes = axes_of(low.graph, node, 1)
+    if len(axes) != 1:
         return False
-    low.emit(node, "Softmax", [low.get(node.inputs[0], FLOAT, NATIVE)], {"axis": tuple(axis)})
+    layout = low.layout(value)
+    attrs = {"axis": (low.axis(value, axes[0], layout),)}
+    low.emit(node, "Softmax", [low.get(value, FLOAT, layout)], attrs, layout=layout)
     return True
 
 
@@ -187,9 +221,7 @@ def _batch_norm(low: Lowering, node: Node) -> bool:
         return False
     gamma, beta, mean, variance = (np.float64(low.graph.params[name].data) for name in node.inputs[1:5])
     factor = gamma / np.sqrt(variance + float(low.graph.const(node.inputs[6])))
-    scaled = f"{node.output}_scaled"
-    low.graph.values[scaled] = low.graph.values[node.output]
-    low.shapes[scaled] = low.shapes[node.output]
+    scaled = low.between(node.output, low.shapes[node.output], "scaled")
     source = low.get(node.inputs[0], FLOAT, NHWC)
     low.emit(node, "MulFusion", [source, low.constant(f"{node.name}.factor", factor.astype(np.float32))],
              value=scaled, layout=NHWC)  # fmt: skip
@@ -198,16 +230,29 @@ def _batch_norm(low: Lowering, node: Node) -> bool:
     return True
 
 
-def _pad(low: Lowering, node: Node) -> bool:
-    pairs = [tuple(int(p) for p in pair) for pair in node.attrs.get("paddings", ())]
-    if not pairs:
+def _global_mean(low: Lowering, node: Node) -> bool:
+    if not is_global(low.graph, node):
         return False
-    layout = low.layout(node.inputs[0])
-    if layout:
-        pairs = [pairs[axis] for axis in layout]
-    table = low.constant(f"{node.output}_paddings", np.array(pairs, np.int32))
-    attrs = {"padding_mode": 0, "constant_value": 0.0}
-    low.emit(node, "PadFusion", [low.get(node.inputs[0], FLOAT), table], attrs, layout=layout)
+    inputs = [low.get(node.inputs[0], FLOAT, NHWC), low.constant(f"{node.output}_axes", np.array([1, 2], np.int32))]
+    attrs = {"mode": ReduceMode.MEAN, "keep_dims": True, "coeff": 1.0}
+    low.emit(node, "ReduceFusion", inputs, attrs, layout=NHWC)
+    return True
+
+
+def _stack(low: Lowering, node: Node) -> bool:
+    """Concat of the operands with the new axis."""
+    axis = int(node.attrs["axis"]) % len(low.shapes[node.output])
+    shape = list(low.shapes[node.output])
+    shape[axis] = 1
+    parts = []
+    for name in node.inputs:
+        if not _computed(low, name):
+            return False
+        part = low.between(node.output, shape, "part")
+        target = low.constant(f"{part}_shape", np.array(shape, np.int32))
+        low.emit(node, "Reshape", [low.get(name, FLOAT, NATIVE), target], value=part)
+        parts.append(low.get(part, FLOAT, NATIVE))
+    low.emit(node, "Concat", parts, {"axis": axis})
     return True
 
 
@@ -215,6 +260,7 @@ FLOAT_STEPS: dict[str, Callable[[Lowering, Node], bool]] = {
     "Conv2D": _conv,
     "Dense": _dense,
     "MatMul": _product,
+    "MatMulExt": _product,
     "BatchMatMul": _product,
     **dict.fromkeys(_BINARY, _binary),
     **dict.fromkeys(_ACTIVATIONS, _activation),
@@ -225,7 +271,23 @@ FLOAT_STEPS: dict[str, Callable[[Lowering, Node], bool]] = {
     "Softmax": _softmax,
     "LayerNorm": _layer_norm,
     "BatchNorm": _batch_norm,
-    "Pad": _pad,
+    "AdaptiveAvgPool2D": _global_mean,
+    "Neg": _negative,
+    "Reciprocal": _reciprocal,
+    "Pow": _power,
+    "PowTensorScalar": _power,
+    "Square": _power,
+    "Cast": _cast,
+    "Stack": _stack,
+    "Pad": pad,
+    "PadV3": pad,
+    "Split": split,
+    "Unstack": split,
+    "StridedSlice": strided_slice,
+    "Gather": gather,
+    "ResizeNearestNeighbor": resize,
+    "ResizeNearestNeighborV2": resize,
+    "ResizeBilinearV2": resize,
     "Concat": concat,
     "Reshape": reshape,
     "Squeeze": reshape,

@@ -9,8 +9,10 @@ import numpy as np
 
 from msqkd.exporters.device.lower import NATIVE, NHWC, Lowering, int8_weight, tensor_quant
 from msqkd.exporters.device.moves import concat, reshape, transpose
+from msqkd.exporters.device.slices import gather, pad, resize, split, strided_slice
 from msqkd.graph.ir import Node
 from msqkd.integer.program import ActivationType, Format, PadMode, TensorQuant
+from msqkd.quant.uses import axes_of, rescale_factor
 
 INT8 = "int8"
 _FUSED = {"ReLU": ActivationType.RELU, "ReLU6": ActivationType.RELU6}
@@ -91,6 +93,9 @@ def _sub(low: Lowering, node: Node) -> None:
 
 
 def _mul(low: Lowering, node: Node) -> None:
+    if rescale_factor(low.graph, node) is not None:
+        rescale(low, node)
+        return
     one, other = node.inputs[:2]
     if np.prod(low.shapes[one]) < np.prod(low.shapes[other]):
         node.inputs[:2] = [other, one]  # the operand that is broadcast comes second
@@ -98,10 +103,49 @@ def _mul(low: Lowering, node: Node) -> None:
 
 
 def _binary(low: Lowering, node: Node, op: str, attrs: dict[str, Any], value: str) -> None:
-    layout = low.layout(node.inputs[0])
+    layout = low.common_layout(node.inputs[:2])
     if len({len(low.shapes[name]) for name in node.inputs[:2]}) > 1:
         layout = NATIVE  # a broadcast by trailing axes
     low.emit(node, op, [low.get(name, INT8, layout) for name in node.inputs[:2]], attrs, value=value, layout=layout)
+
+
+def rescale(low: Lowering, node: Node) -> None:
+    """A product with a number: by the integer 1 in steps of that number, which leaves the integers as they are."""
+    value = low.graph.tensor_inputs(node)[0]
+    factor, layout = rescale_factor(low.graph, node), low.layout(value)
+    quant = TensorQuant(np.array([factor]), np.array([0]))
+    number = low.constant(f"{node.output}_factor", np.ones(1, np.int8), quant)
+    low.emit(node, "MulFusion", [low.get(value, INT8, layout), number], layout=layout)
+
+
+def _product(low: Lowering, node: Node) -> None:
+    flags = [bool(low.graph.const(name)) for name in node.inputs[2:4]] or [False, False]
+    attrs = {"transpose_a": flags[0], "transpose_b": flags[1]}
+    low.emit(node, "MatMulFusion", [low.get(name, INT8, NATIVE) for name in node.inputs[:2]], attrs)
+
+
+def _softmax(low: Lowering, node: Node) -> None:
+    value = node.inputs[0]
+    layout = low.layout(value)
+    axis = low.axis(value, axes_of(low.graph, node, 1)[0], layout)
+    low.emit(node, "Softmax", [low.get(value, INT8, layout)], {"axis": (axis,)}, layout=layout)
+
+
+def _layer_norm(low: Lowering, node: Node) -> None:
+    """The factors as int8 with one scale, the offsets as int32 in the product of the scales of input and factors."""
+    source = low.get(node.inputs[0], INT8, NATIVE)
+    gamma, beta = (low.graph.params[name].data for name in node.inputs[1:3])
+    qparams = low.weights[node.name].qparams(gamma)
+    factors = low.constant(node.inputs[1], qparams.quantize(gamma).astype(np.int8), tensor_quant(qparams))
+    step = float(low.quant(node.inputs[0]).scale[0]) * np.float64(qparams.scale)
+    limit = 2**31 - 1
+    steps = np.clip(np.rint(np.float64(beta) / step), -limit, limit).astype(np.int32)
+    offsets = low.constant(node.inputs[2], steps, TensorQuant(np.array([step]), np.array([0]), 32))
+    attrs = {
+        "begin_norm_axis": -1, "begin_params_axis": -1, "epsilon": float(low.graph.const(node.inputs[5])),
+        "elementwise_affine": True,
+    }  # fmt: skip
+    low.emit(node, "LayerNormFusion", [source, factors, offsets], attrs)
 
 
 def _activation(low: Lowering, node: Node) -> None:
@@ -146,6 +190,18 @@ INT8_STEPS: dict[str, Callable[[Lowering, Node], object]] = {
     "Squeeze": reshape,
     "ExpandDims": reshape,
     "Transpose": transpose,
+    **dict.fromkeys(("Muls", "Div", "Divs", "RealDiv"), rescale),
+    **dict.fromkeys(("MatMul", "MatMulExt", "BatchMatMul"), _product),
+    "Softmax": _softmax,
+    "LayerNorm": _layer_norm,
+    "Split": split,
+    "Unstack": split,
+    "StridedSlice": strided_slice,
+    "Gather": gather,
+    "Pad": pad,
+    "PadV3": pad,
+    "ResizeNearestNeighbor": resize,
+    "ResizeNearestNeighborV2": resize,
 }
-"""Writers by operation; one for every int8 operation of the target ``lite_arm``, averages that became convolutions
+"""Writers by operation; one for every int8 operation of the target ``lite_arm``, those that became convolutions
 aside."""

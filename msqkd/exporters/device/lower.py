@@ -2,6 +2,9 @@
 
 The plan says what is int8; how each operation is written is in `int8_steps` and `float_steps`. A value is held in the
 layout and type it was computed in; where a step needs another, a Transpose or a QuantDTypeCast is put between, once.
+
+A layout is the order in which a tensor has the axes of its value: that of the graph (empty), that of a map
+(N, H, W, C), or one that brings the batch to the front.
 """
 
 from __future__ import annotations
@@ -12,12 +15,13 @@ from typing import Any, Optional
 import numpy as np
 
 from msqkd.errors import ExportError
+from msqkd.exporters.device.freeze import freeze
 from msqkd.exporters.device.shapes import Shape, concrete_shapes
 from msqkd.exporters.islands import cut
 from msqkd.exporters.lowering import lower_forms
-from msqkd.graph.ir import Graph, Node, unique_name
+from msqkd.graph.ir import Graph, Node, TensorType, Value, unique_name
 from msqkd.integer.program import ISLAND, Format, Program, Step, Tensor, TensorQuant
-from msqkd.quant.plan import INT8, QuantPlan, WeightQuant
+from msqkd.quant.plan import INT8, ActivationQuant, QuantPlan, WeightQuant
 from msqkd.quant.qparams import QParams
 
 INT8_FILE, WEIGHT_FILE, FLOAT_FILE = "int8", "weight", "float"
@@ -25,6 +29,7 @@ NATIVE: tuple[int, ...] = ()
 NHWC = (0, 2, 3, 1)
 TO_NCHW = (0, 3, 1, 2)
 FLOAT = "float32"
+_LAYOUT_NAMES = {NATIVE: "_native", NHWC: "_map"}
 _INT8_TYPE, _FLOAT_TYPE = 32, 43  # the runtime's numbers of the data types
 
 
@@ -58,12 +63,14 @@ class Lowering:
         self.graph, self.plan = lower_forms(graph, plan) if kind == INT8_FILE else (graph.copy(), plan)
         self.program = Program(graph.name)
         self.shapes = concrete_shapes(self.graph, batch)
+        freeze(self.graph, self.shapes)
         self.precision = {node.name: node.precision for node in self.plan.nodes}
         self.fused = {node.fused_into: node.name for node in self.plan.nodes if node.fused_into}
         self.weights = self.plan.with_weight_observers(self.graph).weights if kind != FLOAT_FILE else {}
         self.columns: dict[str, Shape] = {}  # a flattened map, in its own layout -> its (C, H, W)
         self.homes: dict[str, tuple[str, tuple[int, ...]]] = {}  # value -> (dtype, layout) it was computed in
         self.held: dict[tuple[str, str, tuple[int, ...]], str] = {}  # (value, dtype, layout) -> tensor
+        self.step_names: set[str] = set()
 
     def run(self) -> Program:
         """Write every node, and return the program."""
@@ -97,8 +104,20 @@ class Lowering:
         return self.graph.node(name) if name is not None else None
 
     def layout(self, value: str) -> tuple[int, ...]:
-        """The layout a value was computed in: NATIVE, or NHWC for a map."""
-        return self.homes[value][1]
+        """The layout a value was computed in: NATIVE, NHWC for a map, or one with the batch in front."""
+        return self.homes[value][1] if value in self.homes else NATIVE
+
+    def common_layout(self, values: Sequence[str]) -> tuple[int, ...]:
+        """The layout in which values of one rank meet: NHWC where one of them is a map, else theirs if it is one."""
+        layouts = {self.layout(value) for value in values if value in self.homes}
+        if NHWC in layouts:
+            return NHWC
+        return layouts.pop() if len(layouts) == 1 else NATIVE
+
+    def axis(self, value: str, axis: int, layout: tuple[int, ...]) -> int:
+        """Where a tensor in `layout` has the axis of `value`, which may be counted from the end."""
+        axis %= len(self.shapes[value])
+        return layout.index(axis) if layout else axis
 
     def dense_weight(self, node: Node) -> np.ndarray:
         """The weight (out, in) of a dense layer, its columns in the order of what it reads."""
@@ -114,6 +133,8 @@ class Lowering:
 
     def get(self, value: str, dtype: str, layout: Optional[tuple[int, ...]] = None) -> str:
         """The tensor that holds `value` as `dtype` in `layout` (None: as computed); what is missing is added."""
+        if value not in self.homes:
+            return self._constant_value(value, dtype, layout or NATIVE)
         home_type, home_layout = self.homes[value]
         layout = home_layout if layout is None else layout
         if home_type not in ("int8", FLOAT):
@@ -138,8 +159,25 @@ class Lowering:
             dtype = kind.dtype if kind is not None else FLOAT
             self.homes[output] = ("int8" if quantized else dtype, layout)
             names.append(self._hold(output, *self.homes[output]))
-        name = self._step_name(node.name)
-        self.program.steps.append(Step(name, op, list(inputs), names, attrs or {}, quantized, node.name))
+        self._step(node.name, Step("", op, list(inputs), names, attrs or {}, quantized, node.name))
+
+    def alias(self, node: Node, layout: tuple[int, ...]) -> None:
+        """Let the result of `node` be the tensor it reads, which is what it would be in `layout`."""
+        tensor = self.get(node.inputs[0], "int8" if self.is_int8(node) else FLOAT)
+        dtype = self.program.tensors[tensor].dtype
+        self.homes[node.output] = (dtype, layout)
+        self.held[node.output, dtype, layout] = tensor
+
+    def between(self, like: str, shape: Sequence[int], hint: str) -> str:
+        """A value of `shape` on the way to `like`, with its type and parameters; returns its name."""
+        name, kind = self.graph.unique_value(f"{like}_{hint}"), self.graph.values[like].type
+        assert kind is not None
+        self.graph.add_value(Value(name, "node", TensorType(tuple(shape), kind.dtype)))
+        self.shapes[name] = tuple(shape)
+        if self.kind == INT8_FILE and like in self.plan.activations:
+            group = self.plan.activations[like].group
+            self.plan.activations[name] = ActivationQuant(name, group, exact=True)
+        return name
 
     def constant(
         self, hint: str, data: np.ndarray, quant: Optional[TensorQuant] = None, format: Format = Format.NHWC
@@ -166,29 +204,47 @@ class Lowering:
             shape = tuple(shape[axis] for axis in layout)
         quant = self.quant(value) if dtype == "int8" else None
         own = self.homes[value] == (dtype, layout)
-        suffix = "" if own else ("_int8" if dtype == "int8" else "_float") + ("_native" if layout == NATIVE else "_map")
+        suffix = "" if own else ("_int8" if dtype == "int8" else "_float") + _LAYOUT_NAMES.get(layout, "_turned")
         name = unique_name(value + suffix, self.program.tensors)
         shown = value if value in self.original else ""
-        tensor = Tensor(name, dtype, shape, None, quant, value=shown, perm=TO_NCHW if layout else ())
+        tensor = Tensor(name, dtype, shape, None, quant, value=shown, perm=inverse(layout))
         self.held[value, dtype, layout] = self.program.add(tensor)
         return name
 
-    def _step_name(self, hint: str) -> str:
-        return unique_name(hint, {step.name for step in self.program.steps})
+    def _constant_value(self, value: str, dtype: str, layout: tuple[int, ...]) -> str:
+        """A parameter or literal among the operands of a step, as `dtype` in `layout`."""
+        if (value, dtype, layout) not in self.held:
+            held = self.graph.params.get(value)
+            data = np.asarray(self.graph.const(value) if held is None else held.data)
+            if layout:
+                data = data.transpose(layout)
+            quant = None
+            if dtype == "int8":
+                qparams = self.plan.group_of(value).qparams()
+                data, quant = qparams.quantize(data).astype(np.int8), tensor_quant(qparams)
+            self.held[value, dtype, layout] = self.constant(value, data, quant)
+        return self.held[value, dtype, layout]
+
+    def _step(self, hint: str, step: Step) -> None:
+        step.name = unique_name(hint, self.step_names)
+        self.step_names.add(step.name)
+        self.program.steps.append(step)
 
     def _cast(self, value: str, dtype: str, layout: tuple[int, ...]) -> None:
         source = self.held[value, self.homes[value][0], layout]
         target = self._hold(value, dtype, layout)
         types = (_FLOAT_TYPE, _INT8_TYPE) if dtype == "int8" else (_INT8_TYPE, _FLOAT_TYPE)
-        name = self._step_name(f"{value}_{'quant' if dtype == 'int8' else 'dequant'}")
         attrs = {"src_t": types[0], "dst_t": types[1]}
-        self.program.steps.append(Step(name, "QuantDTypeCast", [source], [target], attrs))
+        hint = f"{value}_{'quant' if dtype == 'int8' else 'dequant'}"
+        self._step(hint, Step("", "QuantDTypeCast", [source], [target], attrs))
 
     def _transpose(self, value: str, dtype: str, home: tuple[int, ...], layout: tuple[int, ...]) -> None:
         source, target = self.held[value, dtype, home], self._hold(value, dtype, layout)
-        perm = self.constant(f"{value}_perm", np.array(layout or TO_NCHW, np.int32))
-        name = self._step_name(f"{value}_to_{'map' if layout else 'native'}")
-        self.program.steps.append(Step(name, "Transpose", [source, perm], [target], {}, quantized=dtype == "int8"))
+        axes = tuple(range(len(self.shapes[value])))
+        order = [(home or axes).index(axis) for axis in layout or axes]
+        perm = self.constant(f"{value}_perm", np.array(order, np.int32))
+        hint = f"{value}_to{_LAYOUT_NAMES.get(layout, '_turned')}"
+        self._step(hint, Step("", "Transpose", [source, perm], [target], {}, quantized=dtype == "int8"))
 
     def _island(self, node: Node) -> None:
         """A step that only MindSpore can compute; sizes it asks of tensors are computed inside it."""
@@ -196,6 +252,11 @@ class Lowering:
         if island.outputs:
             inputs = [self.get(name, FLOAT, NATIVE) for name in island.inputs]
             self.emit(node, ISLAND, inputs, {"graph": island}, outputs=island.outputs)
+
+
+def inverse(layout: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes that transpose a tensor in `layout` to the layout of the graph; empty where they are alike."""
+    return tuple(layout.index(axis) for axis in range(len(layout)))
 
 
 def tensor_quant(qparams: QParams) -> TensorQuant:

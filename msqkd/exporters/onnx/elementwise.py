@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 from msqkd.exporters.onnx.calls import Call
@@ -60,11 +59,7 @@ def _silu(call: Call) -> None:
 @writes("GeLU")
 def _gelu(call: Call) -> None:
     """The primitive is the approximation by tanh (Hendrycks and Gimpel, arXiv:1606.08415)."""
-    x = call.tensor(0)
-    cube = call.step("Mul", call.step("Mul", call.step("Mul", x, x), x), call.number(0.044715))
-    scaled = call.step("Mul", call.step("Add", x, cube), call.number(math.sqrt(2.0 / math.pi)))
-    gate = call.step("Add", call.step("Tanh", scaled), call.number(1.0))
-    call.emit("Mul", call.step("Mul", x, call.number(0.5)), gate)
+    call.emit("Gelu", call.tensor(0), approximate="tanh")
 
 
 @writes("Elu")

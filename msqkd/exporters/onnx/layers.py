@@ -75,17 +75,12 @@ def _mean(call: Call) -> None:
         pooled = call.rounded(call.step("GlobalAveragePool", call.tensor(0)))
         call.emit("Squeeze", pooled, call.constant(axes))
         return
-    call.emit("ReduceMean", call.tensor(0), axes=axes, keepdims=int(keep))
+    call.emit("ReduceMean", call.tensor(0), call.constant(axes), keepdims=int(keep))
 
 
-@writes("ReduceMax", "ReduceMin")
-def _extreme(call: Call) -> None:
-    call.emit(call.node.op, call.tensor(0), axes=_axes(call), keepdims=int(bool(call.literal(2))))
-
-
-@writes("ReduceSum")
-def _sum(call: Call) -> None:
-    call.emit("ReduceSum", call.tensor(0), call.constant(_axes(call)), keepdims=int(bool(call.literal(2))))
+@writes("ReduceMax", "ReduceMin", "ReduceSum")
+def _reduction(call: Call) -> None:
+    call.emit(call.node.op, call.tensor(0), call.constant(_axes(call)), keepdims=int(bool(call.literal(2))))
 
 
 def _axes(call: Call) -> list[int]:

@@ -14,10 +14,13 @@ integers there is ``int8``.
 A runtime makes an int8 kernel of a layer only where QuantizeLinear follows it at once, or behind an activation that the
 saturation of the quantiser makes superfluous. Where neither holds (a symmetric ReLU, fewer than 8 bits) a second pair
 stands between them: activations are monotone, so rounding before and again behind gives the integers of rounding once.
+A hard sigmoid in the kernel of the layer before it is that layer with a sixth of its weights and of its bias plus 3,
+saturated to 0 and 1 by the quantiser.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +34,13 @@ from msqkd.exporters.onnx.writer import ModelWriter, write_model
 from msqkd.files import PathLike
 from msqkd.graph.ir import Graph, Node
 from msqkd.quant.plan import INT8, QuantPlan
-from msqkd.quant.qparams import MAX_BITS, QParams, quant_limits, weight_qparams
+from msqkd.quant.qparams import MAX_BITS, SCALE_FLOOR, QParams, quant_limits
 
 UINT8 = "uint8"
 _OFFSETS = {UINT8: 128, "int8": 0}  # what is added to the plan's integers
 _INT32_MAX = 2**31 - 1
+_SUMS = ("Conv2D", "Dense")  # operations that add their bias to sums of products of integers
+_ONE = np.asarray(1.0)
 _ENDS = {"ReLU": np.asarray(np.inf), "ReLU6": np.asarray(6.0)}  # where fused activations end upwards
 
 
@@ -77,6 +82,8 @@ class _Export:
         self.qparams = {name: group.qparams() for name, group in plan.groups.items()}
         self.int8 = {node.name for node in plan.nodes if node.precision == INT8}
         self.fused = {node.fused_into: graph.node(node.name) for node in plan.nodes if node.fused_into}
+        self.sixths = {name for name, tail in self.fused.items() if name is not None and self._is_sixth(name, tail)}
+        self.read = {name for node in graph.nodes for name in node.inputs}.union(graph.outputs)
         self.names: dict[str, str] = {}  # value of the graph -> what its readers read
         self.edges: dict[tuple[str, int], str] = {}  # (node, input) -> what is read there instead
         self.outputs: set[str] = set()
@@ -93,15 +100,16 @@ class _Export:
 
     # -- operations -----------------------------------------------------------------------------------------------
     def _node(self, node: Node) -> None:
+        if node.name in {self.fused[name].name for name in self.sixths}:
+            node = replace(node, op="ReLU")  # its upper end is the quantiser's
         emit = find(self.graph, node)
         operands = [self._operand(node, index) for index in range(len(node.inputs))]
         raw = [self._raw_name(output) for output in node.outputs]
         rounding = partial(self._round, node.output) if self._always_rounded(node.output) else None
         emit(Call(self.graph, node, self.writer, operands, raw, rounding))
         for output, name in zip(node.outputs, raw):
-            if node.name in self.int8:
-                name = self._guarded(node, output, name)
-            self._computed(output, name)
+            if output in self.read:
+                self._computed(output, self._guarded(node, output, name) if node.name in self.int8 else name)
 
     def _operand(self, node: Node, index: int) -> str:
         name = node.inputs[index]
@@ -112,7 +120,7 @@ class _Export:
             return self.edges.get((node.name, index), self.names[name])
         if node.name in self.weights and index == 1:
             return self._weight(node)
-        if node.name in self.weights and index == 2:
+        if index == 2 and self._has_integer_bias(node):
             return self._bias(node)
         return self._constant(name)
 
@@ -162,11 +170,20 @@ class _Export:
         if tail is None:
             clipped = self._always_rounded(value) and not _is_full(self._parameters(value))
             return self._round(value, raw) if clipped and node not in self.fused.values() else raw
-        if tail.op not in _ENDS or not self._always_rounded(tail.output):
+        if node.name in self.sixths or tail.op not in _ENDS or not self._always_rounded(tail.output):
             return raw
-        qparams = self._parameters(tail.output)
-        saturates = qparams.zero_point == qparams.qmin and qparams.quantize(_ENDS[tail.op]) == qparams.qmax
-        return raw if saturates and _is_full(qparams) else self._round(tail.output, raw)
+        return raw if self._saturates(tail.output, _ENDS[tail.op]) else self._round(tail.output, raw)
+
+    def _saturates(self, value: str, end: np.ndarray) -> bool:
+        """Whether the quantiser of `value` cuts it off at 0 and at `end`, as int8 does."""
+        qparams = self._parameters(value)
+        return bool(_is_full(qparams) and qparams.zero_point == qparams.qmin and qparams.quantize(end) == qparams.qmax)
+
+    def _is_sixth(self, head: str, tail: Node) -> bool:
+        """Whether a layer with a bias can be written together with the hard sigmoid behind it."""
+        layer = self.graph.node(head)
+        fits = tail.op == "HSigmoid" and self._has_integer_bias(layer)
+        return fits and self._always_rounded(tail.output) and self._saturates(tail.output, _ONE)
 
     def _parameters(self, value: str) -> QParams:
         return self.qparams[self.plan.activations[value].group]
@@ -203,32 +220,40 @@ class _Export:
         data = self.graph.params[node.inputs[1]].data
         names = [
             self.writer.derived(f"{node.name}.weight.int8", qparams.quantize(data).astype(np.int8)),
-            self.writer.derived(f"{node.name}.weight.scale", qparams.scale),
+            self.writer.derived(f"{node.name}.weight.scale", self._weight_scale(node, qparams)),
             self.writer.derived(f"{node.name}.weight.zero_point", qparams.zero_point.astype(np.int8)),
         ]
         return self._dequantize(node, "weight", names, qparams)
 
     def _bias(self, node: Node) -> str:
         qparams = self._weight_parameters(node)
-        scale = self._input_scale(node) * qparams.scale
-        steps = np.rint(self.graph.params[node.inputs[2]].data.astype(np.float64) / scale)
+        steps = np.rint(self._bias_data(node) / (self._input_scale(node) * qparams.scale))
         stored = np.clip(steps, -_INT32_MAX, _INT32_MAX).astype(np.int32)
         names = [
             self.writer.derived(f"{node.name}.bias.int32", stored),
-            self.writer.derived(f"{node.name}.bias.scale", scale),
+            self.writer.derived(f"{node.name}.bias.scale", self._input_scale(node) * self._weight_scale(node, qparams)),
         ]
         return self._dequantize(node, "bias", names, qparams)
 
+    def _has_integer_bias(self, node: Node) -> bool:
+        return node.name in self.weights and node.op in _SUMS and len(node.inputs) == 3
+
+    def _bias_data(self, node: Node) -> np.ndarray:
+        """In float64 (C,), in units in which the weights are whole."""
+        bias = self.graph.params[node.inputs[2]].data.astype(np.float64)
+        return bias + 3 if node.name in self.sixths else bias
+
     def _weight_parameters(self, node: Node) -> QParams:
         """Those of the plan; a channel all but dead has a wider scale, so that its int32 bias does not overflow."""
-        quant, least = self.weights[node.name], np.zeros((), np.float32)
-        if len(node.inputs) > 2:
-            bias = np.abs(self.graph.params[node.inputs[2]].data)
-            least = (bias if quant.axis is not None else bias.max()) / (self._input_scale(node) * _INT32_MAX)
-        weight = self.graph.params[node.inputs[1]].data
-        return weight_qparams(
-            weight, quant.bits, quant.axis, clip_ratio=quant.kept_part, min_scale=least, where=node.name
-        )
+        quant, weight = self.weights[node.name], self.graph.params[node.inputs[1]].data
+        if not self._has_integer_bias(node):
+            return quant.qparams(weight)
+        bias = np.abs(self._bias_data(node))
+        least = (bias if quant.axis is not None else bias.max()) / (self._input_scale(node) * _INT32_MAX)
+        return quant.qparams(weight, np.maximum(least, SCALE_FLOOR))
+
+    def _weight_scale(self, node: Node, qparams: QParams) -> np.ndarray:
+        return qparams.scale / np.float32(6) if node.name in self.sixths else qparams.scale
 
     def _input_scale(self, node: Node) -> np.float32:
         return np.float32(self._parameters(node.inputs[0]).scale)

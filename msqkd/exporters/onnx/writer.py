@@ -1,7 +1,7 @@
 """An ONNX model as it is built: nodes, initialisers, names that are used once; and the file it becomes.
 
-Operator set 17 (the first with LayerNormalization) and IR version 8, which every onnxruntime since 1.13 reads. The
-bytes depend on the network alone.
+Operator set 20 (the first with Gelu) and IR version 9, which every onnxruntime since 1.17 reads. The bytes depend on the
+network alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from msqkd.files import PathLike, write_bytes
 from msqkd.graph.ir import TensorType, unique_name
 from msqkd.version import __version__
 
-OPSET, IR_VERSION = 17, 8
+OPSET, IR_VERSION = 20, 9
 BATCH = "N"
 """The name of the open dimension."""
 

@@ -7,6 +7,10 @@
   number: the special operations lack CPU kernels in PYNATIVE_MODE.
 * A shape that is computed from nothing but the batch size is a literal.
 * ``Flatten`` becomes ``Reshape`` (int8 runtimes have no Flatten).
+* ``ops.matmul`` and ``@`` become what they compute: ``BatchMatMul``, ``MatMul``, or ``Dense`` where the second operand
+  is the transpose of a parameter; a layer over more than two dimensions is one over rows, between two reshapes.
+* A reshape of a reshape is one, and none where it gives the shape it came from: ``nn.Conv1d`` is then a convolution
+  with its BatchNorm beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from dataclasses import replace
 from math import prod
 
 from msqkd.graph.ir import Graph, Node
+from msqkd.graph.passes.products import products
+from msqkd.graph.passes.reshapes import merge_reshapes
 
 _WITH_ALPHA = {"AddExt": "Add", "SubExt": "Sub", "AddScalar": "Add", "SubScalar": "Sub"}
 _WITH_NUMBER = {
@@ -25,6 +31,7 @@ _WITH_NUMBER = {
 
 def canonicalize(graph: Graph) -> None:
     """Apply every canonical form, in place."""
+    products(graph)
     for node in graph.nodes:
         if node.op == "MatMul" and _is_dense(graph, node):
             node.op, node.inputs = "Dense", node.inputs[:2]
@@ -37,6 +44,7 @@ def canonicalize(graph: Graph) -> None:
         elif node.op == "Reshape" and node.sequences:
             _close_shape(graph, node)
     _merge_biases(graph)
+    merge_reshapes(graph)
     graph.prune()
 
 
@@ -77,10 +85,11 @@ def _close_shape(graph: Graph, node: Node) -> None:
 
 
 def _merge_biases(graph: Graph) -> None:
+    producers = {output: node for node in graph.nodes for output in node.outputs}
     for node in list(graph.nodes):
         if node.op != "BiasAdd" or graph.values[node.inputs[1]].kind != "param":
             continue
-        source = graph.producer(node.inputs[0])
+        source = producers.get(node.inputs[0])
         mergeable = source is not None and source.op in ("Conv2D", "Dense") and len(source.inputs) == 2
         if (
             source is None

@@ -60,6 +60,7 @@ def _open_arguments(graph: Graph, node: Node, twins: list[Any], batches: tuple[i
         if graph.values[name].kind != "const" or _same(graph.const(name), twins[index]):
             continue
         if node.op == "StridedSlice" and index == _END and _takes_whole_batch(graph, node, batches[0]):
+            twins = [graph.const(literal) for literal in node.inputs]
             continue
         shape = graph.shape(node.output)
         if node.op == "Reshape" and shape.count(-1) == 1:

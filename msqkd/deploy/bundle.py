@@ -20,13 +20,13 @@ import numpy as np
 
 from msqkd.analysis.parity import batch_size
 from msqkd.data import Split, subset
+from msqkd.deploy.benchmark_kit import write_kit
+from msqkd.deploy.converter_run import compare_ms, convert
+from msqkd.deploy.vendor_ptq import OUTPUT as VENDOR
+from msqkd.deploy.vendor_ptq import VendorPtq, write_vendor_ptq
 from msqkd.environment import versions
 from msqkd.errors import ExportError, MsqkdError, RecipeError
 from msqkd.exporters import FORMATS, LITE, MS, MS_FLOAT, MS_WEIGHT, export
-from msqkd.exporters.benchmark_kit import write_kit
-from msqkd.exporters.converter_run import compare_ms, convert
-from msqkd.exporters.vendor_ptq import OUTPUT as VENDOR
-from msqkd.exporters.vendor_ptq import VendorPtq, write_vendor_ptq
 from msqkd.files import PathLike, sha256, write_json
 from msqkd.graph.capture import capture
 from msqkd.pipeline.build import build_network, calibration_split, input_shape, load_bundle, quant_settings

@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from msqkd.exporters.ascend_layers import AscendLayer, ascend_layers
+from msqkd.exporters.ascend.layers import AscendLayer, ascend_layers
 from msqkd.exporters.islands import cut, is_tensor
 from msqkd.graph.ir import Graph, Node, unique_name
 from msqkd.integer.program import ISLAND, Format, Program, Step, Tensor, TensorQuant

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import yaml
 
-from msqkd.exporters import bundle
-from msqkd.exporters.benchmark_kit import read_kit
-from msqkd.exporters.converter_run import find_converter
+from msqkd.deploy import bundle
+from msqkd.deploy.benchmark_kit import read_kit
+from msqkd.deploy.converter_run import find_converter
 from msqkd.exporters.lite import read_marked
 from msqkd.exporters.ms.read import read_ms
 from msqkd.integer.simulator import Simulator

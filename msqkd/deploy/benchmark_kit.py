@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from msqkd.deploy.benchmark_scripts import readme, scripts
 from msqkd.errors import ExportError
-from msqkd.exporters.benchmark_scripts import readme, scripts
 from msqkd.exporters.converter import write_calibration_bins
 from msqkd.exporters.ms.read import read_ms
 from msqkd.files import PathLike, sha256, write_json, write_text

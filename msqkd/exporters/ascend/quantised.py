@@ -21,7 +21,7 @@ from mindspore import nn, ops
 from mindspore.ops.operations import _inner_ops
 
 from msqkd.errors import ExportError
-from msqkd.exporters.ascend_layers import AscendLayer, ascend_layers
+from msqkd.exporters.ascend.layers import AscendLayer, ascend_layers
 from msqkd.exporters.lite import strip_bookkeeping
 from msqkd.exporters.portable import write_cell
 from msqkd.files import PathLike, write_bytes

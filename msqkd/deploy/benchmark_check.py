@@ -11,8 +11,8 @@ from typing import Any, Optional
 
 import numpy as np
 
+from msqkd.deploy.benchmark_kit import Kit, read_kit
 from msqkd.errors import ExportError
-from msqkd.exporters.benchmark_kit import Kit, read_kit
 from msqkd.exporters.ms.read import read_ms
 from msqkd.files import PathLike
 from msqkd.integer.simulator import Simulator
@@ -97,7 +97,7 @@ def check_dump(folder: PathLike, dump: PathLike) -> DumpCheck:
     """Compare what a device dumped with the simulator.
 
     Args:
-        folder: from `msqkd.exporters.benchmark_kit.write_kit`.
+        folder: from `msqkd.deploy.benchmark_kit.write_kit`.
         dump: a file that `benchmark` dumped, or a folder of them; some folder on the way to a file has the name of its
             sample (``dump/00000/0/conv1_output_0_shape_1_8_8_4_Int8_NHWC.bin``).
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msqkd.exporters.ascend import fixed_input
+from msqkd.exporters.ascend.quantised import fixed_input
 from msqkd.exporters.converter import command, ptq_config, write_calibration_bins
 from msqkd.exporters.portable import write_cell
 from msqkd.files import PathLike, write_text

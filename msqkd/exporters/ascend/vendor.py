@@ -11,7 +11,7 @@ from typing import Union
 import numpy as np
 
 from msqkd.errors import ExportError
-from msqkd.exporters.ascend import fixed_input
+from msqkd.exporters.ascend.quantised import fixed_input
 from msqkd.exporters.converter import ACTIVATION_METHODS, command, ptq_config, write_calibration_bins
 from msqkd.exporters.portable import write_cell
 from msqkd.files import PathLike, write_text

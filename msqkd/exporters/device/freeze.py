@@ -1,0 +1,67 @@
+"""What a network computes from parameters and sizes alone, once the batch is fixed: constants of the program."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from msqkd.exporters.islands import cut, run_island
+from msqkd.graph.ir import Graph, Node, Value
+
+_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
+    "ScalarAdd": operator.add, "ScalarSub": operator.sub, "ScalarMul": operator.mul, "ScalarDiv": operator.truediv,
+    "ScalarFloorDiv": operator.floordiv, "ScalarMod": operator.mod,
+}  # fmt: skip
+_RANDOM = ("Dropout", "DropoutExt", "RandomUniform", "UniformReal", "StandardNormal")
+
+
+def freeze(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Replace every size by its number, and what is computed from parameters and literals by a parameter (in place).
+
+    Args:
+        graph: the network.
+        shapes: of every value.
+
+    Raises:
+        CaptureError: a part of the network has a data type msqkd does not know.
+    """
+    for node in list(graph.nodes):
+        if _is_number(graph, node, shapes):
+            graph.nodes.remove(node)
+    constant = _computed_from_constants(graph)
+    if constant:
+        _replace(graph, constant)
+    graph.prune()
+
+
+def _is_number(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Replace the numbers that `node` gives, if it gives some that are known now."""
+    if node.op == "Shape" and node.unpack:
+        numbers: list[Any] = list(shapes[node.inputs[0]])
+    elif node.op in _ARITHMETIC and all(graph.values[name].kind == "const" for name in node.inputs):
+        numbers = [_ARITHMETIC[node.op](*(graph.const(name) for name in node.inputs))]
+    else:
+        return False
+    for output, number in zip(node.outputs, numbers):
+        graph.values[output] = Value(output, "const", None, number)
+    return True
+
+
+def _computed_from_constants(graph: Graph) -> list[Node]:
+    known: set[str] = set()
+    found = []
+    for node in graph.nodes:
+        fixed = all(graph.values[name].kind in ("param", "const") or name in known for name in node.inputs)
+        if fixed and node.op not in _RANDOM:
+            found.append(node)
+            known.update(node.outputs)
+    return found
+
+
+def _replace(graph: Graph, nodes: list[Node]) -> None:
+    island = cut(graph, nodes)
+    for name, array in zip(island.outputs, run_island(island, [])):
+        graph.add_param(name, array, trainable=False)
+    gone = {node.name for node in nodes}
+    graph.nodes = [node for node in graph.nodes if node.name not in gone]

@@ -1,0 +1,186 @@
+"""What an operation of a graph does, as far as its int8 form depends on it; placement and lowering read it alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from math import prod
+from typing import Any, Optional
+
+import numpy as np
+
+from msqkd.graph.ir import Graph, Node
+
+_VALID = 2  # MindSpore's number of the padding mode, as AvgPool takes it
+_QUOTIENTS = ("Div", "Divs", "RealDiv")
+
+
+def rescale_factor(graph: Graph, node: Node) -> Optional[float]:
+    """What a product or quotient of a computed tensor and a positive number multiplies the tensor by, else None."""
+    tensors, others = graph.tensor_inputs(node), [n for n in node.inputs[:2] if graph.values[n].kind == "const"]
+    if len(node.inputs) != 2 or len(tensors) != 1 or len(others) != 1:
+        return None
+    number = np.asarray(graph.const(others[0]))
+    if number.ndim or not np.issubdtype(number.dtype, np.number):
+        return None
+    factor = float(np.float32(number))
+    if node.op in _QUOTIENTS:
+        if node.inputs[0] != tensors[0] or not factor:
+            return None
+        factor = 1 / factor
+    return factor if 0 < factor < math.inf else None
+
+
+def is_padded_pointwise(graph: Graph, node: Node) -> bool:
+    """Whether `node` is a 1×1 convolution that pads."""
+    return graph.shape(node.inputs[1])[2:] == (1, 1) and any(node.attrs["pad_list"])
+
+
+def by_channel(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether one of two 4-D shapes is the other's with H = W = 1."""
+    if len(one) != 4 or len(other) != 4:
+        return False
+    return one[:2] == other[:2] and (1, 1) in (one[2:], other[2:])
+
+
+def is_global(graph: Graph, node: Node) -> bool:
+    """Whether a mean, or an adaptive pool, is over the known H and W of a 4-D input."""
+    shape = graph.shape(node.inputs[0])
+    if len(shape) != 4 or min(shape[2:]) < 1:
+        return False
+    if node.op == "AdaptiveAvgPool2D":
+        return graph.shape(node.output)[2:] == (1, 1)
+    return axes_of(graph, node, 1) == [2, 3]
+
+
+def axes_of(graph: Graph, node: Node, index: int) -> list[int]:
+    """The axes that input `index` of a reduction or softmax names, counted from 0, in order."""
+    rank = len(graph.shape(node.inputs[0]))
+    given = graph.const(node.inputs[index])
+    given = (given,) if isinstance(given, int) else tuple(range(rank) if given is None or given == () else given)
+    return sorted(int(axis) % rank for axis in given)
+
+
+def window_of(graph: Graph, node: Node, over_plane: bool) -> int:
+    """The elements an average is over: those of the plane, or of the window of a pool."""
+    sizes = graph.shape(node.inputs[0])[2:] if over_plane else graph.const(node.inputs[1])
+    return prod(sizes)
+
+
+def pads(graph: Graph, node: Node) -> bool:
+    """Whether the windows of an average pool reach over the border."""
+    return bool(graph.const(node.inputs[3]) != _VALID)
+
+
+def paddings(graph: Graph, node: Node) -> Optional[list[tuple[int, int]]]:
+    """What Pad or PadV3 adds before and after every axis, where all of it is zeros and none is cut off; else None."""
+    rank = len(graph.shape(node.inputs[0]))
+    if node.op == "Pad":
+        pairs = [(int(a), int(b)) for a, b in node.attrs.get("paddings", ())]
+    else:
+        flat = graph.const(node.inputs[1])
+        filled = graph.const(node.inputs[2]) if len(node.inputs) > 2 else 0
+        zeros = node.attrs.get("mode") == "constant" and filled is not None and not np.any(filled)
+        if not zeros or not node.attrs.get("paddings_contiguous", True) or not isinstance(flat, (tuple, np.ndarray)):
+            return None
+        sizes = [int(size) for size in flat]
+        # From the last axis to the first, as many as there are.
+        pairs = [(sizes[i], sizes[i + 1]) for i in range(0, len(sizes), 2)][::-1]
+        pairs = [(0, 0)] * (rank - len(pairs)) + pairs
+    return pairs if len(pairs) == rank and min((min(pair) for pair in pairs), default=-1) >= 0 else None
+
+
+Entry = tuple[Optional[int], Optional[int], int, bool]
+"""Of a slice along one axis: begin, end, step, and whether it picks one element (and drops the axis)."""
+
+
+def slice_entries(graph: Graph, node: Node) -> Optional[list[Entry]]:
+    """Of StridedSlice, one entry an axis it mentions; a begin or end of None is the border, and so is a computed one.
+
+    None for the whole where it adds axes, goes backwards, or its steps or what it picks are computed.
+    """
+    begins, ends, steps = (_literals(graph, node, item) for item in node.arguments()[1:4])
+    begin_mask, end_mask, ellipsis, new_axis, shrink = (int(graph.const(name)) for name in node.inputs[-5:])
+    if ellipsis or new_axis:
+        return None
+    entries: list[Entry] = []
+    for axis, (begin, end, step) in enumerate(zip(begins, ends, steps)):
+        single, open_begin, open_end = (bool(mask >> axis & 1) for mask in (shrink, begin_mask, end_mask))
+        if step is None or step < 1 or (single and begin is None):
+            return None
+        entries.append((None if open_begin and not single else begin, None if open_end else end, step, single))
+    return entries
+
+
+def _literals(graph: Graph, node: Node, item: Any) -> list[Optional[int]]:
+    """The numbers of one argument; None for one that is computed."""
+    found: list[Optional[int]] = []
+    for index in item if isinstance(item, tuple) else (item,):
+        value = graph.const(node.inputs[index])
+        if isinstance(value, (tuple, list, np.ndarray)):
+            found += [int(number) for number in value]
+        else:
+            found.append(None if value is None else int(value))
+    return found
+
+
+def _slices(graph: Graph, node: Node) -> Optional[str]:
+    if 0 in graph.shape(node.output):
+        return "nothing is left of its input"
+    return None if slice_entries(graph, node) else "it adds axes or goes backwards"
+
+
+def _pad(graph: Graph, node: Node) -> Optional[str]:
+    return None if paddings(graph, node) else "it pads by other values than zeros, or cuts"
+
+
+def _gather(graph: Graph, node: Node) -> Optional[str]:
+    indices, axis = graph.const(node.inputs[1]), graph.const(node.inputs[2])
+    batched = len(node.inputs) > 3 and graph.const(node.inputs[3])
+    positions = np.asarray(-1 if indices is None else indices)
+    if batched or not isinstance(axis, int) or positions.size == 0 or positions.min() < 0:
+        return "its positions are computed, counted from the end, or differ from one item to the next"
+    return None
+
+
+def _product(graph: Graph, node: Node) -> Optional[str]:
+    shapes = [graph.shape(name) for name in node.inputs[:2]]
+    return None if min(len(shape) for shape in shapes) >= 2 else "one of its operands is a vector"
+
+
+def _layer_norm(graph: Graph, node: Node) -> Optional[str]:
+    if any(graph.values[name].kind != "param" for name in node.inputs[1:3]):
+        return "its scale or offset is computed, not a parameter"
+    first = {int(graph.const(name)) % len(graph.shape(node.inputs[0])) for name in node.inputs[3:5]}
+    return None if first == {len(graph.shape(node.inputs[0])) - 1} else "it is not over the last axis"
+
+
+def _concat(graph: Graph, node: Node) -> Optional[str]:
+    joined = node.inputs[: sum(length for _, length in node.sequences)]
+    return None if joined == graph.tensor_inputs(node) else "one of what it joins is a parameter"
+
+
+def _batch_norm(graph: Graph, node: Node) -> Optional[str]:
+    if graph.const(node.inputs[5]) or any(graph.values[name].kind != "param" for name in node.inputs[1:5]):
+        return "it takes its statistics from the batch"
+    return None
+
+
+OBSTACLES: dict[str, Callable[[Graph, Node], Optional[str]]] = {
+    "StridedSlice": _slices,
+    "Pad": _pad,
+    "PadV3": _pad,
+    "Gather": _gather,
+    "MatMul": _product,
+    "MatMulExt": _product,
+    "BatchMatMul": _product,
+    "LayerNorm": _layer_norm,
+    "BatchNorm": _batch_norm,
+    "Concat": _concat,
+}
+"""By operation, why this use of it has no int8 form, as a clause; None where it has one."""
+
+
+def resize_flags(graph: Graph, node: Node) -> tuple[bool, bool]:
+    """Of a resize to the nearest neighbour: whether corners are aligned, and whether coordinates are of half pixels."""
+    return bool(graph.const(node.inputs[2])), bool(graph.const(node.inputs[3]))
