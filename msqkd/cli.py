@@ -208,6 +208,29 @@ def _verified(result: dict[str, Any], folder: Path) -> None:
 
 
 @app.command()
+def bench(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    batch: Annotated[
+        Optional[list[int]], typer.Option(min=1, help="Samples a call; may be repeated [1 and 32].")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of one operation.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time for each measurement.")] = 5.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the float and the int8 network of a run with onnxruntime, and write the table.
+
+    Needs the extra onnx.
+    """
+    from msqkd.pipeline.latency import REPORT, bench_run
+
+    results = bench_run(run, batches=batch or [1, 32], threads=threads, seconds=seconds)
+    if as_json:
+        print(json.dumps(results, indent=2))
+    else:
+        print((run / f"{REPORT}.md").read_text(encoding="utf-8"), end="")
+
+
+@app.command()
 def plan(
     recipe: RecipeArgument,
     rest: Annotated[
@@ -304,10 +327,10 @@ def _common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    _quiet_compiler()
+    quiet_compiler()
 
 
-def _quiet_compiler() -> None:
+def quiet_compiler() -> None:
     """MindSpore's own account of a network that does not compile: the sentence of a MsqkdError tells it better."""
     os.environ.setdefault("GLOG_v", "4")
     if "MS_OM_PATH" not in os.environ:
@@ -318,12 +341,12 @@ def _quiet_compiler() -> None:
 
 def main() -> None:
     """Entry point of the console script: errors the user can mend are one sentence and exit code 2."""
-    code = _guarded(app)
+    code = guarded(app)
     leave_quietly()
     sys.exit(code)
 
 
-def _guarded(command: Callable[[], Any]) -> int:
+def guarded(command: Callable[[], Any]) -> int:
     try:
         command()
     except MsqkdError as error:

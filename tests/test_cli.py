@@ -22,7 +22,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["msqkd", *arguments])
-        code = cli._guarded(cli.app)
+        code = cli.guarded(cli.app)
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -110,14 +110,14 @@ def test_what_guards_a_command(capsys: pytest.CaptureFixture[str]) -> None:
 
         return command
 
-    assert cli._guarded(raising(RecipeError("a.yaml:3: x [red] y"))) == 2
+    assert cli.guarded(raising(RecipeError("a.yaml:3: x [red] y"))) == 2
     assert capsys.readouterr().err == "msqkd: a.yaml:3: x [red] y\n"
-    assert cli._guarded(raising(OSError(28, "No space left on device", "/out/f"))) == 2
+    assert cli.guarded(raising(OSError(28, "No space left on device", "/out/f"))) == 2
     assert capsys.readouterr().err == "msqkd: /out/f: No space left on device\n"
-    assert cli._guarded(raising(KeyboardInterrupt())) == 130
-    assert cli._guarded(raising(SystemExit(3))) == 3
+    assert cli.guarded(raising(KeyboardInterrupt())) == 130
+    assert cli.guarded(raising(SystemExit(3))) == 3
     with pytest.raises(ZeroDivisionError):
-        cli._guarded(raising(ZeroDivisionError()))  # a defect of msqkd keeps its traceback
+        cli.guarded(raising(ZeroDivisionError()))  # a defect of msqkd keeps its traceback
 
 
 def test_as_a_process_it_says_the_sentence_and_nothing_else(tmp_path: Path) -> None:

@@ -19,14 +19,14 @@ import sys
 from pathlib import Path
 from typing import Any, Optional
 
-from msqkd.cli import _guarded, _quiet_compiler
+from msqkd.cli import guarded, quiet_compiler
 from msqkd.platform import leave_quietly
 
 
 def main(arguments: Optional[list[str]] = None) -> int:
     """Run the tool; returns the exit code."""
     args = parse(arguments)
-    return _guarded(lambda: sys.exit(check(*args.check) if args.check else export(args)))
+    return guarded(lambda: sys.exit(check(*args.check) if args.check else export(args)))
 
 
 def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
@@ -99,7 +99,7 @@ def _check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def export(args: argparse.Namespace) -> int:
     """Write the files and say how the device will answer; 1 where it deviates too far."""
-    _quiet_compiler()
+    quiet_compiler()
     # While it runs a network MindSpore answers Ctrl-C itself, by sending SIGTERM to the process.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from msqkd.deploy.bundle import Wanted, check_places, from_recipe, from_run, write_bundle

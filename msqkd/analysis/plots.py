@@ -222,7 +222,7 @@ def lsb(rows: Sequence[tuple[str, Sequence[float], str]]) -> list[str]:
             for i, (_, _, text) in enumerate(part):
                 _note(axes, text, (left[i], i), (3, 0), size=7, ha="left", va="center")
             _rows(axes, [name for name, _, _ in part], size=7.5)
-            axes.set_xlim(0, 1.35 * widest if widest > 0 else 1.0)
+            axes.set_xlim(0, 1.6 * widest if widest > 0 else 1.0)
             axes.grid(axis="x")
             axes.set_xlabel("integers that differ, %", fontsize=8)
             charts.append(_svg(figure, f"lsb{first}"))

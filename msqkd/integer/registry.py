@@ -14,6 +14,7 @@ from msqkd.integer.program import Tensor, TensorQuant
 X86, ARM64 = "x86", "arm64"
 MACHINES = (X86, ARM64)
 INT8, FLOAT32, ASCEND = "int8", "float32", "ascend"
+ONNXRUNTIME = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ _KERNELS: dict[tuple[str, str], Kernel] = {}
 
 
 def kernel(*ops: str, kind: str = INT8) -> Callable[[Kernel], Kernel]:
-    """Register a function as the kernel of `ops`, for operands of `kind` (int8 or float32), or as Ascend's."""
+    """Register a function as the kernel of `ops`, for operands of `kind` (int8 or float32), or as another runtime's."""
 
     def register(function: Kernel) -> Kernel:
         for op in ops:
@@ -77,7 +78,8 @@ def find_kernel(op: str, kind: str, name: str) -> Kernel:
         SimulationError: there is none; begins with `name`.
     """
     import msqkd.integer.ascend
-    import msqkd.integer.kernels  # noqa: F401  (importing registers them)
+    import msqkd.integer.kernels
+    import msqkd.integer.onnxruntime  # noqa: F401  (importing registers them)
 
     found = _KERNELS.get((op, kind))
     if found is None:

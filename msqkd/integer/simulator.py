@@ -9,7 +9,7 @@ import numpy as np
 
 from msqkd.errors import SimulationError
 from msqkd.integer.program import ISLAND, Program, Step, Tensor
-from msqkd.integer.registry import FLOAT32, INT8, MACHINES, X86, Call, Kernel, Operand, find_kernel
+from msqkd.integer.registry import FLOAT32, INT8, MACHINES, ONNXRUNTIME, X86, Call, Kernel, Operand, find_kernel
 
 RunIsland = Callable[[Any, Sequence[np.ndarray]], Sequence[np.ndarray]]
 
@@ -24,7 +24,7 @@ class Simulator:
         program: what to run.
         machine: ``x86`` or ``arm64``, where the builds of the runtime differ.
         run_island: computes a float island (its graph, its inputs) where the program has one.
-        kind: which set of kernels integers are computed with, ``int8`` (MindSpore Lite) or ``ascend``.
+        kind: which set of kernels integers are computed with: ``int8`` (MindSpore Lite), ``ascend`` or ``onnxruntime``.
 
     Raises:
         SimulationError: a step has no kernel, or `machine` is unknown.
@@ -39,12 +39,17 @@ class Simulator:
         self._kernels: dict[str, Kernel] = {}
         for step in program.steps:
             if step.op != ISLAND:
-                first = program.tensors[step.inputs[0]].dtype
-                self._kernels[step.name] = find_kernel(step.op, kind if step.quantized else _kind(first), step.name)
+                self._kernels[step.name] = find_kernel(step.op, self._kind(step, kind), step.name)
             elif run_island is None:
                 raise SimulationError(f"{step.name}: it is computed in float, and nothing is given that can")
         self._stored = _float_constants(program)
         self._last_use = _last_uses(program)
+
+    def _kind(self, step: Step, kind: str) -> str:
+        """The set of kernels `step` is in; a cast is in that of the integers, whose rounding it has."""
+        if step.quantized or (step.op == "QuantDTypeCast" and kind == ONNXRUNTIME):
+            return kind
+        return INT8 if self.program.tensors[step.inputs[0]].dtype == "int8" else FLOAT32
 
     def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """The outputs for `inputs`, arrays shaped as the program's inputs but for the batch.
@@ -119,10 +124,6 @@ def _float_constants(program: Program) -> dict[tuple[str, str], np.ndarray]:
                 scale, zero = (array.reshape(shape) for array in (tensor.quant.scale, tensor.quant.zero_point))
                 found[step.name, name] = ((tensor.data.astype(np.int32) - zero) * scale).astype(np.float32)
     return found
-
-
-def _kind(dtype: str) -> str:
-    return INT8 if dtype == "int8" else FLOAT32
 
 
 def _last_uses(program: Program) -> list[list[str]]:

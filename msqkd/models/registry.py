@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -75,7 +76,7 @@ def build_model(source: str, name: Optional[str], args: Mapping[str, Any], where
     except MsqkdError:
         raise
     except Exception as error:
-        raise ModelError(f"{where}: '{name}' could not be made: {_reason(error)}") from error
+        raise ModelError(f"{where}: '{name}' could not be made: {_reason(error)}{_place(error)}") from error
     if not isinstance(cell, nn.Cell):
         raise ModelError(f"{where}: '{name}' gave a {type(cell).__name__}; a mindspore.nn.Cell is needed")
     return cell
@@ -171,3 +172,10 @@ def _unknown(name: str, names: Iterable[str], where: str, allowed: str) -> Model
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _place(error: Exception) -> str:
+    """Where in the factory's own code an error arose, as `` (at net.py:12)``; nothing where it was not in a file."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = [frame for frame in frames if f"{os.sep}mindspore{os.sep}" not in frame.filename]
+    return f" (at {own[-1].filename}:{own[-1].lineno})" if own else ""

@@ -255,9 +255,10 @@ class _Placement:
     def _is_reached(self, node: Node, anchored: set[str]) -> bool:
         """Whether a neighbour that matters is among the nodes that are int8 in any case."""
         source = self.producers.get(self.graph.tensor_inputs(node)[0])
-        if source is not None and source.name in anchored and not self._gives_float(source):
-            return True
         readers = [reader for output in node.outputs for reader in self.readers.get(output, [])]
+        if source is not None and source.name in anchored and not self._gives_float(source):
+            # What a number does to the scale is nothing to those who compute in float.
+            return self._kind(node) != RESCALED or any(self._is_int8(reader) for reader in readers)
         return not self._follows(node) and any(reader.name in anchored for reader in readers)
 
     def _place_in_float(self, node: Node, reason: str) -> None:
@@ -274,6 +275,8 @@ class _Placement:
                 continue  # a shape, an index, a mask
             source = self.producers.get(value.name)
             readers = self.readers.get(value.name, [])
+            if not readers and value.name not in self.graph.outputs:
+                continue  # the statistics of a normalisation
             int8_readers = [n for n in readers if self._is_int8(n) and n.name not in self.fused]
             fused_away = any(
                 n.name in self.fused and self.fused[n.name] == (source.name if source else "") for n in readers

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from msqkd.targets import DEPTHWISE, FREE, SHARED, SHARED_ROUNDED, TARGETS, WEIGHTED, Int8Op, Target
+from msqkd.targets import DEPTHWISE, FREE, RESCALED, SHARED, SHARED_ROUNDED, TARGETS, WEIGHTED, Int8Op, Target
 
 _KINDS = {
     WEIGHTED: "a weight, an int32 bias, and an output with parameters of its own",
     FREE: "inputs and output have parameters of their own",
     SHARED: "the output has the input's parameters, nothing is rounded",
+    RESCALED: "the output has the input's integers, and its scale times the number",
     SHARED_ROUNDED: "the output has the input's parameters and is rounded to them",
 }
 
@@ -35,8 +36,9 @@ def _target(target: Target) -> Iterator[str]:
     yield "| operation | kernel | how | with |"
     yield "|---|---|---|---|"
     for op, support in target.ops.items():
-        how = "only its inputs are int8, the result is float" if support.float_output else _KINDS[support.kind]
-        yield f"| {op} | {support.kernel} | {how} | {'; '.join(_conditions(support))} |"
+        yield _row(op, support)
+    if target.rescaling is not None:
+        yield _row(f"{', '.join(target.rescaled)} with a positive number", target.rescaling)
     yield ""
     if target.float_reasons or target.float_defects:
         yield "Kept float on purpose:\n"
@@ -56,6 +58,13 @@ def _target(target: Target) -> Iterator[str]:
         yield ""
 
 
+def _row(op: str, support: Int8Op) -> str:
+    how = "only its inputs are int8, the result is float" if support.float_output else _KINDS[support.kind]
+    if support.fixed_range is not None:
+        how = f"the output has the range {support.fixed_range[0]:g} to {support.fixed_range[1]:g}"
+    return f"| {op} | {support.kernel} | {how} | {'; '.join(_conditions(support))} |"
+
+
 def _conditions(support: Int8Op) -> Iterator[str]:
     if support.activations:
         yield f"{' or '.join(support.activations)} in the same kernel"
@@ -67,6 +76,18 @@ def _conditions(support: Int8Op) -> Iterator[str]:
         yield "operands of one shape, or (N, C, H, W) and (N, C, 1, 1)"
     if support.global_spatial:
         yield "over the whole height and width"
+    if support.maps_only:
+        yield "feature maps (N, C, H, W)"
+    if support.follows:
+        yield "only where its input is computed in int8"
+    if support.max_row is not None:
+        yield f"rows of at most {support.max_row} values"
+    if support.asymmetric:
+        yield "neither aligned corners nor half pixels"
+    if support.per_tensor:
+        yield "its factors as int8 with one scale"
+    if support.file_only:
+        yield "in `.ms` files, float in the file for the converter"
     if support.form == DEPTHWISE:
         yield "written as a depthwise convolution"
     if support.max_rank is not None:

@@ -119,7 +119,7 @@ def msqkd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr("sys.argv", ["msqkd", *map(str, arguments)])
         before = signal.getsignal(signal.SIGTERM)
         try:
-            code = cli._guarded(cli.app)
+            code = cli.guarded(cli.app)
         finally:
             signal.signal(signal.SIGTERM, before)
         out, err = capsys.readouterr()

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 
 import mindspore as ms
+import numpy as np
 import pytest
 from mindspore import nn, ops
 
@@ -98,8 +99,8 @@ class SharedConv(nn.Cell):
 
 def test_relu_of_a_value_with_other_readers_is_not_fused() -> None:
     graph, plan = planned(SharedConv())
-    assert plan.node("relu").fused_into is None
-    assert plan.node("relu").precision == "float"
+    node = plan.node("relu")
+    assert (node.fused_into, node.precision, node.form, node.avoids) == (None, "int8", "depthwise", ("lone_relu",))
     assert value_of(graph, "first") in plan.groups
 
 
@@ -227,10 +228,8 @@ def test_products_of_one_shape_or_by_channel_are_int8(gate: Callable, precision:
 @pytest.mark.parametrize(
     ("cell", "op", "why"),
     [
-        (nn.ReLU(), "ReLU", "follows no int8 convolution"),
-        (nn.ReLU6(), "ReLU6", "follows no int8 convolution"),
         (nn.Sigmoid(), "Sigmoid", "largest input"),
-        (nn.HSigmoid(), "HSigmoid", "lite_arm has no int8 kernel for HSigmoid"),
+        (nn.HSigmoid(), "HSigmoid", "follows no int8 convolution"),
     ],
 )
 def test_operations_without_a_sound_kernel_stay_float_with_a_reason(cell: nn.Cell, op: str, why: str) -> None:
@@ -281,7 +280,7 @@ def test_pools_between_float_operations_stay_float() -> None:
     class Floats(nn.Cell):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.pool, self.tanh, self.sigmoid = conv(), nn.MaxPool2d(2, 2), nn.HSigmoid(), nn.Sigmoid()
+            self.first, self.pool, self.tanh, self.sigmoid = conv(), nn.MaxPool2d(2, 2), nn.Sigmoid(), nn.Sigmoid()
 
         def construct(self, x):  # type: ignore[no-untyped-def]
             return self.sigmoid(self.pool(self.tanh(self.first(x))))
@@ -370,7 +369,7 @@ def test_settings_reach_weights_and_groups_with_their_rule() -> None:
     assert plan.groups[value_of(graph, "relu")].delay == 0
 
 
-def test_batchnorm_that_cannot_be_folded_stays_float() -> None:
+def test_batchnorm_of_a_float_value_stays_float() -> None:
     class Alone(nn.Cell):
         def __init__(self) -> None:
             super().__init__()
@@ -381,7 +380,121 @@ def test_batchnorm_that_cannot_be_folded_stays_float() -> None:
 
     _, plan = planned(Alone())
     assert plan.node("norm").precision == "float"
-    assert "could be folded" in plan.node("norm").reason
+    assert plan.node("norm").reason == "its input is computed in float"
+
+
+def test_batchnorm_and_relu_of_int8_values_are_depthwise_convolutions() -> None:
+    net = nn.SequentialCell(conv(), nn.MaxPool2d(2, 2), nn.BatchNorm2d(4), nn.ReLU(), conv())
+    graph, plan = planned(net)
+    assert set(verdicts(plan).values()) == {"int8"}
+    assert (plan.node("2").form, plan.node("3").fused_into) == ("depthwise", "2")
+    assert value_of(graph, "2") not in plan.activations, "its ReLU is in its kernel"
+
+
+def test_an_activation_falls_to_float_with_the_normalisation_it_was_fused_into() -> None:
+    _, plan = planned(nn.SequentialCell(nn.BatchNorm2d(4), nn.ReLU(), conv()))
+    assert verdicts(plan) == {"0": "float", "1": "float", "2": "int8"}
+    assert plan.node("1").fused_into is None
+
+
+def test_a_hard_sigmoid_behind_a_layer_has_its_kernel_and_a_fixed_range() -> None:
+    graph, plan = planned(nn.SequentialCell(conv(), nn.HSigmoid(), conv()))
+    node, group = plan.node("1"), plan.groups[value_of(graph, "1")]
+    assert (node.fused_into, node.form) == ("0", "hard sigmoid")
+    assert (group.range, group.fixed, group.delay) == ((0.0, 1.0), True, 0)
+    assert plan.with_ranges({group.name: (-9.0, 9.0)}).groups[group.name].range == (0.0, 1.0)
+    _, plan = planned(nn.SequentialCell(conv(), nn.HSigmoid(), conv()), config=QuantConfig(act_quant_dtype=4))
+    assert plan.node("1").precision == "float", "the clip at 1 is that of 8 bits"
+
+
+class Attention(nn.Cell):
+    """Products of two computed values, a scale, a softmax and a normalisation."""
+
+    def __init__(self, scale: float = 0.5, axis: int = -1) -> None:
+        super().__init__()
+        self.scale, self.axis = scale, axis
+        self.first, self.norm, self.last = nn.Dense(6, 6), nn.LayerNorm((6,)), nn.Dense(6, 6)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        y = self.norm(self.first(x))
+        weights = ops.softmax(ops.BatchMatMul(transpose_b=True)(y, y) * self.scale, self.axis)
+        return self.last(ops.BatchMatMul()(weights, y))
+
+
+def _node_of(plan: QuantPlan, *ops_: str) -> str:
+    return next(node.name for node in plan.nodes if node.op in ops_)
+
+
+def test_attention_is_int8_with_a_softmax_of_fixed_range() -> None:
+    graph, plan = planned(Attention(), (5, 6))
+    assert set(verdicts(plan).values()) == {"int8"}
+    softmax = plan.groups[value_of(graph, _node_of(plan, "Softmax"))].qparams()
+    assert (float(softmax.scale), int(softmax.zero_point)) == (1 / 256, -128)
+    assert plan.node(_node_of(plan, "Softmax")).avoids == ("softmax_parameters",)
+    norm = plan.weights[_node_of(plan, "LayerNorm")]
+    assert (norm.bits, norm.axis) == (8, None)
+    assert any("LayerNorm (1 of them" in text and ".ms files only" in text for text in plan.warnings)
+
+
+def test_a_product_with_a_number_changes_the_scale_alone() -> None:
+    graph, plan = planned(Attention(0.3), (5, 6))
+    value = value_of(graph, _node_of(plan, "Mul", "Muls"))
+    source = graph.tensor_inputs(graph.node(_node_of(plan, "Mul", "Muls")))[0]
+    group = plan.groups[value]
+    assert plan.activations[value].exact
+    assert (group.source, group.factor) == (source, pytest.approx(0.3))
+    assert value not in plan.ranges()
+    known = plan.with_ranges({source: (-2.0, 4.0), value: (-100.0, 100.0)})
+    one, other = known.groups[source].qparams(), known.groups[value].qparams()
+    assert other.zero_point == one.zero_point
+    assert other.scale == np.float32(one.scale * np.float32(group.factor))
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_a_product_with_a_number_that_is_not_positive_stays_float(scale: float) -> None:
+    _, plan = planned(Attention(scale), (5, 6))
+    assert plan.node(_node_of(plan, "Mul", "Muls")).precision == "float"
+
+
+def test_a_long_softmax_stays_float() -> None:
+    _, plan = planned(Attention(), (512, 6))
+    node = plan.node(_node_of(plan, "Softmax"))
+    assert (node.precision, node.avoids) == ("float", ("softmax_sum",))
+    assert "512 values, allowed are 511" in node.reason
+
+
+def test_parts_of_a_value_share_its_parameters() -> None:
+    class Parts(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = conv(), conv()
+
+        def construct(self, x):  # type: ignore[no-untyped-def]
+            left, right = ops.split(ops.pad(self.first(x), (1, 1, 1, 1)), 2, 1)
+            grown = ops.interpolate(
+                ops.concat((right, left), 1)[:, :, 1:5, ::2], scale_factor=2.0, recompute_scale_factor=True
+            )
+            return self.second(ops.gather(grown, ms.Tensor([3, 0, 1, 2]), 1))
+
+    graph, plan = planned(Parts())
+    assert set(verdicts(plan).values()) == {"int8"}
+    shared = {quant.group for quant in plan.activations.values() if quant.exact}
+    joined = value_of(graph, _node_of(plan, "Concat"))
+    assert shared == {value_of(graph, "first"), joined}, "a concatenation of two has parameters of its own"
+
+
+def test_a_parameter_that_is_moved_stays_float() -> None:
+    class Moved(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = conv()
+            self.table = ms.Parameter(ms.numpy.ones((4, 4)), name="table")
+
+        def construct(self, x):  # type: ignore[no-untyped-def]
+            return self.first(x) + ops.reshape(self.table, (1, 4, 2, 2))
+
+    _, plan = planned(Moved(), (4, 2, 2))
+    assert plan.node(_node_of(plan, "Reshape")).reason == "it reads nothing that is computed"
 
 
 def test_unknown_target() -> None:

@@ -192,7 +192,7 @@ def test_a_large_average_overflows() -> None:
         (ActivationType.SIGMOID, "sigmoid_at_127", nn.Sigmoid()),
     ],
 )
-def test_lone_activations_are_wrong_and_stay_float(kind: ActivationType, defect: str, cell: nn.Cell) -> None:
+def test_lone_activations_are_wrong_and_avoided(kind: ActivationType, defect: str, cell: nn.Cell) -> None:
     x = np.arange(-128, 128, dtype=np.int8).reshape(1, 1, 1, 256)
     quant = {
         ActivationType.RELU: FINE,
@@ -211,7 +211,13 @@ def test_lone_activations_are_wrong_and_stay_float(kind: ActivationType, defect:
         check_program(made)
     # behind a maximum pool there is no kernel an activation could be computed in
     program_of = avoided(Between(nn.SequentialCell(nn.MaxPool2d(2, 2), cell)), (3, 8, 8), defect)
-    assert not next(step for step in program_of.steps if step.op == "Activation").quantized
+    lone = [step for step in program_of.steps if step.op == "Activation"]
+    if kind == ActivationType.SIGMOID:
+        assert [step.quantized for step in lone] == [False]
+    else:
+        assert not lone
+        step = next(step for step in program_of.steps if step.layer.startswith("operation.1"))
+        assert (step.op, step.attrs["activation_type"], step.quantized) == ("Conv2DFusion", kind, True)
 
 
 def test_grouped_convolutions_take_one_scale() -> None:
@@ -260,3 +266,27 @@ def test_the_softmax_ignores_its_output_parameters() -> None:
     assert np.array_equal(run(made, x), run(standard, x))
     with pytest.raises(ExportError):
         check_program(made)
+
+
+def test_a_softmax_over_many_values_is_undefined() -> None:
+    made = program(
+        "Softmax", (1, 600), (1, 600), {"axis": (1,)}, quant=TensorQuant(np.array([1 / 256]), np.array([-128]))
+    )
+    with pytest.raises(SimulationError, match="sum up to 512 or more"):
+        run(made, np.zeros((1, 600), np.int8))
+
+
+class Grown(nn.Cell):
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return ops.ResizeNearestNeighborV2(align_corners=False, half_pixel_centers=True)(x, (7, 7))
+
+
+def test_a_nearest_resize_takes_half_pixels_for_whole_ones() -> None:
+    attrs = {"format": 1, "method": 1, "new_height": 7, "new_width": 7, "coordinate_transform_mode": 2}
+    made = program("Resize", (1, 4, 4, 2), (1, 7, 7, 2), attrs)
+    x = noise(1, 4, 4, 2)
+    exact = np.clip(np.floor((np.arange(7) + 0.5) * 4 / 7), 0, 3).astype(int)
+    assert not np.array_equal(run(made, x), x[:, exact][:, :, exact])
+    graph = deployment_graph(capture(Between(Grown()), (3, 4, 4)))
+    node = next(node for node in make_plan(graph).nodes if node.op.startswith("Resize"))
+    assert (node.precision, node.avoids) == ("float", ("resize_half_pixel",))

@@ -21,13 +21,15 @@ def test_every_defect_that_is_named_is_described(target) -> None:  # type: ignor
     named = {target.grouped_per_channel, target.padded_pointwise, *target.float_defects.values()}
     for support in target.ops.values():
         named |= {support.same_shape, support.sample_broadcast, support.window_defect, *support.avoids}
+        named |= {support.row_defect, support.asymmetric}
     assert named - {""} <= set(target.defects)
     assert not set(target.ops) & {*target.float_reasons, *target.float_defects}
 
 
 def test_every_int8_operation_of_the_device_can_be_written() -> None:
-    forms = {op for op, support in get_target("lite_arm").ops.items() if support.form is None}
-    assert forms <= set(INT8_STEPS)
+    target = get_target("lite_arm")
+    forms = {op for op, support in target.ops.items() if support.form is None}
+    assert forms | set(target.rescaled) <= set(INT8_STEPS)
 
 
 def test_an_unknown_target_is_named() -> None:

@@ -29,6 +29,8 @@ def freeze(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for node in list(graph.nodes):
         if _is_number(graph, node, shapes):
             graph.nodes.remove(node)
+    for node in graph.nodes:
+        _join_literals(graph, node)
     constant = _computed_from_constants(graph)
     if constant:
         _replace(graph, constant)
@@ -46,6 +48,17 @@ def _is_number(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]]) 
     for output, number in zip(node.outputs, numbers):
         graph.values[output] = Value(output, "const", None, number)
     return True
+
+
+def _join_literals(graph: Graph, node: Node) -> None:
+    """A list of literals, such as a shape that was computed in part, is one literal."""
+    for start, length in reversed(node.sequences):
+        names = node.inputs[start : start + length]
+        if length and all(graph.values[name].kind == "const" for name in names):
+            joined = graph.add_const(tuple(graph.const(name) for name in names), "numbers")
+            node.inputs[start : start + length] = [joined]
+            later = ((first - length + 1, count) for first, count in node.sequences if first > start)
+            node.sequences = (*(run for run in node.sequences if run[0] < start), *later)
 
 
 def _computed_from_constants(graph: Graph) -> list[Node]:

@@ -43,7 +43,7 @@ def lite_program(graph: Graph, plan: QuantPlan, batch: int = 1, kind: str = INT8
 
     Raises:
         PlanError: a range is missing.
-        ExportError: a scale the runtime cannot represent, or a size that depends on more than the batch.
+        ExportError: a scale the runtime cannot represent.
     """
     return Lowering(graph, plan, batch, kind).run()
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Optional
 
 import mindspore as ms
 import numpy as np
 
-from msqkd.errors import ExportError
 from msqkd.exporters.islands import is_tensor
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph, Node
@@ -18,20 +18,21 @@ Shape = tuple[int, ...]
 def concrete_shapes(graph: Graph, batch: int) -> dict[str, Shape]:
     """Every value's shape with the open batch set to `batch`.
 
-    Where a size is computed by the network from others, it is found by running the network once.
-
-    Raises:
-        ExportError: a size depends on more than the batch.
+    Where a size is computed from others in a way not known here, it is found by running the network once.
     """
     shapes = {value.name: value.type.shape for value in graph.values.values() if value.type is not None}
     for name in graph.inputs:
         shapes[name] = tuple(batch if size < 0 else size for size in shapes[name])
     if any(shape.count(-1) > 1 for shape in shapes.values()):
         return {**shapes, **_observed(graph, shapes)}
+    producers = {output: node for node in graph.nodes for output in node.outputs}
     for node in graph.nodes:
         for output in node.outputs:
             if output in shapes and min(shapes[output], default=0) < 0:
-                shapes[output] = _closed(graph, node, shapes[output], shapes)
+                closed = _closed(graph, node, shapes[output], shapes, producers)
+                if closed is None:
+                    return {**shapes, **_observed(graph, shapes)}
+                shapes[output] = closed
     return shapes
 
 
@@ -45,20 +46,31 @@ def _observed(graph: Graph, shapes: dict[str, Shape]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in zip(names, found)}
 
 
-def _closed(graph: Graph, node: Node, shape: Shape, shapes: dict[str, Shape]) -> Shape:
-    """`shape` with its open size found from the inputs of `node`."""
+def _closed(
+    graph: Graph, node: Node, shape: Shape, shapes: dict[str, Shape], producers: dict[str, Node]
+) -> Optional[Shape]:
+    """`shape` with its open size found from what `node` reads, if it can be."""
     if node.op == "Reshape":
         known = -prod(shape)
-        return tuple(prod(shapes[node.inputs[0]]) // known if size < 0 else size for size in shape)
-    if node.op == "Transpose":
-        source = shapes[node.inputs[0]]
-        return tuple(source[axis] for axis in graph.const(node.inputs[1]))
-    return tuple(_size(graph, node, axis, size, shapes) for axis, size in enumerate(shape))
+        size: Optional[int] = prod(shapes[node.inputs[0]]) // known
+    elif node.op == "Transpose":
+        size = shapes[node.inputs[0]][graph.const(node.inputs[1])[shape.index(-1)]]
+    elif node.op == "BroadcastTo":
+        size = _asked(node.inputs[1:], shape.index(-1), shapes, producers)
+    else:
+        size = _size(graph, node, shape.index(-1), shapes)
+    return None if size is None else tuple(size if known < 0 else known for known in shape)
 
 
-def _size(graph: Graph, node: Node, axis: int, size: int, shapes: dict[str, Shape]) -> int:
-    if size >= 0:
-        return size
+def _asked(names: list[str], axis: int, shapes: dict[str, Shape], producers: dict[str, Node]) -> Optional[int]:
+    """The size that a list of computed numbers has at `axis`, where it is that of a tensor."""
+    source = producers.get(names[axis]) if axis < len(names) else None
+    if source is None or source.op != "Shape" or not source.unpack:
+        return None
+    return shapes[source.inputs[0]][source.outputs.index(names[axis])]
+
+
+def _size(graph: Graph, node: Node, axis: int, shapes: dict[str, Shape]) -> Optional[int]:
     for name in graph.tensor_inputs(node):
         declared = graph.shape(name)
         if axis < len(declared) and declared[axis] < 0:
@@ -66,4 +78,4 @@ def _size(graph: Graph, node: Node, axis: int, size: int, shapes: dict[str, Shap
     for name in graph.tensor_inputs(node):  # an axis came or went: the batch is the only open size there was
         if graph.shape(name).count(-1) == 1:
             return shapes[name][graph.shape(name).index(-1)]
-    raise ExportError(f"{node.name} ({node.op}): size {axis} of its output is not known; capture with a fixed batch")
+    return None

@@ -67,14 +67,14 @@ def _concat(call: Call) -> None:
 
 @writes("Split")
 def _split(call: Call) -> None:
-    call.emit("Split", call.tensor(0), axis=int(call.literal(1)))
+    call.emit("Split", call.tensor(0), axis=int(call.literal(1)), num_outputs=len(call.outputs))
 
 
 @writes("Unstack")
 def _unstack(call: Call) -> None:
     axis, x = int(call.attribute("axis")), call.tensor(0)
     parts = [call.writer.unique(f"{output}.part") for output in call.outputs]
-    call.writer.node("Split", [x], parts, f"{call.node.name}.Split", axis=axis)
+    call.writer.node("Split", [x], parts, f"{call.node.name}.Split", axis=axis, num_outputs=len(parts))
     for part, output in zip(parts, call.outputs):
         call.writer.node("Squeeze", [part, call.constant(axis)], [output], call.node.name)
 

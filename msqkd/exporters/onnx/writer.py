@@ -1,7 +1,7 @@
 """An ONNX model as it is built: nodes, initialisers, names that are used once; and the file it becomes.
 
-Operator set 20 (the first with Gelu) and IR version 9, which every onnxruntime since 1.17 reads. The bytes depend on the
-network alone.
+Operator set 20 (the first with Gelu) and IR version 9, which every onnxruntime since 1.17 reads. The bytes depend on
+the network alone.
 """
 
 from __future__ import annotations

@@ -62,6 +62,9 @@ def _open_arguments(graph: Graph, node: Node, twins: list[Any], batches: tuple[i
         if node.op == "StridedSlice" and index == _END and _takes_whole_batch(graph, node, batches[0]):
             twins = [graph.const(literal) for literal in node.inputs]
             continue
+        if isinstance(twins[index], np.ndarray):
+            node.inputs[index] = _open_array(graph, node, name, twins[index], batches)
+            continue
         shape = graph.shape(node.output)
         if node.op == "Reshape" and shape.count(-1) == 1:
             node.inputs[index] = graph.add_const(shape, "shape")
@@ -83,6 +86,24 @@ def _takes_whole_batch(graph: Graph, node: Node, batch: int) -> bool:
     node.inputs[_END] = graph.add_const((0, *end[1:]), "end")
     node.inputs[_END + 3] = graph.add_const(end_mask | 1, "end_mask")
     return True
+
+
+def _open_array(graph: Graph, node: Node, name: str, twin: np.ndarray, batches: tuple[int, int]) -> str:
+    """An array of equal samples, as ``zeros((batch, ...))`` gives it: one of them, repeated."""
+    array = graph.const(name)
+    row = array[:1]
+    repeated = array.shape[1:] == twin.shape[1:] and bool((array == row).all()) and bool((twin == row).all())
+    if not repeated or not array.ndim:
+        raise _fixed(graph, node)
+    sizes = [_size(graph, node, *pair, batches) for pair in zip(array.shape, twin.shape)]
+    kind = TensorType((-1, *array.shape[1:]), str(array.dtype))
+    output = graph.add_value(Value(graph.unique_value(f"{name}_repeated"), "node", kind))
+    source = graph.add_const(row.copy(), name)
+    label = graph.unique_node(".".join(filter(None, (node.cell_path, "repeat"))))
+    repeat = Node(label, "BroadcastTo", [source, *sizes], [output], {}, node.cell_path, node.cell_types)
+    repeat.sequences = ((1, len(sizes)),)
+    graph.nodes.insert(graph.nodes.index(node), repeat)
+    return output
 
 
 def _size(graph: Graph, node: Node, size: int, twin: int, batches: tuple[int, int]) -> str:

@@ -1,0 +1,68 @@
+"""`msqkd bench`: how fast a finished run's network is here, float and int8, with onnxruntime."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from msqkd.bench import bench_onnx, markdown
+from msqkd.files import write_json, write_text
+from msqkd.pipeline.run import reopen
+from msqkd.pipeline.rundir import RunDirectory
+from msqkd.progress import Reporter
+from msqkd.recipe import make_recipe
+
+REPORT = "bench"
+"""Name of the two files written, without their suffixes."""
+
+
+def bench_run(
+    path: Path,
+    *,
+    batches: Sequence[int] = (1,),
+    threads: int = 1,
+    seconds: float = 5.0,
+    reporter: Optional[Reporter] = None,
+) -> list[dict[str, Any]]:
+    """Measure the float and the int8 network of a finished run with onnxruntime.
+
+    ``bench.json`` and ``bench.md`` are written into the run's folder.
+
+    Args:
+        path: the folder of a finished run.
+        batches: samples a call, one measurement each.
+        threads: threads of one operation.
+        seconds: time for each measurement.
+        reporter: where progress is told.
+
+    Returns:
+        One measurement a batch size, as `msqkd.bench.Comparison.to_dict` gives it.
+
+    Raises:
+        ExportError: no finished run, or a network that ONNX cannot hold.
+        DataError: a number of samples or threads that makes no measurement.
+        MissingDependencyError: onnx or onnxruntime is not installed.
+    """
+    from msqkd.exporters.onnx import export_onnx, export_onnx_float
+
+    reporter = reporter or Reporter()
+    folder = RunDirectory.finished(path)
+    recipe = make_recipe(folder.state["recipe"])
+    network = reopen(folder, recipe, reporter)
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        float_file = export_onnx_float(network.graph, Path(scratch) / "float.onnx")
+        int8_file = export_onnx(network.graph, network.plan, Path(scratch) / "int8.onnx")
+        for size in batches:
+            samples = network.test.batch(np.arange(size) % len(network.test))[0]
+            reporter.say(f"batch {size}: {seconds:g} s")
+            measured = bench_onnx(float_file, int8_file, samples, threads=threads, seconds=seconds)
+            found.append(measured)
+    results = [item.to_dict() for item in found]
+    write_json(folder.file(f"{REPORT}.json"), results)
+    write_text(folder.file(f"{REPORT}.md"), markdown(found))
+    return results
