@@ -23,7 +23,7 @@ Progress = Callable[[int], None]
 
 
 def batches_of(dataset: Batches) -> Iterator[np.ndarray]:
-    """The inputs of a dataset, batch by batch, as float32 arrays of shape (N, ...).
+    """The inputs of a dataset, batch by batch, as arrays of shape (N, ...): integers as they are, others as float32.
 
     `dataset` is a MindSpore dataset, or an iterable of arrays, Tensors, or tuples, lists or dictionaries that begin
     with the input.
@@ -36,7 +36,8 @@ def batches_of(dataset: Batches) -> Iterator[np.ndarray]:
             item = next(iter(item.values()))
         elif isinstance(item, (tuple, list)):
             item = item[0]
-        yield np.asarray(item.asnumpy() if isinstance(item, ms.Tensor) else item, np.float32)
+        data = np.asarray(item.asnumpy() if isinstance(item, ms.Tensor) else item)
+        yield data if np.issubdtype(data.dtype, np.integer) and data.dtype != np.uint8 else data.astype(np.float32)
 
 
 class Observation:

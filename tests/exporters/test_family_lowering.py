@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import mindspore as ms
@@ -148,6 +149,7 @@ def samples(name: str) -> Arrays:
     return [generator.normal(size=(3, 3, size, size)).astype(np.float32)]
 
 
+@cache
 def planned(name: str, style: str = "") -> tuple[Graph, QuantPlan, Arrays]:
     """The deployment graph of a network, its plan with the ranges of the samples, and the samples."""
     ms.set_seed(5)
