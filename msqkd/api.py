@@ -16,6 +16,7 @@ from msqkd.graph.ir import Graph
 from msqkd.graph.passes.fold_batchnorm import BATCHNORM_MODES
 from msqkd.quant.config import QuantConfig, Rule
 from msqkd.quant.fake_quant import IN_GRAPH_OBSERVERS, QUANTIZE
+from msqkd.quant.integers import round_biases
 from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.ptq import Batches, batches_of, calibrate
@@ -188,7 +189,7 @@ def quantize(ptq_net: PTQNetwork, calib_dataset: Optional[Batches] = None) -> Qu
     if dataset is None:
         raise DataError("quantize needs calib_dataset: none was given here or to create_ptq_network")
     plan = calibrate(ptq_net.graph, ptq_net.plan, dataset, iterations=ptq_net.iterations)
-    cell = quantize_cell(ptq_net.graph, plan)
+    cell = quantize_cell(round_biases(ptq_net.graph, plan), plan)
     cell.set_phase(QUANTIZE)
     return cell
 

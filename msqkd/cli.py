@@ -347,6 +347,7 @@ def main() -> None:
 
 
 def guarded(command: Callable[[], Any]) -> int:
+    """Run `command`; what the user can mend is told in one sentence. Returns the exit code."""
     try:
         command()
     except MsqkdError as error:

@@ -47,8 +47,8 @@ PAIRS = {
 BINS = ("<=-3", "-2", "-1", "0", "1", "2", ">=3")
 """Differences in LSB, integer minus fake-quantised, as the histogram counts them."""
 
-NEGLIGIBLE_SAMPLES = 2
-"""A deviation of so few samples never exceeds a bound: a close call between two classes may go either way."""
+STANDARD_ERRORS = 2
+"""A deviation of no more of them never exceeds a bound: so far, close calls between two classes explain it."""
 
 _EDGE = len(BINS) // 2
 _BATCH_BYTES = 2**28
@@ -227,7 +227,7 @@ class Parity:
     def deviating_samples(self) -> int:
         """How many right answers more or fewer the device gives; without labels, how many other answers."""
         if self.correct is None:
-            return self.samples - self.agreeing["integer_fake_quantised"]
+            return self.changed
         return abs(self.correct["integer"] - self.correct["fake_quantised"])
 
     @property
@@ -235,9 +235,19 @@ class Parity:
         """The same in points (percent of the samples)."""
         return self._percent(self.deviating_samples)
 
+    @property
+    def changed(self) -> int:
+        """How many samples the device answers otherwise than the fake-quantised network."""
+        return self.samples - self.agreeing["integer_fake_quantised"]
+
     def exceeds(self, bound: float) -> bool:
-        """Whether the device deviates by more than `bound` points, and by more than `NEGLIGIBLE_SAMPLES`."""
-        return self.deviating_samples > NEGLIGIBLE_SAMPLES and self.deviation > bound
+        """Whether the device deviates by more than `bound` points, and by more than chance explains.
+
+        Answers that change go either way like tossed coins where the device is right, so that their sum has a standard
+        error of at most the square root of their number. A bound of 0 accepts no deviation at all.
+        """
+        chance = STANDARD_ERRORS * self.changed**0.5 if bound > 0 else 0
+        return self.deviation > bound and self.deviating_samples > chance
 
     def first_beyond(self, lsb: int) -> Optional[ValueParity]:
         """The first value, in execution order, with a difference of more than `lsb` steps."""

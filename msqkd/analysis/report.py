@@ -192,7 +192,7 @@ def _deviation(parity: dict[str, Any]) -> str:
     if bound is None or deviation is None:
         return f"On {samples}: {found}."
     state = "is more than" if parity.get("exceeded") else "is within"
-    few = " or two samples" if not parity.get("exceeded") and deviation > bound else ""
+    few = " or what chance explains" if not parity.get("exceeded") and deviation > bound else ""
     return f"On {samples}: {found}; a deviation of {deviation:.2f} points {state} the bound of {bound:g}{few}."
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from msqkd.graph.ir import Graph, Node, TensorType, Value
 from msqkd.quant.plan import INT8, ActivationQuant, NodePlan, QuantPlan, WeightQuant
-from msqkd.quant.uses import is_padded_pointwise
+from msqkd.quant.uses import is_padded_pointwise, pooling_of
 from msqkd.targets import DEPTHWISE, HARD_SIGMOID, RESCALED, get_target
 
 
@@ -115,7 +115,7 @@ def _average_to_conv(graph: Graph, plan: QuantPlan, node: Node, decision: NodePl
     shape, final = graph.shape(node.inputs[0]), node.output
     channels = shape[1]
     if node.op == "AvgPool":
-        window, strides = graph.const(node.inputs[1]), graph.const(node.inputs[2])
+        window, strides = pooling_of(graph, node)[:2]
     else:
         window, strides = tuple(shape[2:]), (1, 1)
     kernel = np.full((channels, 1, *window), 1 / prod(window), np.float32)
@@ -166,7 +166,7 @@ def _to_depthwise(
     """Make `node` a convolution of its first input with `kernel` (C, 1, H, W)."""
     weight = graph.add_param(graph.unique_value(f"{node.name}.weight"), kernel, trainable=False)
     channels = kernel.shape[0]
-    node.op, node.inputs, node.functional = "Conv2D", [node.inputs[0], weight], False
+    node.op, node.inputs, node.functional, node.body = "Conv2D", [node.inputs[0], weight], False, None
     node.attrs = _valid_conv(kernel.shape[2:], channels, strides, group=channels)
 
 
@@ -185,7 +185,7 @@ def _into_kernel_before(graph: Graph, node: Node) -> None:
         graph.add_param(graph.unique_value(name), array.astype(np.float32), trainable=False)
         for name, array in zip(names, arrays)
     ]
-    node.op, node.attrs = "ReLU", {}
+    node.op, node.attrs, node.functional, node.body = "ReLU", {}, True, None
 
 
 def _embed_pointwise(graph: Graph, node: Node) -> None:

@@ -37,6 +37,7 @@ from msqkd.pipeline.result import assemble
 from msqkd.pipeline.rundir import RunDirectory
 from msqkd.progress import Reporter
 from msqkd.quant.fake_quant import IN_GRAPH_OBSERVERS, QUANTIZE
+from msqkd.quant.integers import round_biases
 from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.ptq import calibrate, divergence
@@ -456,7 +457,7 @@ class _Run:
         return cell
 
     def exported(self) -> Exported:
-        """The network that is exported, in its deployed form: BatchNorm folded, weights as the files hold them."""
+        """The network that is exported, in its deployed form: BatchNorm folded, biases as the device adds them."""
         ranges = self.folder.result("calibration" if self.trainings else "ptq")["ranges"]
         spans = {name: (low, high) for name, (low, high) in ranges.items()}
         if self.trainings:
@@ -467,6 +468,8 @@ class _Run:
             graph, plan = self.deployed, self.plan.with_ranges(spans)
         # The plan as its cell holds it, with the clip ratios it chose for these weights.
         graph, plan = quantize_cell(graph, plan).sync()
+        if self.recipe.target == "lite_arm":
+            graph = round_biases(graph, plan)
         return Exported(self.recipe, self.captured, graph, plan, self.bundle.test, self.calibration)
 
     # -- the report -----------------------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ class _Placement:
         """What only moves values gains nothing from int8 between float operations, nor does a cheap operation whose
         input is float: they stay float."""
         placed = [n for n in self.graph.nodes if self._is_int8(n) and n.name not in self.fused]
-        waiting = [n for n in placed if self._kind(n) in _MOVES or self._follows(n)]
+        waiting = [n for n in placed if self._kind(n) in _MOVES or self._follows(n) or self._joins(n)]
         anchored = {n.name for n in placed} - {n.name for n in waiting}
         reached = True
         while reached:
@@ -252,11 +252,16 @@ class _Placement:
         support = self.supports[node.name]
         return support is not None and support.follows
 
+    def _joins(self, node: Node) -> bool:
+        support = self.supports[node.name]
+        return support is not None and support.joins
+
     def _is_reached(self, node: Node, anchored: set[str]) -> bool:
         """Whether a neighbour that matters is among the nodes that are int8 in any case."""
-        source = self.producers.get(self.graph.tensor_inputs(node)[0])
+        tensors = self.graph.tensor_inputs(node)
+        sources = [self.producers.get(name) for name in (tensors if self._joins(node) else tensors[:1])]
         readers = [reader for output in node.outputs for reader in self.readers.get(output, [])]
-        if source is not None and source.name in anchored and not self._gives_float(source):
+        if any(s is not None and s.name in anchored and not self._gives_float(s) for s in sources):
             # What a number does to the scale is nothing to those who compute in float.
             return self._kind(node) != RESCALED or any(self._is_int8(reader) for reader in readers)
         return not self._follows(node) and any(reader.name in anchored for reader in readers)

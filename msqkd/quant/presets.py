@@ -66,7 +66,7 @@ _PRESETS = (
         _PER_CHANNEL,
         (
             *_float("transformer", "position", "first", "last"),
-            *_float("transformer", "op", "Softmax", "LayerNorm", "GeLU", "Add"),
+            *_float("transformer", "op", "Softmax", "LayerNorm", "GeLU", "GeluExt", "Add"),
         ),
     ),
     Preset(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from math import prod
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
 from msqkd.graph.ir import Graph, Node
 
-_VALID = 2  # MindSpore's number of the padding mode, as AvgPool takes it
+_POOL_MODES = {1: "SAME", 2: "VALID"}  # MindSpore's numbers of the padding modes, as AvgPool takes them
 _QUOTIENTS = ("Div", "Divs", "RealDiv")
 
 
@@ -61,15 +61,45 @@ def axes_of(graph: Graph, node: Node, index: int) -> list[int]:
     return sorted(int(axis) % rank for axis in given)
 
 
+class Pooling(NamedTuple):
+    """What a pool does along height and width.
+
+    `sides` are the rows above and below and the columns left and right that ``PAD`` adds; `counts_padding` says whether
+    an average is over them too.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    mode: str
+    sides: tuple[int, ...] = (0, 0, 0, 0)
+    ceil: bool = False
+    counts_padding: bool = False
+
+
+def pooling_of(graph: Graph, node: Node) -> Pooling:
+    """The windows of MaxPool or AvgPool, which records them as attributes or takes them as arguments."""
+    if node.functional:
+        kernel, strides, number = (graph.const(name) for name in node.inputs[1:4])
+        return Pooling(tuple(kernel), tuple(strides), _POOL_MODES[int(number)])
+    kernel, strides = tuple(node.attrs["kernel_size"])[-2:], tuple(node.attrs["strides"])[-2:]
+    mode = str(node.attrs["pad_mode"]).upper()
+    if mode != "PAD":
+        return Pooling(kernel, strides, mode)
+    sides, ceil = tuple(int(side) for side in node.attrs["pad"]), bool(node.attrs.get("ceil_mode", False))
+    if not any(sides) and not ceil:
+        return Pooling(kernel, strides, "VALID")
+    counts = node.op == "AvgPool" and bool(node.attrs.get("count_include_pad", True)) and any(sides)
+    return Pooling(kernel, strides, mode, sides, ceil, counts)
+
+
 def window_of(graph: Graph, node: Node, over_plane: bool) -> int:
     """The elements an average is over: those of the plane, or of the window of a pool."""
-    sizes = graph.shape(node.inputs[0])[2:] if over_plane else graph.const(node.inputs[1])
-    return prod(sizes)
+    return prod(graph.shape(node.inputs[0])[2:] if over_plane else pooling_of(graph, node).kernel)
 
 
 def pads(graph: Graph, node: Node) -> bool:
     """Whether the windows of an average pool reach over the border."""
-    return bool(graph.const(node.inputs[3]) != _VALID)
+    return pooling_of(graph, node).mode != "VALID"
 
 
 def paddings(graph: Graph, node: Node) -> Optional[list[tuple[int, int]]]:
@@ -134,6 +164,10 @@ def _pad(graph: Graph, node: Node) -> Optional[str]:
     return None if paddings(graph, node) else "it pads by other values than zeros, or cuts"
 
 
+def _average(graph: Graph, node: Node) -> Optional[str]:
+    return "it counts the zeros it pads with" if pooling_of(graph, node).counts_padding else None
+
+
 def _gather(graph: Graph, node: Node) -> Optional[str]:
     indices, axis = graph.const(node.inputs[1]), graph.const(node.inputs[2])
     batched = len(node.inputs) > 3 and graph.const(node.inputs[3])
@@ -168,6 +202,7 @@ def _batch_norm(graph: Graph, node: Node) -> Optional[str]:
 
 OBSTACLES: dict[str, Callable[[Graph, Node], Optional[str]]] = {
     "StridedSlice": _slices,
+    "AvgPool": _average,
     "Pad": _pad,
     "PadV3": _pad,
     "Gather": _gather,

@@ -542,8 +542,8 @@ class VerifySection(Section):
     max_deviation: NotNegative = Field(
         default=0.1,
         description="Largest difference of top-1 accuracy between integer and fake-quantised execution, in points; "
-        "without labels, the largest share of different answers, in percent. A difference of two samples or fewer "
-        "always passes.",
+        "without labels, the largest share of different answers, in percent. What chance explains (two standard "
+        "errors of the answers that changed) passes; 0 accepts no difference.",
     )
     samples: Optional[Count] = Field(
         default=None, description="Test samples `msqkd verify` computes, at most; null takes the whole test set."

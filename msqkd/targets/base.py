@@ -62,6 +62,7 @@ class Int8Op:
         max_rank: largest rank of the input.
         maps_only: only for a feature map (N, C, H, W).
         follows: only where its input is computed in int8: it gains nothing from a float one.
+        joins: it only joins values: int8 only where what it reads, or what reads it, is.
         fixed_range: of the output, whatever it holds.
         max_row: most elements along the axis it sums over.
         row_defect: the defect that `max_row` avoids.
@@ -88,6 +89,7 @@ class Int8Op:
     max_rank: Optional[int] = None
     maps_only: bool = False
     follows: bool = False
+    joins: bool = False
     fixed_range: Optional[tuple[float, float]] = None
     max_row: Optional[int] = None
     row_defect: str = ""

@@ -80,6 +80,8 @@ def _conditions(support: Int8Op) -> Iterator[str]:
         yield "feature maps (N, C, H, W)"
     if support.follows:
         yield "only where its input is computed in int8"
+    if support.joins:
+        yield "only where a neighbour is int8"
     if support.max_row is not None:
         yield f"rows of at most {support.max_row} values"
     if support.asymmetric:

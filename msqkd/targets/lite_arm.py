@@ -106,7 +106,7 @@ LITE_ARM = Target(
         "Add": Int8Op("AddFusion", FREE, activations=_RELUS, operands=2, same_shape="batch_broadcast"),
         "Sub": Int8Op("SubFusion", FREE, operands=2),
         "Mul": Int8Op("MulFusion", FREE, operands=2, sample_broadcast="batch_broadcast"),
-        "Concat": Int8Op("Concat", FREE),
+        "Concat": Int8Op("Concat", FREE, joins=True),
         "HSwish": Int8Op("Activation", FREE),
         "Tanh": Int8Op("Activation", FREE),
         "MaxPool": Int8Op("MaxPoolFusion", SHARED, avoids=("maximum_wraps",)),

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from mindspore import nn, ops
 
-from msqkd.errors import ExportError
 from msqkd.exporters.device import FLOAT_FILE, WEIGHT_FILE, lite_program
-from msqkd.exporters.device.lower import int8_weight
 from msqkd.exporters.islands import run_island
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import to_cell
@@ -21,7 +19,7 @@ from msqkd.integer.simulator import Simulator
 from msqkd.quant.config import FLOAT, QuantConfig, Rule, WeightQuantizer
 from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.placement import make_plan
-from msqkd.quant.plan import QuantPlan, WeightQuant
+from msqkd.quant.plan import QuantPlan
 from msqkd.quant.ptq import calibrate
 from msqkd.quant.qat import deployment_graph, quantize_cell
 
@@ -216,19 +214,3 @@ def test_tensors_say_which_value_they_hold() -> None:
             shapes[tensor.value] = (data.transpose(tensor.perm) if tensor.perm else data).shape
     assert set(shapes) == set(plan.activations)
     assert all(shape == observed[value].shape for value, shape in shapes.items())
-
-
-def test_a_nearly_dead_channel_keeps_its_bias() -> None:
-    weight = np.ones((2, 3, 1, 1), np.float32)
-    weight[1] = 1e-20
-    bias = np.array([0.5, -4.0], np.float32)
-    integers, qparams, steps = int8_weight(WeightQuant("conv", 8, 0, "minmax", "default"), weight, bias, 0.02, 0.05)
-    assert np.all(integers[1] == 0)
-    np.testing.assert_allclose(steps * 0.02 * np.float64(qparams.scale), bias, rtol=1e-6)
-    assert np.all(0.02 * np.float64(qparams.scale) / 0.05 >= 2.0**-31)
-
-
-def test_a_ratio_the_runtime_cannot_represent_is_refused() -> None:
-    quant = WeightQuant("conv", 8, None, "minmax", "default")
-    with pytest.raises(ExportError, match=r"conv: the ratio of scales .* beyond what the runtime can represent"):
-        int8_weight(quant, np.full((1, 1, 1, 1), 1e9, np.float32), None, 1e9, 1e-9)

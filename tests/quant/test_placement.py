@@ -338,6 +338,20 @@ def test_concat_reads_and_gives_int8() -> None:
     assert set(plan.groups) == {graph.inputs[0], *(node.output for node in graph.nodes)}
 
 
+def test_concat_between_float_operations_stays_float() -> None:
+    class Joined(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.sigmoid = conv(), nn.Sigmoid()
+
+        def construct(self, x):  # type: ignore[no-untyped-def]
+            y = self.sigmoid(self.first(x))
+            return self.sigmoid(ops.concat((y, self.sigmoid(y)), 1))
+
+    _, plan = planned(Joined())
+    assert plan.node(_node_of(plan, "Concat")).reason == "no neighbour runs in int8"
+
+
 @pytest.mark.parametrize(("group", "axis", "warned"), [(1, 0, False), (2, None, True), (4, 0, False)])
 def test_per_channel_weights_of_grouped_convolutions(group: int, axis: int | None, warned: bool) -> None:
     config = QuantConfig().override({"weight.per_channel": True})

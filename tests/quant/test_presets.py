@@ -17,7 +17,7 @@ def test_the_presets_have_a_description_each() -> None:
 
 
 def test_an_unknown_preset_is_named() -> None:
-    with pytest.raises(PlanError, match="preset 'transfomer' is unknown; allowed: cnn, .*did you mean 'transformer'"):
+    with pytest.raises(PlanError, match=r"preset 'transfomer' is unknown; allowed: cnn, .*did you mean 'transformer'"):
         preset("transfomer")
 
 

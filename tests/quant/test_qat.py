@@ -237,9 +237,19 @@ def test_sync_leaves_the_plan_it_was_built_from_alone() -> None:
         np.testing.assert_array_equal(graph.params[name].data, data)
 
 
+class Pooled(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(2, 2)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.head(ops.mean(self.pool(self.relu(self.conv1(x))), (2, 3)))
+
+
 def test_set_ranges_moves_the_values_that_share_them() -> None:
-    """The mean shares the parameters of the addition it averages."""
-    graph, plan = planned(QuantConfig(act_quant_delay=0))
+    """The pool shares the parameters of the convolution it averages."""
+    graph = capture(Pooled(), X.shape[1:])
+    plan = make_plan(deployment_graph(graph), QuantConfig(act_quant_delay=0))
     cell = quantize_cell(graph, plan)
     cell.set_ranges(dict.fromkeys(plan.groups, (-2.0, 2.0)))
     cell.set_phase(QUANTIZE)

@@ -13,12 +13,13 @@ from msqkd.exporters.device.moves import concat, reshape, transpose
 from msqkd.exporters.device.slices import gather, pad, resize, split, strided_slice
 from msqkd.graph.ir import Node
 from msqkd.integer.program import ActivationType, Format, ReduceMode
-from msqkd.quant.uses import axes_of, is_global
+from msqkd.quant.uses import axes_of, is_global, pooling_of
 
 _ACTIVATIONS = {
     "ReLU": ActivationType.RELU, "ReLU6": ActivationType.RELU6, "Sigmoid": ActivationType.SIGMOID,
     "Tanh": ActivationType.TANH, "HSwish": ActivationType.HSWISH, "HSigmoid": ActivationType.HSIGMOID,
-    "SiLU": ActivationType.SWISH, "GeLU": ActivationType.GELU, "LeakyReLU": ActivationType.LEAKY_RELU,
+    "SiLU": ActivationType.SWISH, "GeLU": ActivationType.GELU, "GeluExt": ActivationType.GELU,
+    "LeakyReLU": ActivationType.LEAKY_RELU,
 }  # fmt: skip
 _BINARY = {
     "Add": "AddFusion", "BiasAdd": "AddFusion", "Sub": "SubFusion", "Mul": "MulFusion", "Div": "DivFusion",
@@ -151,10 +152,17 @@ def _cast(low: Lowering, node: Node) -> bool:
     return True
 
 
+def _is_approximate(low: Lowering, node: Node) -> bool:
+    """Whether a GELU is the one with tanh: as an attribute, as an argument, or by its name."""
+    given = low.graph.const(node.inputs[1]) if len(node.inputs) > 1 else node.attrs.get("approximate")
+    default = "tanh" if node.op == "GeLU" else "none"
+    return (default if given is None else given) in ("tanh", 1)
+
+
 def _activation(low: Lowering, node: Node) -> bool:
     attrs: dict[str, Any] = {"activation_type": _ACTIVATIONS[node.op]}
-    if node.op == "GeLU":
-        attrs["approximate"] = node.attrs.get("approximate", "tanh") != "none"
+    if "GELU" in node.op.upper():
+        attrs["approximate"] = _is_approximate(low, node)
     if node.op == "LeakyReLU":
         attrs["alpha"] = float(node.attrs["alpha"])
     layout = low.layout(node.inputs[0])
@@ -169,6 +177,8 @@ def _unary(low: Lowering, node: Node) -> bool:
 
 
 def _pool(low: Lowering, node: Node) -> bool:
+    if pooling_of(low.graph, node).counts_padding:
+        return False
     op = {"MaxPool": "MaxPoolFusion", "AvgPool": "AvgPoolFusion"}[node.op]
     low.emit(node, op, [low.get(node.inputs[0], FLOAT, NHWC)], pool_attrs(low, node), layout=NHWC)
     return True

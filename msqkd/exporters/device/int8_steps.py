@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from msqkd.exporters.device.lower import NATIVE, NHWC, Lowering, int8_weight, tensor_quant
+from msqkd.exporters.device.lower import NATIVE, NHWC, Lowering, tensor_quant
 from msqkd.exporters.device.moves import concat, reshape, transpose
 from msqkd.exporters.device.slices import gather, pad, resize, split, strided_slice
 from msqkd.graph.ir import Node
 from msqkd.integer.program import ActivationType, Format, PadMode, TensorQuant
-from msqkd.quant.uses import axes_of, rescale_factor
+from msqkd.quant.integers import int8_weight
+from msqkd.quant.uses import axes_of, pooling_of, rescale_factor
 
 INT8 = "int8"
 _FUSED = {"ReLU": ActivationType.RELU, "ReLU6": ActivationType.RELU6}
@@ -163,15 +164,11 @@ def _average_pool(low: Lowering, node: Node) -> None:
 
 
 def pool_attrs(low: Lowering, node: Node) -> dict[str, Any]:
-    """Attributes of a pool: recorded ones, or literal arguments (window, strides, padding mode)."""
-    if node.functional:
-        window, strides, mode = (low.graph.const(name) for name in node.inputs[1:4])
-    else:
-        window, strides = node.attrs["kernel_size"][2:], node.attrs["strides"][2:]
-        mode = _PAD_MODES[node.attrs["pad_mode"].upper()]
+    """Attributes of a pool."""
+    pool = pooling_of(low.graph, node)
     return {
-        "kernel_size": tuple(window), "strides": tuple(strides), "pad": (0, 0, 0, 0), "pad_mode": PadMode(mode),
-        "round_mode": 0, "format": Format.NHWC,
+        "kernel_size": pool.kernel, "strides": pool.strides, "pad": pool.sides, "pad_mode": _PAD_MODES[pool.mode],
+        "round_mode": int(pool.ceil), "format": Format.NHWC,
     }  # fmt: skip
 
 

@@ -14,14 +14,13 @@ from typing import Any, Optional
 
 import numpy as np
 
-from msqkd.errors import ExportError
 from msqkd.exporters.device.freeze import freeze
 from msqkd.exporters.device.shapes import Shape, concrete_shapes
 from msqkd.exporters.islands import cut
 from msqkd.exporters.lowering import lower_forms
 from msqkd.graph.ir import Graph, Node, TensorType, Value, unique_name
 from msqkd.integer.program import ISLAND, Format, Program, Step, Tensor, TensorQuant
-from msqkd.quant.plan import INT8, ActivationQuant, QuantPlan, WeightQuant
+from msqkd.quant.plan import INT8, ActivationQuant, QuantPlan
 from msqkd.quant.qparams import QParams
 
 INT8_FILE, WEIGHT_FILE, FLOAT_FILE = "int8", "weight", "float"
@@ -262,42 +261,3 @@ def inverse(layout: tuple[int, ...]) -> tuple[int, ...]:
 def tensor_quant(qparams: QParams) -> TensorQuant:
     """Parameters as a file holds them."""
     return TensorQuant(np.atleast_1d(qparams.scale), np.atleast_1d(qparams.zero_point))
-
-
-def int8_weight(
-    quant: WeightQuant, weight: np.ndarray, bias: Optional[np.ndarray], input_scale: float, output_scale: float
-) -> tuple[np.ndarray, QParams, Optional[np.ndarray]]:
-    """The integers of a weight, their parameters, and the int32 bias with scale s_x · s_w.
-
-    Raises:
-        ExportError: a scale is out of what the runtime can represent.
-    """
-    floor = _scale_floor(weight, bias, input_scale, output_scale, quant.axis is None)
-    qparams = quant.qparams(weight, floor)
-    ratio = input_scale * np.float64(qparams.scale) / output_scale
-    if (ratio >= _LARGEST_RATIO).any():
-        raise ExportError(
-            f"{quant.node}: the ratio of scales s_x·s_w/s_y is {float(np.max(ratio)):.3g}, beyond what the runtime can "
-            f"represent; allowed: below {_LARGEST_RATIO:g}"
-        )
-    integers = qparams.quantize(weight).astype(np.int8)
-    if bias is None:
-        return integers, qparams, None
-    steps = np.float64(bias) / (np.float64(input_scale) * np.float64(qparams.scale))
-    return integers, qparams, np.rint(steps).astype(np.int32)
-
-
-_LARGEST_RATIO = 2.0**30
-_SMALLEST_RATIO = 2.0**-30
-_BIAS_LIMIT = 2.0**30
-
-
-def _scale_floor(
-    weight: np.ndarray, bias: Optional[np.ndarray], input_scale: float, output_scale: float, per_tensor: bool
-) -> Any:
-    """The least scale of a nearly dead channel for which its bias fits into int32 and its ratio can be represented."""
-    floor = np.full(weight.shape[0], _SMALLEST_RATIO * output_scale / input_scale)
-    if bias is not None:
-        floor = np.maximum(floor, np.abs(np.float64(bias)) / (input_scale * _BIAS_LIMIT))
-    floor = floor.astype(np.float32)
-    return floor.max() if per_tensor else floor

@@ -1,0 +1,88 @@
+"""The integers of a quantised layer: int8 weights and the int32 bias that goes with them."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import numpy as np
+
+from msqkd.errors import PlanError
+from msqkd.graph.ir import Graph
+from msqkd.quant.plan import QuantPlan, WeightQuant
+from msqkd.quant.qparams import QParams
+
+_LARGEST_RATIO = 2.0**30
+_SMALLEST_RATIO = 2.0**-30
+_BIAS_LIMIT = 2.0**30
+_CLIPS = ("ReLU", "ReLU6")
+
+
+def int8_weight(
+    quant: WeightQuant, weight: np.ndarray, bias: Optional[np.ndarray], input_scale: float, output_scale: float
+) -> tuple[np.ndarray, QParams, Optional[np.ndarray]]:
+    """The integers of a weight, their parameters, and the int32 bias with scale s_x · s_w.
+
+    A channel all but dead gets a wider scale, so that its bias fits into int32 and its ratio can be represented.
+
+    Args:
+        quant: how the weight is quantised.
+        weight: float32 (O, ...); `bias`: float32 (O,) or None.
+        input_scale, output_scale: s_x and s_y.
+
+    Returns:
+        int8 like `weight`, its parameters, int32 (O,) or None.
+
+    Raises:
+        PlanError: s_x · s_w / s_y is beyond what a runtime's fixed point can represent.
+    """
+    qparams = quant.qparams(weight, _scale_floor(weight, bias, input_scale, output_scale, quant.axis is None))
+    ratio = input_scale * np.float64(qparams.scale) / output_scale
+    if (ratio >= _LARGEST_RATIO).any():
+        raise PlanError(
+            f"{quant.node}: the ratio of scales s_x·s_w/s_y is {float(np.max(ratio)):.3g}, beyond what the runtime can "
+            f"represent; allowed: below {_LARGEST_RATIO:g}"
+        )
+    integers = qparams.quantize(weight).astype(np.int8)
+    if bias is None:
+        return integers, qparams, None
+    return integers, qparams, np.rint(np.float64(bias) / _bias_scale(input_scale, qparams)).astype(np.int32)
+
+
+def round_biases(graph: Graph, plan: QuantPlan) -> Graph:
+    """A copy of a deployment graph whose int8 layers have the biases the device adds: whole multiples of s_x · s_w.
+
+    Half a step of a bias moves one value in some hundreds to the next level, which is as much as all other differences
+    between float arithmetic and a runtime's together.
+
+    Raises:
+        PlanError: a range is missing, or a ratio of scales cannot be represented.
+    """
+    rounded = graph.copy()
+    tails = {node.fused_into: rounded.node(node.name) for node in plan.nodes if node.fused_into}
+    for name, quant in plan.with_weight_observers(graph).weights.items():
+        node, tail = rounded.node(name), tails.get(name)
+        alone = len(node.inputs) == 3 and len(rounded.consumers(node.inputs[2])) == 1
+        output = tail.output if tail is not None else node.output
+        if not alone or output not in plan.activations or (tail is not None and tail.op not in _CLIPS):
+            continue
+        bias = rounded.params[node.inputs[2]]
+        scales = [float(plan.group_of(value).qparams().scale) for value in (node.inputs[0], output)]
+        _, qparams, steps = int8_weight(quant, rounded.params[node.inputs[1]].data, bias.data, *scales)
+        assert steps is not None
+        bias.data = (steps * _bias_scale(scales[0], qparams)).astype(np.float32)
+    return rounded
+
+
+def _bias_scale(input_scale: float, qparams: QParams) -> np.ndarray:
+    return np.asarray(np.float64(input_scale) * np.float64(qparams.scale))
+
+
+def _scale_floor(
+    weight: np.ndarray, bias: Optional[np.ndarray], input_scale: float, output_scale: float, per_tensor: bool
+) -> Any:
+    """The least scale for which the bias fits into int32 and the ratio of scales can be represented."""
+    floor = np.full(weight.shape[0], _SMALLEST_RATIO * output_scale / input_scale)
+    if bias is not None:
+        floor = np.maximum(floor, np.abs(np.float64(bias)) / (input_scale * _BIAS_LIMIT))
+    floor = floor.astype(np.float32)
+    return floor.max() if per_tensor else floor
