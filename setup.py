@@ -10,7 +10,16 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "msqkd" / "version.py").
 
 MINDCV = ["mindcv>=0.3"]
 ONNX = ["onnx>=1.15", "onnxruntime>=1.17"]
-TEST = [*MINDCV, *ONNX, "pytest>=8", "hypothesis>=6.100", "ruff==0.17.5", "mypy==2.4.1", "types-PyYAML"]
+TEST = [
+    *MINDCV,
+    *ONNX,
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6.100",
+    "ruff==0.17.5",
+    "mypy==2.4.1",
+    "types-PyYAML",
+]
 RECIPES = sorted(str(file.relative_to(HERE)) for file in (HERE / "recipes").glob("*.yaml"))
 
 setup(

@@ -19,6 +19,7 @@ from msqkd.quant.fake_quant import IN_GRAPH_OBSERVERS, QUANTIZE
 from msqkd.quant.integers import round_biases
 from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import QuantPlan
+from msqkd.quant.presets import preset as find_preset
 from msqkd.quant.ptq import Batches, batches_of, calibrate
 from msqkd.quant.qat import QuantCell, deployment_graph, quantize_cell
 
@@ -61,6 +62,7 @@ def plan_network(
     config: Optional[QuantConfig] = None,
     rules: Sequence[Rule] = (),
     target: str = "lite_arm",
+    preset: Optional[str] = None,
 ) -> tuple[Graph, QuantPlan]:
     """Capture `net` and decide how each layer is computed on `target`; nothing is trained or changed.
 
@@ -70,13 +72,23 @@ def plan_network(
         config: default settings; those recorded on the net when not given.
         rules: rules beside those recorded on cells.
         target: the runtime.
+        preset: ``cnn``, ``mobile``, ``transformer`` or ``detector`` (see `msqkd.quant.presets`): its settings stand in
+            for those not given, its rules come before all others.
 
     Returns:
         The captured graph and its plan.
+
+    Raises:
+        PlanError: the preset is unknown, or a rule matches nothing.
     """
     graph = capture(net, example_input)
+    deployed = deployment_graph(graph)
     default, recorded = recorded_rules(net)
-    return graph, make_plan(deployment_graph(graph), config or default, [*recorded, *rules], target)
+    if preset is not None:
+        family = find_preset(preset)
+        default = getattr(net, _CONFIG, None) or family.config
+        recorded = [*family.rules_for(deployed), *recorded]
+    return graph, make_plan(deployed, config or default, [*recorded, *rules], target)
 
 
 def prepare_qat(
@@ -87,6 +99,7 @@ def prepare_qat(
     rules: Sequence[Rule] = (),
     batchnorm: str = "fold",
     target: str = "lite_arm",
+    preset: Optional[str] = None,
     calib_dataset: Optional[Batches] = None,
 ) -> QuantCell:
     """The trainable quantised cell of `net`, with the settings recorded by `QuantizationAwareTraining`.
@@ -97,14 +110,14 @@ def prepare_qat(
         config: default settings; those recorded on the net when not given.
         rules: rules beside those recorded on cells.
         batchnorm: ``fold``, ``freeze`` or ``live`` (see `msqkd.graph.passes.fold_batchnorm`).
-        target: the runtime.
+        target, preset: as in `plan_network`.
         calib_dataset: unlabelled batches; needed where activations are quantised from the first step, or by an
             observer that cannot watch while training (percentile, kl, mse).
 
     Raises:
         PlanError: a rule matches nothing, or ranges are needed and `calib_dataset` is not given.
     """
-    graph, plan = plan_network(net, example_input, config, rules, target)
+    graph, plan = plan_network(net, example_input, config, rules, target, preset)
     if batchnorm not in BATCHNORM_MODES:
         raise PlanError(
             f"batchnorm is '{batchnorm}'; allowed: {', '.join(BATCHNORM_MODES)}"
@@ -141,6 +154,7 @@ def create_ptq_network(
     example_input: Any = None,
     rules: Sequence[Rule] = (),
     target: str = "lite_arm",
+    preset: Optional[str] = None,
 ) -> PTQNetwork:
     """Prepare a float network, or one trained by `prepare_qat`, for calibration.
 
@@ -150,7 +164,7 @@ def create_ptq_network(
         calib_dataset: unlabelled batches; may be given to `quantize` instead.
         calib_iteration: how many batches are used (all by default).
         example_input: Tensor or sample shape; by default the first batch of `calib_dataset`.
-        rules, target: as in `prepare_qat`; not for a QuantCell, which has its plan.
+        rules, target, preset: as in `plan_network`; not for a QuantCell, which has its plan.
 
     Raises:
         PlanError: a QuantCell is given together with other settings.
@@ -159,9 +173,10 @@ def create_ptq_network(
     if calib_iteration is not None and calib_iteration < 1:
         raise PlanError(f"calib_iteration is {calib_iteration}; allowed: 1 or more")
     if isinstance(network, QuantCell):
-        if config is not None or rules:
+        if config is not None or rules or preset is not None:
             raise PlanError(
-                "the network already has its quantisation plan; leave out config and rules, or give the float network"
+                "the network already has its quantisation plan; leave out config, rules and preset, or give the float "
+                "network"
             )
         graph, plan = network.sync()
         return PTQNetwork(graph, plan, calib_dataset, calib_iteration)
@@ -175,7 +190,7 @@ def create_ptq_network(
         if iter(calib_dataset) is calib_dataset:  # read once: the batch looked at must not be lost
             calib_dataset = chain([first], stream)
         example_input = tuple(int(n) for n in first.shape[1:])
-    graph, plan = plan_network(network, example_input, config, rules, target)
+    graph, plan = plan_network(network, example_input, config, rules, target, preset)
     return PTQNetwork(deployment_graph(graph), plan, calib_dataset, calib_iteration)
 
 

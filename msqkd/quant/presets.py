@@ -19,10 +19,10 @@ class Preset:
     """Defaults for a family of networks.
 
     Attributes:
-        name: as recipes call it.
+        name: as `msqkd.plan_network` and its companions take it.
         description: one line for people.
         config: the settings of every layer no rule speaks of.
-        rules: come before those of the recipe, which therefore win within a level.
+        rules: come before the user's, which therefore win within a level.
     """
 
     name: str

@@ -42,3 +42,17 @@ def test_rules_that_match_nothing_are_left_out() -> None:
         "first": "float", "middle": "int8", "add": "float", "norm": "float", "last": "float",
     }  # fmt: skip
     assert plan.node("norm").reason == "kept float by rule 'preset transformer, op LayerNorm'"
+
+
+def test_a_preset_can_be_named_where_a_network_is_planned() -> None:
+    import msqkd
+
+    net = nn.SequentialCell(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 1))
+    _, plan = msqkd.plan_network(net, (2, 6, 6), preset="cnn")
+    assert {quant.axis for quant in plan.weights.values()} == {0}
+    _, plan = msqkd.plan_network(net, (2, 6, 6), preset="mobile")
+    assert {quant.observer for quant in plan.weights.values()} == {"mse"}
+    _, plan = msqkd.plan_network(net, (2, 6, 6), msqkd.QuantConfig(), preset="mobile")
+    assert {quant.observer for quant in plan.weights.values()} == {"minmax"}, "settings that are given win"
+    with pytest.raises(PlanError, match=r"preset 'transfomer' is unknown; .*did you mean 'transformer'"):
+        msqkd.plan_network(net, (2, 6, 6), preset="transfomer")
