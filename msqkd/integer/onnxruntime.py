@@ -22,12 +22,22 @@ import numpy as np
 from msqkd.errors import SimulationError
 from msqkd.integer.arithmetic import INT8_MAX, INT8_MIN, fma_float32
 from msqkd.integer.kernels import float_ops, pool, resize, shape
-from msqkd.integer.kernels.conv import _chunks, _DepthwiseSums, _group, _GroupedSums, _padded, _Sums, conv_window
+from msqkd.integer.kernels.conv import (
+    DepthwiseSums,
+    GroupedSums,
+    Sums,
+    chunks,
+    conv_window,
+    convolution_group,
+    padded_input,
+)
 from msqkd.integer.kernels.matmul import (
-    Accumulator,
+    exact_product,
     fused_activation,
     integer_bias,
     largest_distance,
+    matrices,
+    rows,
     weight_quant,
 )
 from msqkd.integer.kernels.parameters import input_params, output_params, plane_of, tabulated
@@ -123,7 +133,7 @@ def conv2d(call: Call) -> list[np.ndarray]:
         SimulationError: operands that do not fit, or another activation than RELU and RELU6.
     """
     x, w = call.inputs[0].data, call.inputs[1].data
-    channels, group = w.shape[0], _group(call)
+    channels, group = w.shape[0], convolution_group(call)
     place = conv_window(call, plane_of(x), (w.shape[1], w.shape[2]))
     quant, (_, x_zero) = weight_quant(call, channels), input_params(call)
     if _is_average(call, quant, group):
@@ -131,15 +141,15 @@ def conv2d(call: Call) -> list[np.ndarray]:
         return [_average(call, windows)]
     peak, bias = largest_distance(x, x_zero), integer_bias(call, channels)
     weight = w.astype(np.int16) - quant.zero_point.astype(np.int16).reshape(-1, 1, 1, 1)
-    sums: _Sums
+    sums: Sums
     if group == channels == x.shape[3] > 1:
-        sums, elements = _DepthwiseSums(place, weight, bias, peak), 4 * channels
+        sums, elements = DepthwiseSums(place, weight, bias, peak), 4 * channels
     else:
-        sums, elements = _GroupedSums(place, weight, bias, peak, group), w[0].size + channels
+        sums, elements = GroupedSums(place, weight, bias, peak, group), w[0].size + channels
     requantise = _Requantiser(call, quant.scale)
     out = np.empty((x.shape[0], *place.output, channels), np.int8)
-    for images, rows in _chunks(x.shape[0], place, elements):
-        out[images, rows] = requantise(sums(_padded(x[images], x_zero, place, rows, 0)))
+    for images, lines in chunks(x.shape[0], place, elements):
+        out[images, lines] = requantise(sums(padded_input(x[images], x_zero, place, lines, 0)))
     return [out]
 
 
@@ -160,37 +170,19 @@ def matmul(call: Call) -> list[np.ndarray]:
     Raises:
         SimulationError: shapes or parameters that do not fit, or another activation than RELU and RELU6.
     """
-    x, w = call.inputs[0].data, call.inputs[1].data
-    if call.attrs.get("transpose_a", False):
-        x = x.swapaxes(-1, -2)
-    if call.attrs.get("transpose_b", False):
-        w = w.swapaxes(-1, -2)
-    return [_product(call, x, w)]
+    sums, quant = exact_product(call, *matrices(call))
+    return [_Requantiser(call, quant.scale)(sums)]
 
 
 @kernel("FullConnection", kind=ONNXRUNTIME)
 def full_connection(call: Call) -> list[np.ndarray]:
-    """QGemm with a weight of shape (N, K); with ``use_axis`` the axes of the input from ``axis`` on are one.
+    """QGemm with a weight of shape (N, K); see `msqkd.integer.kernels.matmul.rows`.
 
     Raises:
         SimulationError: as `matmul`.
     """
-    x, w = call.inputs[0].data, call.inputs[1].data
-    if call.attrs.get("use_axis", False):
-        x = x.reshape(*x.shape[: int(call.attrs.get("axis", 0))], -1)
-    elif x.size % w.shape[1] == 0:
-        x = x.reshape(-1, w.shape[1])
-    return [_product(call, x, w.T)]
-
-
-def _product(call: Call, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    if x.shape[-1] != w.shape[-2]:
-        raise SimulationError(f"{call.name}: it multiplies {x.shape} and {w.shape}, whose inner sizes differ")
-    channels = w.shape[-1]
-    quant, (_, x_zero) = weight_quant(call, channels), input_params(call)
-    matrix = w.astype(np.int16) - quant.zero_point.astype(np.int16)
-    sums = Accumulator(matrix, integer_bias(call, channels), largest_distance(x, x_zero))
-    return _Requantiser(call, quant.scale)(sums(x.astype(np.float32) - np.float32(x_zero)))
+    sums, quant = exact_product(call, *rows(call))
+    return [_Requantiser(call, quant.scale)(sums)]
 
 
 # -- two operands ------------------------------------------------------------------------------------------------------

@@ -32,6 +32,21 @@ _BEGUN = {_STATE, "recipe.yaml"}
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.[a-z]+")  # as msqkd.files.replacing names them
 
 
+def writable_folder(path: Path) -> Path:
+    """`path`, created when needed; found out now, not after the work.
+
+    Raises:
+        ExportError: it cannot be created, or not be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"output folder {path} cannot be created: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ExportError(f"output folder {path} is not writable; choose another with --output")
+    return path
+
+
 class RunDirectory:
     """The output folder of one recipe.
 
@@ -50,12 +65,7 @@ class RunDirectory:
         self.path = path
         values: tuple[Any, ...] = (verb, recipe.sha(), recipe.to_dict(), {})
         self.state: dict[str, Any] = dict(zip(_KEYS, values))
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ExportError(f"output folder {path} cannot be created: {error.strerror}") from error
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise ExportError(f"output folder {path} is not writable; choose another with --output")
+        writable_folder(path)
         strangers = [child.name for child in path.iterdir() if not self._is_ours(child)]
         if strangers and (fresh or not (path / _STATE).exists()):
             raise ExportError(

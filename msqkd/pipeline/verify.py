@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any, Optional
 from msqkd.analysis.report import VERIFY_API_VERSION, write_report
 from msqkd.data import subset
 from msqkd.environment import versions
-from msqkd.errors import ExportError, SimulationError
+from msqkd.errors import SimulationError
 from msqkd.exporters import MS
 from msqkd.integer.registry import MACHINES
 from msqkd.pipeline.export import check_integers, deviation_words, split_parity
 from msqkd.pipeline.run import reopen
-from msqkd.pipeline.rundir import RunDirectory
+from msqkd.pipeline.rundir import RunDirectory, writable_folder
 from msqkd.progress import Reporter
 from msqkd.recipe import Recipe, make_recipe
 
@@ -61,7 +60,7 @@ def verify_run(
     reporter.stage("Checksums of the exported files")
     checksums = folder.check_exports()
     reporter.say(f"{', '.join(checksums)}: as they were exported")
-    target = _writable(output or path)
+    target = writable_folder(output or path)
     reporter.stage("The network, from the run's folder")
     network = reopen(folder, recipe, reporter)
     files: dict[str, dict[str, Any]] = {
@@ -104,14 +103,3 @@ def _recipe(folder: RunDirectory, machine: Optional[str]) -> Recipe:
         raise SimulationError(f"machine '{machine}' was given, but the target {recipe.target} has one arithmetic only")
     verify = recipe.verify.model_copy(update={"machine": machine})
     return recipe.model_copy(update={"verify": verify})
-
-
-def _writable(folder: Path) -> Path:
-    """`folder`, created when needed; found out now, not after the work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExportError(f"output folder {folder} cannot be created: {error.strerror}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ExportError(f"output folder {folder} is not writable; choose another with --output")
-    return folder

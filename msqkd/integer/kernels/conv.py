@@ -29,7 +29,7 @@ from msqkd.integer.registry import ARM64, Call, kernel
 
 _CHUNK_BYTES = 1 << 20
 _Pair = tuple[int, int]
-_Sums = Callable[[np.ndarray], np.ndarray]  # float32 (N, H, W, I), padding included, to integers (N, H', W', O)
+Sums = Callable[[np.ndarray], np.ndarray]  # float32 (N, H, W, I), padding included, to integers (N, H', W', O)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def conv2d(call: Call) -> list[np.ndarray]:
             what it computes from memory it should not read.
     """
     x, w = call.inputs[0].data, call.inputs[1].data
-    channels, group = w.shape[0], _group(call)
+    channels, group = w.shape[0], convolution_group(call)
     place = conv_window(call, (x.shape[1], x.shape[2]), (w.shape[1], w.shape[2]))
     depthwise = group == channels == x.shape[3] > 1
     quant, (_, x_zero) = weight_quant(call, channels), input_params(call)
@@ -115,24 +115,24 @@ def conv2d(call: Call) -> list[np.ndarray]:
     peak = max(largest_distance(x, x_zero), abs(padding))
     weight = w.astype(np.int16) - quant.zero_point.astype(np.int16).reshape(-1, 1, 1, 1)
     bias = integer_bias(call, channels)
-    sums: _Sums
+    sums: Sums
     if depthwise:
-        sums, elements = _DepthwiseSums(place, weight, bias, peak), 4 * channels
+        sums, elements = DepthwiseSums(place, weight, bias, peak), 4 * channels
     else:
-        sums, elements = _GroupedSums(place, weight, bias, peak, group), w[0].size + channels
+        sums, elements = GroupedSums(place, weight, bias, peak, group), w[0].size + channels
     requantise = requantiser(call, quant)
     upwards = _rounds_up(place, channels) if depthwise and call.machine == ARM64 else None
     requantise_up = requantise if upwards is None else requantiser(call, quant, halves_up=True)
     out = np.empty((x.shape[0], *place.output, channels), np.int8)
-    for images, rows in _chunks(x.shape[0], place, elements):
-        total = sums(_padded(x[images], x_zero, place, rows, padding))
+    for images, rows in chunks(x.shape[0], place, elements):
+        total = sums(padded_input(x[images], x_zero, place, rows, padding))
         out[images, rows] = requantise(total)
         if upwards is not None:
             np.copyto(out[images, rows], requantise_up(total), where=upwards[rows, :, None])
     return [out]
 
 
-def _group(call: Call) -> int:
+def convolution_group(call: Call) -> int:
     """The number of groups, as the shapes have it."""
     x, w = call.inputs[0].data, call.inputs[1].data
     group = x.shape[3] // w.shape[3]
@@ -166,7 +166,7 @@ def _refuse(call: Call, place: Window, depthwise: bool, grouped_per_channel: boo
         )
 
 
-def _chunks(batch: int, place: Window, row_elements: int) -> Iterator[tuple[slice, slice]]:
+def chunks(batch: int, place: Window, row_elements: int) -> Iterator[tuple[slice, slice]]:
     """Slices of the batch and of the output rows; `row_elements` is what one output element needs in float32."""
     rows, width = place.output
     row_bytes = 4 * row_elements * width
@@ -176,7 +176,7 @@ def _chunks(batch: int, place: Window, row_elements: int) -> Iterator[tuple[slic
             yield slice(image, min(image + images, batch)), slice(row, min(row + step, rows))
 
 
-def _padded(x: np.ndarray, zero_point: int, place: Window, rows: slice, padding: int) -> np.ndarray:
+def padded_input(x: np.ndarray, zero_point: int, place: Window, rows: slice, padding: int) -> np.ndarray:
     """``x − zero_point`` in float32 as far as the output rows read it, with the value `padding` around it."""
     (up, left), (height, width) = place.before, place.plane
     top = rows.start * place.stride[0] - up  # of the first window, in rows of x
@@ -192,7 +192,7 @@ def _padded(x: np.ndarray, zero_point: int, place: Window, rows: slice, padding:
     return out
 
 
-class _GroupedSums:
+class GroupedSums:
     """Sums by one matrix product a group, over windows laid out as rows."""
 
     def __init__(self, place: Window, weight: np.ndarray, bias: np.ndarray, peak: int, group: int) -> None:
@@ -203,6 +203,7 @@ class _GroupedSums:
         self._accumulators = [Accumulator(matrix[:, part], bias[part], peak) for part in parts]
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
+        """The sums (n, height, width, O) of padded input (n, rows, columns, I) less its zero point."""
         windows = self._windows(x)
         sums = []
         for number, accumulate in enumerate(self._accumulators):
@@ -226,7 +227,7 @@ def _as_rows(windows: np.ndarray) -> np.ndarray:
     return windows.reshape(-1, int(np.prod(windows.shape[3:])))
 
 
-class _DepthwiseSums:
+class DepthwiseSums:
     """Sums of one channel each: a shifted product for every tap of the kernel."""
 
     def __init__(self, place: Window, weight: np.ndarray, bias: np.ndarray, peak: int) -> None:
@@ -241,6 +242,7 @@ class _DepthwiseSums:
         self._bias = np.broadcast_to(bias.astype(dtype), across).copy()
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
+        """The sums (n, height, width, O) of padded input (n, rows, columns, O) less its zero point."""
         place = self._place
         rows = (x.shape[1] - place.span(0, 1)) // place.stride[0] + 1
         total = np.empty((x.shape[0], rows, *self._bias.shape), self._bias.dtype)

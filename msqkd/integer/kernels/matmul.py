@@ -133,15 +133,42 @@ def requantiser(call: Call, weight: TensorQuant, halves_up: bool = False) -> Req
     return Requantiser(*quantize_multiplier(ratio, call.name), zero_point, low, high, halves_up)
 
 
-def _product(call: Call, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """int8 of shape (..., M, N) for int8 `x` (..., M, K) and `w` (..., K, N), laid out as they are multiplied."""
+def exact_product(call: Call, x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, TensorQuant]:
+    """The int32 sums of a product of int8 matrices with its bias, and the parameters of the second.
+
+    Raises:
+        SimulationError: shapes or parameters that do not fit.
+    """
     if x.shape[-1] != w.shape[-2]:
         raise SimulationError(f"{call.name}: it multiplies {x.shape} and {w.shape}, whose inner sizes differ")
     channels = w.shape[-1]
     quant, (_, x_zero) = weight_quant(call, channels), input_params(call)
     matrix = w.astype(np.int16) - quant.zero_point.astype(np.int16)
     sums = Accumulator(matrix, integer_bias(call, channels), largest_distance(x, x_zero))
-    return requantiser(call, quant)(sums(x.astype(np.float32) - np.float32(x_zero)))
+    return sums(x.astype(np.float32) - np.float32(x_zero)), quant
+
+
+def matrices(call: Call) -> tuple[np.ndarray, np.ndarray]:
+    """The operands of MatMulFusion, transposed as its attributes say."""
+    x, w = call.inputs[0].data, call.inputs[1].data
+    if call.attrs.get("transpose_a", False):
+        x = x.swapaxes(-1, -2)
+    if call.attrs.get("transpose_b", False):
+        w = w.swapaxes(-1, -2)
+    return x, w
+
+
+def rows(call: Call) -> tuple[np.ndarray, np.ndarray]:
+    """The operands of FullConnection: the input as rows, and the transpose of its weight (N, K).
+
+    With ``use_axis`` the axes of the input from ``axis`` on are one of length K, else the input is rows of length K.
+    """
+    x, w = call.inputs[0].data, call.inputs[1].data
+    if call.attrs.get("use_axis", False):
+        x = x.reshape(*x.shape[: int(call.attrs.get("axis", 0))], -1)
+    elif x.size % w.shape[1] == 0:
+        x = x.reshape(-1, w.shape[1])
+    return x, w.T
 
 
 @kernel("MatMulFusion")
@@ -151,26 +178,16 @@ def matmul(call: Call) -> list[np.ndarray]:
     Raises:
         SimulationError: shapes or parameters that do not fit, or another activation than RELU and RELU6.
     """
-    x, w = call.inputs[0].data, call.inputs[1].data
-    if call.attrs.get("transpose_a", False):
-        x = x.swapaxes(-1, -2)
-    if call.attrs.get("transpose_b", False):
-        w = w.swapaxes(-1, -2)
-    return [_product(call, x, w)]
+    sums, quant = exact_product(call, *matrices(call))
+    return [requantiser(call, quant)(sums)]
 
 
 @kernel("FullConnection")
 def full_connection(call: Call) -> list[np.ndarray]:
-    """Dense layer with a weight of shape (N, K) (``fullconnection_int8.cc``).
-
-    With ``use_axis`` the axes of the input from ``axis`` on are one of length K, else the input is rows of length K.
+    """Dense layer with a weight of shape (N, K) (``fullconnection_int8.cc``); see `rows`.
 
     Raises:
         SimulationError: as `matmul`.
     """
-    x, w = call.inputs[0].data, call.inputs[1].data
-    if call.attrs.get("use_axis", False):
-        x = x.reshape(*x.shape[: int(call.attrs.get("axis", 0))], -1)
-    elif x.size % w.shape[1] == 0:
-        x = x.reshape(-1, w.shape[1])
-    return [_product(call, x, w.T)]
+    sums, quant = exact_product(call, *rows(call))
+    return [requantiser(call, quant)(sums)]

@@ -11,7 +11,9 @@ import numpy as np
 from msqkd.errors import SimulationError
 from msqkd.integer.arithmetic import (
     quantize_multiplier,
+    reciprocal,
     rounding_divide_by_pot,
+    saturating_left_shift,
     saturating_rounding_doubling_high_mul,
 )
 from msqkd.integer.kernels.parameters import clip_int8, input_params
@@ -57,8 +59,8 @@ def softmax(call: Call) -> list[np.ndarray]:
             "allowed: less, as the result of the runtime is undefined"
         )
     zeros = 31 - np.floor(np.log2(total)).astype(np.int32)  # leading ones of 32 bits; exact, as the total is below 2^28
-    reciprocal = _reciprocal(((total << zeros) - 2**31).astype(np.int32))
-    product = saturating_rounding_doubling_high_mul(reciprocal, exponentials[below])
+    inverse = reciprocal(((total << zeros) - 2**31).astype(np.int32))
+    product = saturating_rounding_doubling_high_mul(inverse, exponentials[below])
     shares = rounding_divide_by_pot(product, _SUM_BITS - zeros + 31 - 8)
     return [np.ascontiguousarray(np.moveaxis(clip_int8(shares.astype(np.int64) - 128), -1, axis))]
 
@@ -76,7 +78,7 @@ def _exp_on_negative(a: np.ndarray) -> np.ndarray:
     fraction_bits = 31 - _INPUT_BITS
     quarter = 1 << (fraction_bits - 2)
     modulus = (a & (quarter - 1)) - quarter
-    result = _exp_on_interval(_saturating_left(modulus, _INPUT_BITS))
+    result = _exp_on_interval(saturating_left_shift(modulus, _INPUT_BITS))
     remainder = (modulus - a).astype(np.int32)
     for power, factor in enumerate(_FACTORS, start=-2):
         scaled = saturating_rounding_doubling_high_mul(result, np.array(factor, np.int32))
@@ -93,19 +95,3 @@ def _exp_on_interval(a: np.ndarray) -> np.ndarray:
     cube, fourth = high(square, x), high(square, square)
     tail = high(rounding_divide_by_pot(fourth, 2) + cube, third) + square
     return exp_of_minus_eighth + high(exp_of_minus_eighth, x + rounding_divide_by_pot(tail, 1))
-
-
-def _reciprocal(a: np.ndarray) -> np.ndarray:
-    """1 / (1 + a) of int32 in [0, 1) with 31 fractional bits, likewise."""
-    high = saturating_rounding_doubling_high_mul
-    total = a.astype(np.int64) + _INT32_MAX
-    half = ((total + 1) // 2).astype(np.int32)
-    x = np.int32(1515870810) + high(half, np.array(-1010580540, np.int32))  # 48/17 - 32/17 · half, 29 fractional bits
-    for _ in range(3):
-        error = np.int32(1 << 29) - high(half, x)
-        x = x + _saturating_left(high(x, error), 2)
-    return _saturating_left(x, 1)
-
-
-def _saturating_left(x: np.ndarray, shift: int) -> np.ndarray:
-    return np.clip(x.astype(np.int64) << shift, -(2**31), _INT32_MAX).astype(np.int32)
