@@ -53,7 +53,8 @@ class Observation:
         self, graph: Graph, plan: QuantPlan, observer: Optional[str] = None, percentile: float = 99.99
     ) -> None:
         self.plan = plan
-        self.groups = list(plan.groups.values())
+        # A fixed range is known, and one that follows another group's is derived from it.
+        self.groups = [group for group in plan.groups.values() if not group.fixed and not group.source]
         if observer is not None:
             self.groups = [replace(group, observer=observer, percentile=percentile) for group in self.groups]
         self.observers: list[Observer] = [_observer(group) for group in self.groups]
