@@ -20,13 +20,13 @@ from typing import Any, Optional
 
 import numpy as np
 
-from msqkd.analysis.parity import Device, integer_answers
+from msqkd.analysis.parity import Device, integer_outputs
 from msqkd.data import subset
 from msqkd.environment import versions
-from msqkd.exporters.islands import run_island
 from msqkd.exporters.onnx.qdq import export_onnx
 from msqkd.exporters.onnx.runtime import load_onnx, onnxruntime_package, open_session
 from msqkd.exporters.onnx.writer import onnx_package
+from msqkd.graph.islands import run_island
 from msqkd.integer.program import Program, Step
 from msqkd.integer.registry import ONNXRUNTIME, X86
 from msqkd.integer.simulator import Simulator
@@ -38,7 +38,8 @@ from msqkd.progress import Reporter
 from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.qat import quantize_cell
 from msqkd.recipe import make_recipe
-from msqkd.train.evaluate import accuracy_of, agreement, answers, input_batches
+from msqkd.train.evaluate import agreement, answers, input_batches
+from msqkd.train.metric import accuracy_of
 
 _BATCH = 50
 _SIGN = np.uint8(128)  # the file stores int8 as uint8, 128 more
@@ -59,6 +60,7 @@ def main() -> None:
         rows = answer_rows(network, file, args.samples)
         program = Device(network.graph, network.plan).program
         inputs = next(input_batches(network.test, min(args.values, len(network.test))))
+        assert isinstance(inputs, np.ndarray)  # a classifier of images
         counts = differing_values(program, file, inputs)
     different, total = (sum(column) for column in zip(*counts.values()))
     if args.json:
@@ -74,7 +76,7 @@ def main() -> None:
 def answer_rows(network: Exported, file: Path, samples: int) -> dict[str, dict[str, float]]:
     """Accuracy, and agreement with onnxruntime, of every execution, in percent."""
     test = subset(network.test, min(samples, len(network.test)))
-    assert test.labels is not None
+    assert isinstance(test.labels, np.ndarray)
     run = load_onnx(file, threads=1)
     cell = quantize_cell(network.graph, network.plan)
     cell.set_phase(QUANTIZE)
@@ -82,8 +84,8 @@ def answer_rows(network: Exported, file: Path, samples: int) -> dict[str, dict[s
     same.simulator = Simulator(same.program, X86, run_island, ONNXRUNTIME)
     logits = {
         "onnxruntime": np.concatenate([run(batch) for batch in input_batches(test, _BATCH)]),
-        "simulator, onnxruntime's arithmetic": integer_answers(same, input_batches(test, _BATCH)),
-        "simulator, MindSpore Lite's arithmetic": integer_answers(lite, input_batches(test, _BATCH)),
+        "simulator, onnxruntime's arithmetic": integer_outputs(same, input_batches(test, _BATCH))[0],
+        "simulator, MindSpore Lite's arithmetic": integer_outputs(lite, input_batches(test, _BATCH))[0],
         "fake-quantised": answers(cell, test, _BATCH),
     }
     reference = logits["onnxruntime"]

@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from datetime import date
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -53,7 +54,7 @@ def main() -> None:
             begin = time.perf_counter()
             step(batch, labels).asnumpy()
             times[name].append(time.perf_counter() - begin)
-    result = {f"{name}_ms": round(float(np.median(values)) * 1e3, 1) for name, values in times.items()}
+    result: dict[str, Any] = {f"{name}_ms": round(float(np.median(values)) * 1e3, 1) for name, values in times.items()}
     # Ratios are taken round by round: what slows a round slows both.
     for name in steps:
         if name != "float":

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
-from mindspore import nn
+from mindspore import Tensor, nn
 
-from msqkd.errors import DataError, ExportError, PlanError, did_you_mean
+from msqkd.errors import CaptureError, DataError, ExportError, PlanError, did_you_mean
 from msqkd.exporters import export as _export_formats
-from msqkd.graph.capture import capture
+from msqkd.files import PathLike
+from msqkd.graph.capture import capture, sample_shapes
 from msqkd.graph.ir import Graph
+from msqkd.graph.load import load_mindir
 from msqkd.graph.passes.fold_batchnorm import BATCHNORM_MODES
+from msqkd.graph.passes.restore_dropout import find_dropout
 from msqkd.quant.config import QuantConfig, Rule
-from msqkd.quant.fake_quant import IN_GRAPH_OBSERVERS, QUANTIZE
+from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.integers import round_biases
 from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.presets import preset as find_preset
 from msqkd.quant.ptq import Batches, batches_of, calibrate
-from msqkd.quant.qat import QuantCell, deployment_graph, quantize_cell
+from msqkd.quant.qat import QuantCell, deployment_graph, needed_before_training, quantize_cell
 
 _CONFIG = "_msqkd_quant_config"
+
+Network = Union[nn.Cell, PathLike]
+"""A network, or the path of a MindIR file that holds one."""
+_PATHS = (str, os.PathLike)
 
 
 def QuantizationAwareTraining(cell: nn.Cell, quant_config: Optional[QuantConfig] = None) -> nn.Cell:  # noqa: N802
@@ -41,12 +49,14 @@ def QuantizationAwareTraining(cell: nn.Cell, quant_config: Optional[QuantConfig]
     return cell
 
 
-def recorded_rules(net: nn.Cell) -> tuple[QuantConfig, list[Rule]]:
+def recorded_rules(net: Network) -> tuple[QuantConfig, list[Rule]]:
     """The default settings and the path rules that `QuantizationAwareTraining` recorded on `net` and its cells.
 
     Without any record the whole net has the default settings; with records on sub-cells alone, the rest of the net has
-    them too.
+    them too. On a MindIR file nothing can be recorded.
     """
+    if isinstance(net, _PATHS):
+        return QuantConfig(), []
     default = getattr(net, _CONFIG, None) or QuantConfig()
     rules = [
         Rule("path", path, config.as_changes(), f"QuantizationAwareTraining({path})")
@@ -57,8 +67,8 @@ def recorded_rules(net: nn.Cell) -> tuple[QuantConfig, list[Rule]]:
 
 
 def plan_network(
-    net: nn.Cell,
-    example_input: Any,
+    net: Network,
+    example_input: Any = None,
     config: Optional[QuantConfig] = None,
     rules: Sequence[Rule] = (),
     target: str = "lite_arm",
@@ -67,8 +77,8 @@ def plan_network(
     """Capture `net` and decide how each layer is computed on `target`; nothing is trained or changed.
 
     Args:
-        net: the float network.
-        example_input: a Tensor, a tuple of Tensors, or a sample shape (C, H, W).
+        net: the float network, or the path of a MindIR file (see `msqkd.graph.load.load_mindir`).
+        example_input: a Tensor, a tuple of Tensors, or a sample shape (C, H, W); not needed for a file.
         config: default settings; those recorded on the net when not given.
         rules: rules beside those recorded on cells.
         target: the runtime.
@@ -79,9 +89,10 @@ def plan_network(
         The captured graph and its plan.
 
     Raises:
+        CaptureError: the network cannot be captured, the file not be read, or the example is not what it takes.
         PlanError: the preset is unknown, or a rule matches nothing.
     """
-    graph = capture(net, example_input)
+    graph = _graph_of(net, example_input)
     deployed = deployment_graph(graph)
     default, recorded = recorded_rules(net)
     if preset is not None:
@@ -91,39 +102,58 @@ def plan_network(
     return graph, make_plan(deployed, config or default, [*recorded, *rules], target)
 
 
+def _graph_of(net: Network, example_input: Any) -> Graph:
+    if not isinstance(net, _PATHS):
+        return capture(net, example_input)
+    graph = load_mindir(net)
+    if example_input is not None:
+        found = sample_shapes(example_input)
+        needed = [graph.shape(name)[1:] for name in graph.inputs]
+        if found != needed:
+            raise CaptureError(f"{net}: the example input has samples of shape {found}, the network takes {needed}")
+    return graph
+
+
 def prepare_qat(
-    net: nn.Cell,
-    example_input: Any,
+    net: Network,
+    example_input: Any = None,
     config: Optional[QuantConfig] = None,
     *,
     rules: Sequence[Rule] = (),
     batchnorm: str = "fold",
     target: str = "lite_arm",
     preset: Optional[str] = None,
+    dropout: bool = False,
     calib_dataset: Optional[Batches] = None,
 ) -> QuantCell:
     """The trainable quantised cell of `net`, with the settings recorded by `QuantizationAwareTraining`.
 
     Args:
-        net: the float network; it is not changed.
-        example_input: a Tensor, a tuple of Tensors, or a sample shape (C, H, W).
+        net: the float network, or the path of a MindIR file; it is not changed.
+        example_input: a Tensor, a tuple of Tensors, or a sample shape (C, H, W); not needed for a file.
         config: default settings; those recorded on the net when not given.
         rules: rules beside those recorded on cells.
         batchnorm: ``fold``, ``freeze`` or ``live`` (see `msqkd.graph.passes.fold_batchnorm`).
         target, preset: as in `plan_network`.
+        dropout: in training mode, drop what the network's own dropout cells would (see
+            `msqkd.graph.passes.restore_dropout`).
         calib_dataset: unlabelled batches; needed where activations are quantised from the first step, or by an
             observer that cannot watch while training (percentile, kl, mse).
 
     Raises:
-        PlanError: a rule matches nothing, or ranges are needed and `calib_dataset` is not given.
+        PlanError: a rule matches nothing, ranges are needed and `calib_dataset` is not given, or a dropout has no
+            place in the form that is trained (a MindIR file has none at all).
     """
+    if dropout and isinstance(net, _PATHS):
+        raise PlanError(f"dropout: {net} was exported without it; give the network's cell")
     graph, plan = plan_network(net, example_input, config, rules, target, preset)
+    places = find_dropout(net, example_input, graph) if dropout else []
     if batchnorm not in BATCHNORM_MODES:
         raise PlanError(
             f"batchnorm is '{batchnorm}'; allowed: {', '.join(BATCHNORM_MODES)}"
             f"{did_you_mean(batchnorm, BATCHNORM_MODES)}"
         )
-    early = [g for g in plan.groups.values() if g.delay == 0 or g.observer not in IN_GRAPH_OBSERVERS]
+    early = needed_before_training(plan)
     if calib_dataset is not None:
         plan = calibrate(deployment_graph(graph), plan, calib_dataset)
     elif early:
@@ -135,7 +165,7 @@ def prepare_qat(
         raise PlanError(
             f"value '{early[0].name}' needs a range before training ({why}): give calib_dataset, or set act_quant_delay"
         )
-    return quantize_cell(graph, plan, batchnorm)
+    return quantize_cell(graph, plan, batchnorm, dropout=places)
 
 
 class PTQNetwork:
@@ -146,7 +176,7 @@ class PTQNetwork:
 
 
 def create_ptq_network(
-    network: nn.Cell,
+    network: Network,
     config: Optional[QuantConfig] = None,
     calib_dataset: Optional[Batches] = None,
     calib_iteration: Optional[int] = None,
@@ -159,11 +189,14 @@ def create_ptq_network(
     """Prepare a float network, or one trained by `prepare_qat`, for calibration.
 
     Args:
-        network: a float cell, or a QuantCell whose ranges are to be found anew (its weights are not touched).
+        network: a float cell, the path of a MindIR file, or a QuantCell whose ranges are to be found anew (its weights
+            are not touched).
         config: default settings; recorded ones or the QuantCell's own when not given.
-        calib_dataset: unlabelled batches; may be given to `quantize` instead.
+        calib_dataset: batches; may be given to `quantize` instead. Of a batch that is a tuple the network takes the
+            first arrays, as many as it has inputs; labels behind them are not read.
         calib_iteration: how many batches are used (all by default).
-        example_input: Tensor or sample shape; by default the first batch of `calib_dataset`.
+        example_input: a Tensor, a tuple of Tensors (needed where the network has several inputs) or a sample shape; by
+            default the first array of `calib_dataset`.
         rules, target, preset: as in `plan_network`; not for a QuantCell, which has its plan.
 
     Raises:
@@ -180,7 +213,7 @@ def create_ptq_network(
             )
         graph, plan = network.sync()
         return PTQNetwork(graph, plan, calib_dataset, calib_iteration)
-    if example_input is None:
+    if example_input is None and not isinstance(network, _PATHS):
         if calib_dataset is None:
             raise DataError("create_ptq_network needs example_input, or calib_dataset to take its shape from")
         stream = batches_of(calib_dataset)
@@ -189,7 +222,7 @@ def create_ptq_network(
             raise DataError("the calibration set has 0 samples; give at least one batch")
         if iter(calib_dataset) is calib_dataset:  # read once: the batch looked at must not be lost
             calib_dataset = chain([first], stream)
-        example_input = tuple(int(n) for n in first.shape[1:])
+        example_input = Tensor(first[0])
     graph, plan = plan_network(network, example_input, config, rules, target, preset)
     return PTQNetwork(deployment_graph(graph), plan, calib_dataset, calib_iteration)
 
@@ -214,7 +247,8 @@ def export(quantized_net: QuantCell, x: Any, file_name: str, file_format: str = 
 
     Args:
         quantized_net: from `quantize` or `prepare_qat`, with every range known.
-        x: an example input (Tensor, array or sample shape), checked against the network's input.
+        x: an example input (Tensor, array or sample shape), checked against the network's input; a tuple of Tensors or
+            arrays where it has several.
         file_name: with or without the format's suffix.
         file_format: ``MINDIR`` (float weights with FakeQuantParam markers, for MindSpore Lite's converter),
             ``MINDIR_PORTABLE`` (int8 weights and ordinary operations; MindSpore loads and runs it), ``MS`` (int8, for
@@ -231,5 +265,10 @@ def export(quantized_net: QuantCell, x: Any, file_name: str, file_format: str = 
             "create_ptq_network and quantize"
         )
     graph, plan = quantized_net.sync()
-    shape = tuple(int(n) for n in (x.shape if hasattr(x, "shape") else np.asarray(x).tolist()))
-    return str(_export_formats(graph, plan, file_name, file_format, example_shape=shape))
+    several = isinstance(x, (tuple, list)) and len(x) > 0 and all(hasattr(item, "shape") for item in x)
+    shapes = [_shape_of(item) for item in (x if several else (x,))]
+    return str(_export_formats(graph, plan, file_name, file_format, example_shapes=shapes))
+
+
+def _shape_of(example: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in (example.shape if hasattr(example, "shape") else np.asarray(example).tolist()))

@@ -16,7 +16,7 @@ import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Literal, NamedTuple, Optional
 
@@ -43,18 +43,44 @@ class LoadReport:
     """What `load_checkpoint` did.
 
     Attributes:
+        file: the checkpoint.
         loaded: names of the network's parameters that took a value from the file.
+        renamed: (name in the file, parameter) where the two differ.
         cast: (parameter, type in the file, type in the network) where the two differ.
-        missing: parameters of the network the file has no value for.
+        missing: parameters of the network the file has no value for, or none of their shape.
+        reshaped: (parameter, shape in the file, shape in the network) where the two differ; those are missing.
         unused: names in the file that no parameter of the network took, optimiser state and counters included.
         crc: ``ok`` when the file has a CRC of its own and it is right, ``absent`` when it has none.
     """
 
+    file: str
     loaded: list[str]
+    renamed: list[tuple[str, str]]
     cast: list[tuple[str, str, str]]
     missing: list[str]
+    reshaped: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
     unused: list[str]
     crc: Crc
+
+    def words(self) -> str:
+        """All of it in a sentence: ``270 of 270 parameters loaded from resnet20.pth; 3 entries ... not used: ...``."""
+        total = len(self.loaded) + len(self.missing)
+        parts = [f"{len(self.loaded)} of {total} parameters loaded from {self.file}"]
+        parts[0] += " (CRC checked)" if self.crc == "ok" else ""
+        if self.renamed:
+            parts.append(f"{len(self.renamed)} renamed: {_some([f'{old} → {new}' for old, new in self.renamed], 2)}")
+        if self.cast:
+            kinds = dict.fromkeys(f"{source} → {target}" for _, source, target in self.cast)
+            parts.append(f"{len(self.cast)} cast: {', '.join(kinds)}")
+        if self.missing:
+            parts.append(f"not in the file: {_some(self.missing)}")
+        if self.unused:
+            parts.append(f"{len(self.unused)} of the file not used: {_some(self.unused)}")
+        return "; ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes, as JSON can hold them."""
+        return asdict(self)
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
@@ -67,7 +93,9 @@ def load_checkpoint(
 
     A parameter takes the value of exactly its name, or of the same name in the other framework's words for
     normalisation and embedding (gamma, beta, moving_mean, moving_variance, embedding_table are weight, bias,
-    running_mean, running_var, weight in PyTorch). A prefix ``module.`` common to all names is dropped.
+    running_mean, running_var, weight in PyTorch). A prefix that wrappers put before all names (``module.``,
+    ``_orig_mod.``, ``model.``, ``net.``, ``network.``, ``backbone.``, ``_backbone.``) is dropped where no parameter of
+    the network begins with it.
 
     Args:
         net: the network.
@@ -86,8 +114,7 @@ def load_checkpoint(
     if name_map is not None:
         stored = _rename(stored, Path(name_map), path)
     parameters = {parameter.name: (name, parameter) for name, parameter in net.parameters_and_names()}
-    if not any(name.startswith(_DATA_PARALLEL) for name in parameters):
-        stored = _without_common_prefix(stored, _DATA_PARALLEL)
+    stored, original = _without_wrappers(stored, parameters)
     match = _match(parameters, stored)
     shapes = {
         name: (stored[found].array.shape, tuple(parameters[name][1].shape))
@@ -104,6 +131,7 @@ def load_checkpoint(
     for name in shapes:
         missing.append(name)
         unused.append(match.pop(name))
+    renamed = [(original[found], name) for name, found in match.items() if original[found] != name]
     if not match:
         raise CheckpointError(f"{path} has no parameter of the network; it holds {_some(list(stored))}")
     values, cast = {}, []
@@ -115,7 +143,9 @@ def load_checkpoint(
             cast.append((name, source, target))
     for name, tensor in values.items():
         parameters[name][1].set_data(tensor)
-    return LoadReport(list(values), cast, missing, unused, crc)
+    reshaped = [(name, *pair) for name, pair in shapes.items()]
+    left = [original[name] for name in unused]
+    return LoadReport(str(path), list(values), renamed, cast, missing, reshaped, left, crc)
 
 
 def read_checkpoint(file: PathLike) -> dict[str, np.ndarray]:
@@ -126,8 +156,8 @@ def read_checkpoint(file: PathLike) -> dict[str, np.ndarray]:
     return {name: value.array for name, value in _read(Path(file))[0].items()}
 
 
-_DATA_PARALLEL = "module."
-"""What PyTorch's DataParallel puts before every name."""
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "_backbone.")
+"""What PyTorch's DataParallel and compile, MindSpore's training cells and training frameworks put before every name."""
 _WORDS = {
     "gamma": "weight",
     "beta": "bias",
@@ -182,13 +212,32 @@ def _is_training_state(name: str, parameters: Mapping[str, Any]) -> bool:
     return _is_counter(name) or name in _TRAINING_STATE or (prefix in _OPTIMIZER_PREFIXES and rest in parameters)
 
 
-def _without_common_prefix(stored: dict[str, Stored], prefix: str) -> dict[str, Stored]:
-    while stored and all(name.startswith(prefix) for name in stored if name not in _TRAINING_STATE):
-        stripped = {name[len(prefix) :] if name.startswith(prefix) else name: value for name, value in stored.items()}
-        if stripped.keys() == stored.keys():
-            break
-        stored = stripped
-    return stored
+def _without_wrappers(
+    stored: dict[str, Stored], parameters: Mapping[str, Any]
+) -> tuple[dict[str, Stored], dict[str, str]]:
+    """`stored` without the wrappers' prefixes, and the name each entry has in the file."""
+    original = {name: name for name in stored}
+    prefixes = [prefix for prefix in _WRAPPERS if not any(name.startswith(prefix) for name in parameters)]
+    while True:
+        for prefix in prefixes:
+            names = {name: _without_prefix(name, prefix) for name in original}
+            weights = [name for name in names if name not in _TRAINING_STATE and not _is_counter(name)]
+            if weights and None not in names.values() and any(name.startswith(prefix) for name in weights):
+                break
+        else:
+            return stored, original
+        stored = {names[name] or name: value for name, value in stored.items()}
+        original = {names[name] or name: held for name, held in original.items()}
+
+
+def _without_prefix(name: str, prefix: str) -> Optional[str]:
+    """`name`, or the optimiser's state of it, without `prefix`; None where it does not begin with it."""
+    if name in _TRAINING_STATE:
+        return name
+    head, dot, rest = name.partition(".")
+    if head in _OPTIMIZER_PREFIXES and rest.startswith(prefix):
+        return head + dot + rest[len(prefix) :]
+    return name[len(prefix) :] if name.startswith(prefix) else None
 
 
 def _rename(stored: dict[str, Stored], map_file: Path, path: Path) -> dict[str, Stored]:
@@ -231,10 +280,11 @@ def _mismatch(
     if missing:
         parts.append(f"missing {_some(missing)}")
     if unexpected:
-        parts.append(f"unexpected {_some(unexpected)}")
+        parts.append(f"unexpected {_some(unexpected)}{did_you_mean(missing[0], unexpected) if missing else ''}")
     if shapes:
         parts.append("shape " + _some([f"{name} {found} for {needed}" for name, (found, needed) in shapes.items()]))
-    return f"{path} is a checkpoint of another network: " + "; ".join(parts)
+    advice = "; where only the names differ, give them in a name_map" if missing and unexpected else ""
+    return f"{path} is a checkpoint of another network: " + "; ".join(parts) + advice
 
 
 def _some(names: list[str], limit: int = 5) -> str:
@@ -378,7 +428,7 @@ _TORCH_STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
-_STATE_KEYS = ("state_dict", "model_state_dict", "model")
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
 
 
 class _StorageType(NamedTuple):

@@ -98,7 +98,7 @@ def _run(recipe: str, overrides: list[str], output: Optional[Path], fresh: bool,
         Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if as_json:
-        keys = ("accuracy", "size_bytes", "int8_share", "seed", "versions", "sha256")
+        keys = ("metric", "accuracy", "size_bytes", "int8_share", "seed", "versions", "sha256")
         found = {key: result[key] for key in keys}
         print(json.dumps({**found, "parity": _without_values(result["parity"])}, indent=2))
     else:
@@ -112,9 +112,13 @@ def _without_values(parity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summary(result: dict[str, Any], folder: Path) -> None:
-    table = Table(title=f"{result['name']}: top-1 accuracy in percent", title_justify="left")
+    from msqkd.train.metric import Scale
+
+    scale = Scale.of(result["metric"])
+    what = "top-1 accuracy in percent" if scale.unit else scale.name
+    table = Table(title=f"{result['name']}: {what}", title_justify="left")
     table.add_column("network")
-    table.add_column("accuracy", justify="right")
+    table.add_column(scale.name, justify="right")
     table.add_column("to float", justify="right")
     names = {
         "float": "float", "float_ft": "float, fine-tuned with the same budget",
@@ -126,7 +130,8 @@ def _summary(result: dict[str, Any], folder: Path) -> None:
     for key, title in names.items():
         value = result["accuracy"][key]
         if value is not None:
-            table.add_row(title, f"{value:.2f}", "" if key == "float" else f"{value - base:+.2f}")
+            delta = "" if key == "float" else f"{value - base:+.{scale.digits}f}"
+            table.add_row(title, scale.number(value), delta)
     console = Console(highlight=False)
     console.print(table)
     sizes = result["size_bytes"]
@@ -180,22 +185,28 @@ def verify(
 
 
 def _verified(result: dict[str, Any], folder: Path) -> None:
+    from msqkd.train.metric import Scale
+
     parity = result["parity"]
+    scale = Scale.of(parity["metric"])
     machine = f" ({parity['machine']})" if parity["machine"] else ""
-    title = f"{result['name']} on {result['target']}{machine}: {parity['samples']} test samples, in percent"
+    unit = ", in percent" if scale.unit else ""
+    title = f"{result['name']} on {result['target']}{machine}: {parity['samples']} test samples{unit}"
     table = Table(title=title, title_justify="left")
     table.add_column("execution")
-    for column in ("accuracy", "equal answers to float", "to fake-quantised"):
-        table.add_column(column, justify="right")
     same = {key: f"{value:.2f}" for key, value in parity["agreement"].items()}
+    columns = ("equal answers to float", "to fake-quantised") if same else ()
+    for column in (scale.name, *columns):
+        table.add_column(column, justify="right")
     rows = {
-        "float": ("float", "", same["fake_quantised_float"]),
-        "fake_quantised": ("fake-quantised", same["fake_quantised_float"], ""),
-        "integer": ("integer", same["integer_float"], same["integer_fake_quantised"]),
+        "float": ("float", ("", "fake_quantised_float")),
+        "fake_quantised": ("fake-quantised", ("fake_quantised_float", "")),
+        "integer": ("integer", ("integer_float", "integer_fake_quantised")),
     }
-    for key, (name, to_float, to_fake) in rows.items():
+    for key, (name, pairs) in rows.items():
         reached = parity["accuracy"][key]
-        table.add_row(name, "" if reached is None else f"{reached:.2f}", to_float, to_fake)
+        shares = [same.get(pair, "") for pair in pairs] if same else []
+        table.add_row(name, "" if reached is None else scale.number(reached), *shares)
     console = Console(highlight=False)
     console.print(table)
     for entry in result["export"].values():
@@ -243,12 +254,14 @@ def plan(
     from msqkd.recipe import load_recipe
 
     loaded = load_recipe(recipe, _overrides(settings, rest), require_weights=False)
+    from msqkd.pipeline.result import training_only_rows
     from msqkd.pipeline.run import plan_recipe
     from msqkd.quant.qat import deployment_graph
 
     graph, made = plan_recipe(loaded)
     if as_json:
-        print(json.dumps({"recipe": loaded.name, **made.to_dict()}, indent=2))
+        data = {"recipe": loaded.name, **made.to_dict(), "training_only": training_only_rows(graph)}
+        print(json.dumps(data, indent=2))
         return
     table = Table(title=f"{made.network} on {made.target}", title_justify="left")
     for column in ("layer", "operation", "precision", "weight", "activation", "rule", "why"):
@@ -261,6 +274,8 @@ def plan(
         group = made.group_of(output) if output in made.activations else None
         what = f"{group.bits} bit {'symmetric' if group.symmetric else 'asymmetric'}" if group else ""
         table.add_row(node.name, node.op, node.precision, how, what, escape(node.rule), escape(node.reason))
+    for row in training_only_rows(graph):
+        table.add_row(row["name"], row["op"], "training only", "", "", "", "not deployed (model.outputs)")
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
     console.print(table)
     console.print(f"{made.int8_share():.0%} of {len(made.nodes)} operations run in int8")

@@ -13,7 +13,8 @@ from msqkd.bench import MIN_ROUNDS, Comparison, Environment, Latency, bench_onnx
 from msqkd.errors import DataError, ExportError, MissingDependencyError
 from msqkd.exporters.onnx import export_onnx, export_onnx_float
 from msqkd.graph.ir import Graph, Node, TensorType, Value
-from msqkd.quant.plan import INT8, ActivationQuant, Group, NodePlan, QuantPlan, WeightQuant
+from msqkd.quant.config import INT8
+from msqkd.quant.plan import ActivationQuant, Group, NodePlan, QuantPlan, WeightQuant
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

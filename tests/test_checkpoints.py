@@ -253,7 +253,8 @@ def test_pytorch(write, nested: bool, prefix: str, tmp_path) -> None:
     report = load_checkpoint(net, file)
     assert_loaded(net, random_values())
     assert report.missing == []
-    assert report.unused == ["block.bn.num_batches_tracked"]
+    assert report.unused == [f"{prefix}block.bn.num_batches_tracked"]
+    assert (f"{prefix}block.bn.weight", "block.bn.gamma") in report.renamed
     assert report.crc == "absent"
 
 
@@ -456,7 +457,7 @@ def test_strict_mismatch_counts_and_lists(tmp_path) -> None:
 def test_names_are_not_matched_by_their_ends(tmp_path) -> None:
     arrays = random_values()
     arrays["backbone.linear.weight"] = arrays.pop("linear.weight")
-    with pytest.raises(CheckpointError, match=r"missing linear\.weight; unexpected backbone\.linear\.weight"):
+    with pytest.raises(CheckpointError, match=r"missing linear\.weight; unexpected backbone\.linear\.weight; did you"):
         load(arrays, tmp_path)
 
 
@@ -467,6 +468,7 @@ def test_not_strict_takes_what_fits(tmp_path) -> None:
     arrays["extra"] = np.zeros(1, np.float32)
     net, report = load(arrays, tmp_path, strict=False)
     assert sorted(report.missing) == ["linear.bias", "linear.weight"]
+    assert report.reshaped == [("linear.weight", (9, 4), (2, 4))]
     assert sorted(report.unused) == ["extra", "linear.weight"]
     np.testing.assert_array_equal(values_of(net)["block.conv.weight"], arrays["block.conv.weight"])
     with pytest.raises(CheckpointError, match=r"has no parameter of the network; it holds other$"):
@@ -505,6 +507,34 @@ def test_narrow_network(tmp_path) -> None:
         parameter.set_dtype(ms.float16)
     with pytest.raises(CheckpointError, match=r"parameter 'bias' has values up to 1e.06, too great for float16"):
         load_checkpoint(net, tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "_backbone.", "network._backbone."])
+def test_the_prefix_of_a_wrapper_is_dropped_from_optimiser_state_too(prefix: str, tmp_path) -> None:
+    wrapped = {prefix + name: value for name, value in random_values().items()}
+    extra = {f"moments.{prefix}linear.weight": np.zeros((2, 4), np.float32), "global_step": np.zeros(1, np.int32)}
+    net, report = load({**wrapped, **extra}, tmp_path)
+    assert_loaded(net, random_values())
+    assert sorted(report.unused) == sorted(extra), "by the names they have in the file"
+    assert (f"{prefix}linear.weight", "linear.weight") in report.renamed
+
+
+def test_a_prefix_on_some_names_only_stays(tmp_path) -> None:
+    arrays = random_values()
+    arrays["module.linear.weight"] = arrays.pop("linear.weight")
+    with pytest.raises(CheckpointError, match=r"did you mean 'module\.linear\.weight'\?; where only the names differ"):
+        load(arrays, tmp_path)
+
+
+def test_the_report_in_words_and_as_json(tmp_path) -> None:
+    arrays = {name: value.astype(np.float64) for name, value in torch_values().items()}
+    _, report = load({**arrays, "global_step": np.zeros(1, np.int32)}, tmp_path)
+    words = report.words()
+    assert words.startswith(f"11 of 11 parameters loaded from {tmp_path / 'x.npz'}; 7 renamed: ")
+    assert words.endswith(" and 5 more; 11 cast: float64 → float32; 1 of the file not used: global_step")
+    told = json.loads(json.dumps(report.to_dict()))
+    assert told["unused"] == ["global_step"]
+    assert ["norm.weight", "norm.gamma"] in told["renamed"]
 
 
 def test_name_map(tmp_path) -> None:

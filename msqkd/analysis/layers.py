@@ -8,6 +8,7 @@ from typing import Any, Optional
 import mindspore as ms
 import numpy as np
 
+from msqkd.data import Arrays, as_tuple
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.quant.fake_quant import QUANTIZE
@@ -15,8 +16,8 @@ from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qat import quantize_cell
 
 
-def layer_table(graph: Graph, plan: QuantPlan, reference: Graph, batches: Iterable[np.ndarray]) -> list[dict[str, Any]]:
-    """One row an operation that begins a quantised value, in execution order.
+def layer_table(graph: Graph, plan: QuantPlan, reference: Graph, batches: Iterable[Arrays]) -> list[dict[str, Any]]:
+    """One row an operation that begins a quantised value or computes in float with a stored weight, in execution order.
 
     `sqnr_db` is 10·log10(E[x²] / E[(x − x̂)²]) between the value in `reference` (the float network, same value names)
     and in the quantised network, where everything before it is quantised too: it shows how the error builds up.
@@ -25,9 +26,10 @@ def layer_table(graph: Graph, plan: QuantPlan, reference: Graph, batches: Iterab
         graph: the deployment graph with the quantised network's parameters.
         plan: its plan, every range known.
         reference: the deployment graph of the float network.
-        batches: samples (N, ...); a few hundred are enough.
+        batches: samples (N, ...), or tuples of arrays for a network with several inputs; a few hundred are enough.
     """
-    values = list(plan.groups)
+    stored = {graph.node(name).output for name in plan.stored_weights()}
+    values = [value.name for value in graph.activations() if value.name in plan.groups or value.name in stored]
     quantized = quantize_cell(graph, plan, observe=values)
     quantized.set_phase(QUANTIZE)
     plain = to_cell(reference, Hooks(observe=values))
@@ -36,12 +38,13 @@ def layer_table(graph: Graph, plan: QuantPlan, reference: Graph, batches: Iterab
     low, high = np.full(len(values), np.inf), np.full(len(values), -np.inf)
     qparams = {name: group.qparams() for name, group in plan.groups.items()}
     for batch in batches:
-        tensor = ms.Tensor(batch)
-        pairs = zip(values, plain(tensor)[count:], quantized(tensor)[count:])
+        tensors = [ms.Tensor(array) for array in as_tuple(batch)]
+        pairs = zip(values, plain(*tensors)[count:], quantized(*tensors)[count:])
         for index, (name, exact, raw) in enumerate(pairs):
             x, seen = exact.asnumpy(), raw.asnumpy()
             signal[index] += float(np.square(x, dtype=np.float64).sum())
-            noise[index] += float(np.square(x - qparams[name].fake_quantize(seen), dtype=np.float64).sum())
+            rounded = qparams[name].fake_quantize(seen) if name in qparams else seen
+            noise[index] += float(np.square(x - rounded, dtype=np.float64).sum())
             low[index], high[index] = min(low[index], seen.min()), max(high[index], seen.max())
     rows = []
     for index, name in enumerate(values):
@@ -53,7 +56,7 @@ def layer_table(graph: Graph, plan: QuantPlan, reference: Graph, batches: Iterab
                 "value": name,
                 "sqnr_db": _decibel(signal[index], noise[index]),
                 "weight": _weight(graph, plan, owner),
-                "activation": _activation(plan, name, low[index], high[index]),
+                "activation": _activation(plan, name, low[index], high[index]) if name in plan.groups else None,
             }
         )
     return rows
@@ -74,7 +77,7 @@ def _weight(graph: Graph, plan: QuantPlan, owner: Optional[str]) -> Optional[dic
     quant = plan.weights.get(owner or "")
     if quant is None:
         return None
-    data = graph.params[graph.node(quant.node).inputs[1]].data
+    data = graph.params[graph.node(quant.node).inputs[quant.index]].data
     scale = np.atleast_1d(quant.qparams(data).scale)
     return {
         "min": float(data.min()), "max": float(data.max()), "bits": quant.bits, "per_channel": quant.axis is not None,

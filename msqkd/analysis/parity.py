@@ -21,11 +21,12 @@ from typing import Any, Callable, Optional, Union
 import mindspore as ms
 import numpy as np
 
+from msqkd.data import Arrays, as_tuple, taken
 from msqkd.errors import DataError, ExportError
 from msqkd.exporters.device.shapes import concrete_shapes
-from msqkd.exporters.islands import run_island
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
+from msqkd.graph.islands import run_island
 from msqkd.integer import registry
 from msqkd.integer.program import Program, Tensor
 from msqkd.integer.simulator import Simulator
@@ -34,6 +35,8 @@ from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qat import quantize_cell
 from msqkd.quant.qparams import QParams
 from msqkd.targets.ascend import ASCEND
+from msqkd.train.evaluate import filled
+from msqkd.train.metric import ACCURACY, Metric, Outputs
 
 Batch = Union[np.ndarray, Sequence[np.ndarray]]
 Progress = Callable[[int], None]
@@ -96,20 +99,23 @@ class Device:
         return [_native(self.program.tensors[name], data) for name, data in zip(self.program.outputs, found)]
 
 
-def integer_answers(device: Device, batches: Iterable[Batch], progress: Optional[Progress] = None) -> np.ndarray:
-    """The first output of the integer execution for every sample: logits (N, classes).
+def integer_outputs(device: Device, batches: Iterable[Batch], progress: Optional[Progress] = None) -> Outputs:
+    """The outputs of the integer execution for every sample.
 
     Raises:
         DataError: no batch is given.
     """
-    parts: list[np.ndarray] = []
+    parts: list[list[np.ndarray]] = []
+    done = 0
     for batch in batches:
-        parts.append(device(*_arrays(batch))[0])
+        arrays = _arrays(batch)
+        parts.append(device(*arrays))
+        done += len(arrays[0])
         if progress is not None:
-            progress(sum(map(len, parts)))
+            progress(done)
     if not parts:
         raise DataError("there are 0 samples to compute; give at least one batch")
-    return np.concatenate(parts)
+    return tuple(np.concatenate(column) for column in zip(*parts))
 
 
 def differing_values(
@@ -201,9 +207,12 @@ class Parity:
         target: the runtime.
         machine: ``x86`` or ``arm64``; None where the target has but one arithmetic.
         samples: how many were computed.
-        correct: right answers of each of `EXECUTIONS`; None without labels.
-        agreeing: samples for which two executions name the same class, by a key of `PAIRS`.
+        correct: right answers of each of `EXECUTIONS`; None without labels, and where `metric` is not accuracy.
+        agreeing: samples for which two executions name the same class, by a key of `PAIRS`; empty where `metric` is not
+            accuracy and the first output is not (N, classes).
         values: in the order the device computes them.
+        metric: what the executions are judged by.
+        measured: the metric of each of `EXECUTIONS`, where it is not accuracy.
     """
 
     target: str
@@ -212,10 +221,14 @@ class Parity:
     correct: Optional[dict[str, int]]
     agreeing: dict[str, int]
     values: tuple[ValueParity, ...]
+    metric: Metric = ACCURACY
+    measured: Optional[dict[str, float]] = None
 
     @property
     def accuracy(self) -> dict[str, Optional[float]]:
-        """Top-1 accuracy of each execution in percent; None without labels."""
+        """The metric of each execution, by default top-1 accuracy in percent; None without labels."""
+        if self.measured is not None:
+            return dict(self.measured)
         return {name: None if self.correct is None else self._percent(self.correct[name]) for name in EXECUTIONS}
 
     @property
@@ -224,16 +237,21 @@ class Parity:
         return {pair: self._percent(count) for pair, count in self.agreeing.items()}
 
     @property
-    def deviating_samples(self) -> int:
-        """How many right answers more or fewer the device gives; without labels, how many other answers."""
+    def deviating_samples(self) -> Optional[int]:
+        """How many right answers more or fewer the device gives; without labels, how many other answers; None for
+        another metric than accuracy."""
+        if self.measured is not None:
+            return None
         if self.correct is None:
             return self.changed
         return abs(self.correct["integer"] - self.correct["fake_quantised"])
 
     @property
     def deviation(self) -> float:
-        """The same in points (percent of the samples)."""
-        return self._percent(self.deviating_samples)
+        """The same in points (percent of the samples); for another metric, the difference of its values."""
+        if self.measured is not None:
+            return abs(self.measured["integer"] - self.measured["fake_quantised"])
+        return self._percent(self.deviating_samples or 0)
 
     @property
     def changed(self) -> int:
@@ -244,8 +262,11 @@ class Parity:
         """Whether the device deviates by more than `bound` points, and by more than chance explains.
 
         Answers that change go either way like tossed coins where the device is right, so that their sum has a standard
-        error of at most the square root of their number. A bound of 0 accepts no deviation at all.
+        error of at most the square root of their number. A bound of 0 accepts no deviation at all. For another metric
+        than accuracy the bound is in its own unit, and nothing is put down to chance.
         """
+        if self.deviating_samples is None:
+            return self.deviation > bound
         chance = STANDARD_ERRORS * self.changed**0.5 if bound > 0 else 0
         return self.deviation > bound and self.deviating_samples > chance
 
@@ -257,7 +278,7 @@ class Parity:
         """As JSON-able data with stable keys; held against the bound `max_deviation`, in points."""
         return {
             "target": self.target, "machine": self.machine, "samples": self.samples,
-            "accuracy": self.accuracy, "agreement": self.agreement,
+            "metric": self.metric.to_dict(), "accuracy": self.accuracy, "agreement": self.agreement,
             "deviation": self.deviation, "deviating_samples": self.deviating_samples, "max_deviation": max_deviation,
             "exceeded": self.exceeds(max_deviation),
             "first_difference": _place(self.first_beyond(0)), "first_beyond_one": _place(self.first_beyond(1)),
@@ -279,9 +300,10 @@ def compare_execution(
     graph: Graph,
     plan: QuantPlan,
     batches: Iterable[Batch],
-    labels: Optional[np.ndarray] = None,
+    labels: Optional[Arrays] = None,
     machine: str = registry.X86,
     progress: Optional[Progress] = None,
+    metric: Metric = ACCURACY,
 ) -> Parity:
     """Run a network in float, fake-quantised and in integers, and compare every value that all three compute.
 
@@ -292,15 +314,16 @@ def compare_execution(
         plan: its plan, every range known.
         batches: arrays (n, ...), or tuples of them for a network with several inputs. Top-1 answers are those of the
             first output, (n, classes).
-        labels: int (N,), for accuracies.
+        labels: int (N,), for accuracies; what `metric` takes, where one is given.
         machine: ``x86`` or ``arm64``, where the builds of MindSpore Lite differ.
         progress: called with the number of samples done.
+        metric: what the executions are judged by, all outputs of every sample in memory where it is not accuracy.
 
     Raises:
-        DataError: no batch is given, or labels are fewer than samples.
+        DataError: no batch is given, labels are fewer than samples, or `metric` gives no finite number.
         SimulationError, PlanError, ExportError: as `Device`.
     """
-    return _Comparison(graph, plan, Device(graph, plan, machine)).run(batches, labels, machine, progress)
+    return _Comparison(graph, plan, Device(graph, plan, machine), metric).run(batches, labels, machine, progress)
 
 
 def batch_size(graph: Graph, wanted: int) -> int:
@@ -315,8 +338,9 @@ def batch_size(graph: Graph, wanted: int) -> int:
 
 
 class _Comparison:
-    def __init__(self, graph: Graph, plan: QuantPlan, device: Device) -> None:
-        self.graph, self.plan, self.device = graph, plan, device
+    def __init__(self, graph: Graph, plan: QuantPlan, device: Device, metric: Metric) -> None:
+        self.graph, self.plan, self.device, self.metric = graph, plan, device, metric
+        self.ranked = metric.is_accuracy or len(graph.shape(graph.outputs[0])) == 2
         self.tallies = {tally.tensor: tally for tally in _tallies(graph, plan, device.program)}
         self.names = [tally.value for tally in self.tallies.values()]
         self.outputs = len(graph.outputs)
@@ -325,9 +349,10 @@ class _Comparison:
         self.fake.set_phase(QUANTIZE)
         self.size = 0
         self.answers: dict[str, list[np.ndarray]] = {name: [] for name in EXECUTIONS}
+        self.results: dict[str, list[Outputs]] = {name: [] for name in EXECUTIONS}
 
     def run(
-        self, batches: Iterable[Batch], labels: Optional[np.ndarray], machine: str, progress: Optional[Progress]
+        self, batches: Iterable[Batch], labels: Optional[Arrays], machine: str, progress: Optional[Progress]
     ) -> Parity:
         done = 0
         for batch in batches:
@@ -338,36 +363,52 @@ class _Comparison:
                 progress(done)
         if not done:
             raise DataError("there are 0 samples to compare; give at least one batch")
-        if labels is not None and len(labels) < done:
-            raise DataError(f"there are {done} samples and {len(labels)} labels; each sample needs one")
-        chosen = {name: np.concatenate(parts) for name, parts in self.answers.items()}
-        correct = None
-        if labels is not None:
-            correct = {name: int((found == labels[:done]).sum()) for name, found in chosen.items()}
-        agreeing = {pair: int((chosen[one] == chosen[other]).sum()) for pair, (one, other) in PAIRS.items()}
+        known = done if labels is None else min(map(len, as_tuple(labels)))
+        if known < done:
+            raise DataError(f"there are {done} samples and {known} labels; each sample needs one")
+        agreeing, correct, measured = {}, None, None
+        if self.ranked:
+            chosen = {name: np.concatenate(parts) for name, parts in self.answers.items()}
+            agreeing = {pair: int((chosen[one] == chosen[other]).sum()) for pair, (one, other) in PAIRS.items()}
+        if not self.metric.is_accuracy:
+            measured = self._measured(None if labels is None else taken(labels, slice(done)), done)
+        elif labels is not None:
+            expected = np.asarray(labels[:done])
+            correct = {name: int((found == expected).sum()) for name, found in chosen.items()}
         values = tuple(tally.result() for tally in self.tallies.values())
         single = self.plan.target == ASCEND.name
-        return Parity(self.plan.target, None if single else machine, done, correct, agreeing, values)
+        machine_name = None if single else machine
+        return Parity(self.plan.target, machine_name, done, correct, agreeing, values, self.metric, measured)
+
+    def _measured(self, labels: Optional[Arrays], samples: int) -> dict[str, float]:
+        found = {}
+        for name, parts in self.results.items():
+            outputs = tuple(np.concatenate(column) for column in zip(*parts))
+            found[name] = self.metric(outputs, labels, f"{samples} samples, {name.replace('_', '-')} execution")
+        return found
 
     def _add(self, arrays: Sequence[np.ndarray]) -> None:
         """Compute one batch three times and count."""
         count = len(arrays[0])
         self.size = max(self.size, count)
-        tensors = [ms.Tensor(_filled(array, self.size)) for array in arrays]  # one shape needs one compilation
+        tensors = [ms.Tensor(filled(array, self.size)) for array in arrays]  # one shape needs one compilation
         exact = self._observe("float", self.plain, tensors, count)
         raw = self._observe("fake_quantised", self.fake, tensors, count)
         program = self.device.program
+        outputs: dict[str, np.ndarray] = {}
         for name, data in self.device.trace(*arrays):
             if name in self.tallies:
                 tally = self.tallies[name]
                 tally.add(exact.pop(tally.value), raw.pop(tally.value), _native(program.tensors[name], data))
-            if name == program.outputs[0]:
-                self._answer("integer", _native(program.tensors[name], data))
+            if name in program.outputs:
+                outputs[name] = _native(program.tensors[name], data)
+        self._answer("integer", [outputs[name] for name in program.outputs])
 
     def _observe(self, execution: str, cell: Any, tensors: Sequence[Any], count: int) -> dict[str, np.ndarray]:
         results = cell(*tensors)
         results = results if isinstance(results, tuple) else (results,)
-        self._answer(execution, results[0].asnumpy()[:count])
+        shown = zip(self.graph.outputs, results[: self.outputs])
+        self._answer(execution, [self._cut(name, item.asnumpy(), count) for name, item in shown])
         observed = zip(self.names, results[self.outputs :])
         return {name: self._cut(name, item.asnumpy(), count) for name, item in observed}
 
@@ -380,14 +421,11 @@ class _Comparison:
         kept = data.shape[axis] // self.size * count
         return data[(slice(None),) * axis + (slice(kept),)]
 
-    def _answer(self, execution: str, logits: np.ndarray) -> None:
-        self.answers[execution].append(logits.reshape(len(logits), -1).argmax(-1))
-
-
-def _filled(array: np.ndarray, size: int) -> np.ndarray:
-    """`array` with its last sample repeated up to `size` samples."""
-    missing = size - len(array)
-    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
+    def _answer(self, execution: str, outputs: Sequence[np.ndarray]) -> None:
+        if self.ranked:
+            self.answers[execution].append(outputs[0].reshape(len(outputs[0]), -1).argmax(-1))
+        if not self.metric.is_accuracy:
+            self.results[execution].append(tuple(outputs))
 
 
 def _tallies(graph: Graph, plan: QuantPlan, program: Program) -> list[_Tally]:

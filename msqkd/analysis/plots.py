@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any, Optional, TypeVar
 
+from msqkd.train.metric import ACCURACY, Scale
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -41,10 +43,10 @@ _WIDE, _HALF = 7.6, 5.4
 
 @dataclass(frozen=True)
 class Step:
-    """One bar of the staircase: accuracy in percent; `kind` is a key of `COLOURS`."""
+    """One bar of the staircase: a value of the metric; `kind` is a key of `COLOURS`."""
 
     label: str
-    percent: float
+    value: float
     kind: str
 
 
@@ -100,9 +102,9 @@ def signed(value: float, digits: int = 2) -> str:
     return f"{sign}{abs(rounded):.{digits}f}"
 
 
-def difference(percent: float, base: float) -> str:
-    """How far `percent` is from `base`, as the two print with two decimals: ``−0.19``."""
-    return signed(round(percent, 2) - round(base, 2))
+def difference(value: float, base: float, digits: int = 2) -> str:
+    """How far `value` is from `base`, as the two print with `digits` decimals: ``−0.19``."""
+    return signed(round(value, digits) - round(base, digits), digits)
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -110,45 +112,56 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}".replace("-", MINUS)
 
 
-def staircase_floor(percents: Sequence[float]) -> float:
-    """Where the accuracy axis of `staircase` begins: low enough for the differences to show, never below 0."""
-    lo, hi = min(percents), max(percents)
-    return max(0.0, lo - 0.8 * max(hi - lo, 0.5))
+def staircase_floor(values: Sequence[float], scale: Scale = ACCURACY.scale) -> float:
+    """Where the axis of `staircase` begins: low enough for the differences to show, never below 0 in percent."""
+    floor = min(values) - 0.8 * _span(values, scale)
+    return max(0.0, floor) if scale.unit else floor
 
 
-def staircase(steps: Sequence[Step], controls: Sequence[Step] = ()) -> str:
-    """Accuracy from the float network to the exported one, with the float controls apart on the right.
+def _span(values: Sequence[float], scale: Scale) -> float:
+    """What the bars of `staircase` differ by, and enough to be seen where that is nothing."""
+    least = 0.5 if scale.unit else 0.05 * max(map(abs, values)) or 1.0
+    return max(max(values) - min(values), least)
+
+
+def staircase(steps: Sequence[Step], controls: Sequence[Step] = (), scale: Scale = ACCURACY.scale) -> str:
+    """The metric from the float network to the exported one, with the float controls apart on the right.
 
     Args:
         steps: in order; the dashed line is the first one of kind ``float``, and differences are to it.
         controls: trainings of the float network with the same budget.
+        scale: of the values.
     """
     bars = [*steps, *controls]
-    percents = [bar.percent for bar in bars]
-    base = next((bar.percent for bar in steps if bar.kind == "float"), None)
+    values = [bar.value for bar in bars]
+    base = next((bar.value for bar in steps if bar.kind == "float"), None)
     places = [i + (0.45 if i >= len(steps) and steps else 0.0) for i in range(len(bars))]
-    bottom, span = staircase_floor(percents), max(max(percents) - min(percents), 0.5)
+    bottom, span = staircase_floor(values, scale), _span(values, scale)
     with _style():
         figure, axes = _figure(max(1.3 + 0.95 * len(bars), 3.4), 3.5)
-        heights, colours = [percent - bottom for percent in percents], [COLOURS[bar.kind] for bar in bars]
+        heights, colours = [value - bottom for value in values], [COLOURS[bar.kind] for bar in bars]
         axes.bar(places, heights, 0.62, bottom, color=colours, zorder=2)
         for bar, left, right in zip(steps, places, places[1 : len(steps)]):
             if bar.kind != "float":
-                axes.plot([left + 0.31, right - 0.31], [bar.percent] * 2, color=MUTED, linewidth=0.8, zorder=3)
+                axes.plot([left + 0.31, right - 0.31], [bar.value] * 2, color=MUTED, linewidth=0.8, zorder=3)
         if base is not None:
             axes.axhline(base, color=COLOURS["float"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         for place, bar in zip(places, bars):
             lift = 3
             if base is not None and bar.kind != "float":
-                _note(axes, difference(bar.percent, base), (place, bar.percent), (0, lift), size=8, color=MUTED)
+                gap = difference(bar.value, base, scale.digits)
+                _note(axes, gap, (place, bar.value), (0, lift), size=8, color=MUTED)
                 lift = 14
-            _note(axes, f"{bar.percent:.2f}", (place, bar.percent), (0, lift), size=10, weight="bold")
+            _note(axes, scale.number(bar.value), (place, bar.value), (0, lift), size=10, weight="bold")
         if steps and controls:
             axes.axvline((places[len(steps) - 1] + places[len(steps)]) / 2, color=GRID, linewidth=1.2)
         axes.set_xticks(places, [bar.label for bar in bars])
         axes.set_xlim(places[0] - 0.6, places[-1] + 0.6)
-        _percent_axis(axes, bottom, max(percents) + 0.35 * span)
-        axes.set_title("test accuracy, %")
+        if scale.unit:
+            _percent_axis(axes, bottom, max(values) + 0.35 * span)
+        else:
+            axes.set_ylim(bottom, max(values) + 0.35 * span)
+        axes.set_title("test accuracy, %" if scale.unit else f"test {scale.name}")
         axes.grid(axis="y")
         axes.tick_params(axis="x", length=0)
         return _svg(figure, "staircase")

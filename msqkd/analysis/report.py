@@ -9,6 +9,8 @@ from typing import Any, Optional
 
 from msqkd.analysis import plots
 from msqkd.files import PathLike, write_json, write_text
+from msqkd.quant.config import STORING
+from msqkd.train.metric import Scale
 
 API_VERSION = "msqkd/report/v1"
 VERIFY_API_VERSION = "msqkd/verify/v1"
@@ -103,15 +105,17 @@ def _plain(value: Any) -> Any:
 def _view(result: dict[str, Any]) -> dict[str, Any]:
     layers = result.get("layers") or []
     plan = result.get("plan") or {}
+    scale = Scale.of(result.get("metric"))
     sections = {
-        "accuracy": _accuracy(result.get("accuracy") or {}),
+        "accuracy": _accuracy(result.get("accuracy") or {}, scale),
         "size": _size(result.get("size_bytes") or {}),
         "layers": _layers(layers),
-        "device": _device(result.get("parity") or {}, result.get("avoided") or plan.get("avoided") or []),
-        "training": _training(result.get("training") or {}),
+        "device": _device(result.get("parity") or {}, scale, result.get("avoided") or plan.get("avoided") or []),
+        "training": _training(result.get("training") or {}, scale),
         "plan": _plan(plan, layers),
         "calibration": _calibration(result.get("calibration") or {}),
-        "files": _files(result.get("export") or {}, result.get("sha256") or {}),
+        "weights": _weights(result.get("checkpoints") or {}),
+        "files": _files(result.get("export") or {}, result.get("sha256") or {}, scale),
         "run": _run(result),
     }
     return {
@@ -121,7 +125,12 @@ def _view(result: dict[str, Any]) -> dict[str, Any]:
         "verdict": _verdict(result),
         "tiles": _tiles(result),
         "warnings": list(dict.fromkeys([*(result.get("warnings") or []), *(plan.get("warnings") or [])])),
-        "contents": [(anchor, anchor.capitalize()) for anchor, section in sections.items() if section],
+        "metric": scale,
+        "contents": [
+            (anchor, scale.title if anchor == "accuracy" else anchor.capitalize())
+            for anchor, section in sections.items()
+            if section
+        ],
         "colour": {
             **plots.COLOURS,
             "ink": plots.INK,
@@ -153,14 +162,14 @@ def _deployed(accuracy: dict[str, Any]) -> Optional[str]:
 
 def _verdict(result: dict[str, Any]) -> list[str]:
     """One sentence on what was reached, and one on the same against the float network with the same training."""
-    accuracy = result.get("accuracy") or {}
+    accuracy, scale = result.get("accuracy") or {}, Scale.of(result.get("metric"))
     key, base = _deployed(accuracy), accuracy.get("float")
     parts = []
     if key is not None:
         how = "" if key == "exported" else f" ({_ACCURACY[key][0]}, not exported)"
-        text = f"INT8{how} {accuracy[key]:.2f} %"
+        text = f"INT8{how} {scale.words(accuracy[key])}"
         if base is not None:
-            text += f" vs float {base:.2f} %: {plots.difference(accuracy[key], base)} points"
+            text += f" vs float {scale.show(base)}: {_gap(accuracy[key], base, scale)}{scale.points}"
         parts.append(text)
     ratio = _ratio(result.get("size_bytes") or {}, "int8")
     if ratio is not None:
@@ -169,22 +178,31 @@ def _verdict(result: dict[str, Any]) -> list[str]:
     if share is not None:
         target = f" on {result['target']}" if result.get("target") else ""
         parts.append(f"{_percent(share)} of the operations run in int8{target}")
+    nodes = (result.get("plan") or {}).get("nodes") or []
+    stored = sum(node.get("precision") in STORING for node in nodes)
+    if stored:
+        parts.append(f"{stored} of {len(nodes)} compute in float with weights stored as integers")
     sentences = ["; ".join(parts) + "."] if parts else []
     control = next((name for name in _CONTROLS if accuracy.get(name) is not None), None)
     if key is not None and control is not None:
         how, reached = "distilled" if control == "float_kd" else "fine-tuned", accuracy[control]
-        gap = plots.difference(accuracy[key], reached)
-        sentences.append(f"Against the float network {how} with the same budget ({reached:.2f} %): {gap} points.")
+        gap = _gap(accuracy[key], reached, scale) + scale.points
+        sentences.append(f"Against the float network {how} with the same budget ({scale.show(reached)}): {gap}.")
     parity = result.get("parity") or {}
-    return [*sentences, _deviation(parity)] if parity.get("samples") else sentences
+    return [*sentences, _deviation(parity, scale)] if parity.get("samples") else sentences
 
 
-def _deviation(parity: dict[str, Any]) -> str:
+def _gap(value: float, base: float, scale: Scale) -> str:
+    return plots.difference(value, base, scale.digits)
+
+
+def _deviation(parity: dict[str, Any], scale: Scale) -> str:
     """In a sentence, how far the device is from the fake-quantised network."""
     reached = {name: value for name, value in (parity.get("accuracy") or {}).items() if value is not None}
     samples = f"{parity['samples']} {parity.get('split') or ''} samples".replace("  ", " ")
     if {"integer", "fake_quantised"} <= reached.keys():
-        found = f"{reached['integer']:.2f} % in the device's integers, {reached['fake_quantised']:.2f} % fake-quantised"
+        exact = scale.show(reached["fake_quantised"])
+        found = f"{scale.words(reached['integer'])} in the device's integers, {exact} fake-quantised"
     else:
         same = _below((parity.get("agreement") or {}).get("integer_fake_quantised", 0.0))
         found = f"{same:.2f} % equal answers in the device's integers and fake-quantised"
@@ -193,17 +211,19 @@ def _deviation(parity: dict[str, Any]) -> str:
         return f"On {samples}: {found}."
     state = "is more than" if parity.get("exceeded") else "is within"
     few = " or what chance explains" if not parity.get("exceeded") and deviation > bound else ""
-    return f"On {samples}: {found}; a deviation of {deviation:.2f} points {state} the bound of {bound:g}{few}."
+    size = scale.number(deviation) + scale.points
+    return f"On {samples}: {found}; a deviation of {size} {state} the bound of {bound:g}{few}."
 
 
 def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
     """The few figures at the top of the page."""
     accuracy, sizes = result.get("accuracy") or {}, result.get("size_bytes") or {}
+    scale = Scale.of(result.get("metric"))
     tiles = []
     key = _deployed(accuracy)
     if key is not None:
-        note = f"float {accuracy['float']:.2f} %" if accuracy.get("float") is not None else ""
-        tiles.append(_tile(f"{accuracy[key]:.2f} %", f"accuracy, {_ACCURACY[key][0]}", note))
+        note = f"float {scale.show(accuracy['float'])}" if accuracy.get("float") is not None else ""
+        tiles.append(_tile(scale.show(accuracy[key]), f"{scale.name}, {_ACCURACY[key][0]}", note))
     ratio = _ratio(sizes, "int8")
     if ratio is not None:
         tiles.append(_tile(f"{ratio:.2f} ×", "size", f"{_bytes(sizes['int8'])} of {_bytes(sizes['float'])}"))
@@ -223,22 +243,22 @@ def _tile(value: str, label: str, note: str) -> dict[str, str]:
     return {"value": value, "label": label, "note": note}
 
 
-def _accuracy(accuracy: dict[str, Any]) -> Optional[dict[str, Any]]:
+def _accuracy(accuracy: dict[str, Any], scale: Scale) -> Optional[dict[str, Any]]:
     base = accuracy.get("float")
     steps, rows = [], []
     for key, (words, label, kind) in _ACCURACY.items():
         if accuracy.get(key) is not None:
-            delta = "" if base is None or key == "float" else plots.difference(accuracy[key], base)
-            rows.append({"label": words, "value": f"{accuracy[key]:.2f}", "delta": delta, "kind": kind})
+            delta = "" if base is None or key == "float" else _gap(accuracy[key], base, scale)
+            rows.append({"label": words, "value": scale.number(accuracy[key]), "delta": delta, "kind": kind})
             steps.append(plots.Step(label, accuracy[key], kind))
     if not steps:
         return None
-    floor = plots.staircase_floor([step.percent for step in steps])
+    floor = plots.staircase_floor([step.value for step in steps], scale)
     main, controls = [s for s in steps if s.kind != "control"], [s for s in steps if s.kind == "control"]
     return {
-        "plot": _inline(plots.staircase(main, controls)),
+        "plot": _inline(plots.staircase(main, controls, scale)),
         "rows": rows,
-        "floor": f"{floor:.1f}" if floor > 0 else "",
+        "floor": f"{floor:.1f} %" if scale.unit and floor > 0 else "",
         "controls": bool(controls),
         "compared": base is not None and len(rows) > 1,
     }
@@ -315,7 +335,7 @@ def _layer_row(layer: dict[str, Any]) -> dict[str, str]:
 
 
 # -- the device --------------------------------------------------------------------------------------------------------
-def _device(parity: dict[str, Any], avoided: list[dict[str, Any]]) -> Optional[dict[str, Any]]:
+def _device(parity: dict[str, Any], scale: Scale, avoided: list[dict[str, Any]]) -> Optional[dict[str, Any]]:
     values = parity.get("values") or []
     if not parity.get("samples") and not avoided:
         return None
@@ -331,7 +351,7 @@ def _device(parity: dict[str, Any], avoided: list[dict[str, Any]]) -> Optional[d
         "samples": parity.get("samples"),
         "split": parity.get("split") or "",
         "machine": parity.get("machine"),
-        "rows": _executions(parity),
+        "rows": _executions(parity, scale),
         "agreement": [
             (words, f"{_below(parity['agreement'][key]):.2f} %")
             for key, words in _PAIRS.items()
@@ -365,14 +385,14 @@ def _distinct(names: list[str]) -> list[str]:
     return result
 
 
-def _executions(parity: dict[str, Any]) -> list[dict[str, str]]:
+def _executions(parity: dict[str, Any], scale: Scale) -> list[dict[str, str]]:
     accuracy = parity.get("accuracy") or {}
     base = accuracy.get("fake_quantised")
     rows = []
     for key, words in _EXECUTIONS.items():
         if accuracy.get(key) is not None:
-            delta = "" if base is None or key == "fake_quantised" else plots.difference(accuracy[key], base)
-            rows.append({"label": words, "value": f"{accuracy[key]:.2f}", "delta": delta})
+            delta = "" if base is None or key == "fake_quantised" else _gap(accuracy[key], base, scale)
+            rows.append({"label": words, "value": scale.number(accuracy[key]), "delta": delta})
     return rows
 
 
@@ -413,18 +433,19 @@ def _value_row(name: str, value: dict[str, Any]) -> dict[str, str]:
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
-def _training(trainings: dict[str, Any]) -> list[dict[str, Any]]:
+def _training(trainings: dict[str, Any], scale: Scale) -> list[dict[str, Any]]:
     names = [*_TRAINING, *(name for name in trainings if name not in _TRAINING)]
-    views = (_one_training(name, trainings.get(name) or {}, f"training{i}") for i, name in enumerate(names))
+    views = (_one_training(name, trainings.get(name) or {}, f"training{i}", scale) for i, name in enumerate(names))
     return [view for view in views if view]
 
 
-def _one_training(name: str, training: dict[str, Any], mark: str) -> Optional[dict[str, Any]]:
+def _one_training(name: str, training: dict[str, Any], mark: str, scale: Scale) -> Optional[dict[str, Any]]:
     start = training.get("start_of_activation_quantisation")
     curves, notes = [], []
     for key, axis in (("loss", "step"), ("learning_rate", "step"), ("accuracy", "epoch")):
         points = [(x, y) for x, y in training.get(key) or [] if x is not None and y is not None]
-        words, percent = key.replace("_", " "), key == "accuracy"
+        words, percent = key.replace("_", " "), key == "accuracy" and bool(scale.unit)
+        words = scale.name if key == "accuracy" else words
         if len(points) > 1:
             title = f"{words}, %" if percent else words
             curves.append(plots.Curve(title, axis, points, percent, start if axis == "step" else None))
@@ -452,6 +473,7 @@ def _plan(plan: dict[str, Any], layers: list[dict[str, Any]]) -> Optional[dict[s
     nodes = plan.get("nodes") or []
     if not nodes:
         return None
+    left_out = [f"{node['name']} ({node['op']})" for node in plan.get("training_only") or []]
     weights = {weight["node"]: weight for weight in plan.get("weights") or []}
     groups = {group["name"]: group for group in plan.get("groups") or []}
     owners = {value["value"]: groups.get(value["group"]) for value in plan.get("activations") or []}
@@ -483,6 +505,7 @@ def _plan(plan: dict[str, Any], layers: list[dict[str, Any]]) -> Optional[dict[s
     return {
         "rows": rows,
         "float": [row for row in rows if row["precision"] == "float"],
+        "training_only": left_out,
         "fused": sum(len(parts) for parts in fused.values()),
         "weights": any(row["weight"] for row in rows),
         "activations": any(row["activation"] for row in rows),
@@ -526,7 +549,32 @@ def _calibration(calibration: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _files(exports: dict[str, Any], checksums: dict[str, Any]) -> Optional[dict[str, Any]]:
+def _weights(checkpoints: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each network took from its checkpoint, and what was left."""
+    sections = []
+    for role, loaded in checkpoints.items():
+        count, missing = len(loaded["loaded"]), loaded["missing"]
+        kinds = dict.fromkeys(f"{source} → {target}" for _, source, target in loaded["cast"])
+        rows = [("file", loaded["file"]), ("loaded", f"{count} of {count + len(missing)} parameters")]
+        rows += [("CRC", "checked")] if loaded["crc"] == "ok" else []
+        rows += [("cast", f"{len(loaded['cast'])} parameters, {', '.join(kinds)}")] if kinds else []
+        listed = {
+            "renamed": [f"{old} → {new}" for old, new in loaded["renamed"]],
+            "not in the file": missing,
+            "not used": loaded["unused"],
+        }
+        rows += [(label, _counted(names)) for label, names in listed.items() if names]
+        sections.append({"role": role, "rows": rows})
+    return sections
+
+
+def _counted(names: list[str], limit: int = 10) -> str:
+    """How many, and the first of them."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)}: {', '.join(names[:limit])}{more}"
+
+
+def _files(exports: dict[str, Any], checksums: dict[str, Any], scale: Scale) -> Optional[dict[str, Any]]:
     rows = []
     for form, export in exports.items():
         export = export or {}
@@ -536,7 +584,7 @@ def _files(exports: dict[str, Any], checksums: dict[str, Any]) -> Optional[dict[
             {
                 "form": _file_words(form),
                 "file": Path(str(export["file"])).name if export.get("file") else "",
-                "accuracy": "" if export.get("accuracy") is None else f"{export['accuracy']:.2f} %",
+                "accuracy": "" if export.get("accuracy") is None else scale.show(export["accuracy"]),
                 "difference": "" if difference is None else f"{difference:.2g}",
                 "integers": "" if compared is None else f"{export.get('differing_values')} of {compared:,}",
                 "agreement": "" if agreement is None else f"{_below(agreement):.2f} %",

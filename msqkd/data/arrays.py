@@ -1,4 +1,4 @@
-"""``arrays``: the user's own images in one .npz file."""
+"""``arrays``: the user's own images, or other samples, in one .npz file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import numpy as np
 from msqkd.data.base import DataBundle
 from msqkd.data.npz import read_npz
 from msqkd.data.registry import Request, register
+from msqkd.data.tensors import TensorSplit
 from msqkd.errors import DataError
 
 _KEYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -18,7 +19,12 @@ def read_arrays(request: Request) -> DataBundle:
 
     Images are uint8 (N, H, W, C), used as p / 255, or float (N, C, H, W), used as they are; both then go through
     mean and std when given. Labels are integers (N,). Without names the classes are 0 to the greatest label.
+
+    For a network of other inputs than one image there is an array train_NAME and test_NAME for each of them in place of
+    the images, used as it is, and labels are whatever the loss takes.
     """
+    if request.inputs:
+        return _several(request)
     path = request.file("an .npz file with " + ", ".join(_KEYS))
     arrays = read_npz(path, _KEYS, ["classes"])
     if "classes" in arrays:
@@ -30,6 +36,24 @@ def read_arrays(request: Request) -> DataBundle:
         classes = [str(label) for label in range(greatest + 1)]
     train, test = (
         request.arrays(part, _channels_first(arrays[f"{part}_images"], path.name), arrays[f"{part}_labels"], classes)
+        for part in ("train", "test")
+    )
+    return DataBundle(request.name, train, test)
+
+
+def _several(request: Request) -> DataBundle:
+    names = [item.name for item in request.inputs]
+    keys = {part: [f"{part}_{name}" for name in (*names, "labels")] for part in ("train", "test")}
+    needed = [key for part in keys.values() for key in part]
+    path = request.file("an .npz file with " + ", ".join(needed))
+    arrays = read_npz(path, needed)
+    train, test = (
+        TensorSplit(
+            tuple(arrays[key] for key in keys[part][:-1]),
+            arrays[keys[part][-1]],
+            request.inputs,
+            f"{request.name} {part}",
+        )
         for part in ("train", "test")
     )
     return DataBundle(request.name, train, test)

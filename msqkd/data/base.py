@@ -1,11 +1,12 @@
-"""What every dataset is to the rest of msqkd: two `Split`s of normalised images, read by index."""
+"""What every dataset is to the rest of msqkd: two `Split`s of samples, usually normalised images, read by index."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Union
+from functools import cached_property
+from typing import NamedTuple, Optional, Union
 
 import numpy as np
 
@@ -16,6 +17,31 @@ from msqkd.errors import DataError
 UNLABELLED = -1
 
 Shape = tuple[int, int, int]
+
+Arrays = Union[np.ndarray, tuple[np.ndarray, ...]]
+"""One array, or several where a network has several inputs, or a sample several labels; axis 0 is the sample."""
+
+
+class InputSpec(NamedTuple):
+    """One input of a network: the argument's name, the shape of one sample, and the numpy name of its type."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        shape = show_shape(self.shape) or "number"
+        return f"{self.name} {shape} {self.dtype}"
+
+
+def as_tuple(arrays: Arrays) -> tuple[np.ndarray, ...]:
+    """`arrays` as a tuple, of one where it is a single array."""
+    return arrays if isinstance(arrays, tuple) else (arrays,)
+
+
+def taken(arrays: Arrays, which: Union[slice, np.ndarray]) -> Arrays:
+    """The samples `which` of each of `arrays`."""
+    return tuple(array[which] for array in arrays) if isinstance(arrays, tuple) else arrays[which]
 
 
 def show_shape(shape: Sequence[int]) -> str:
@@ -28,28 +54,50 @@ class Split(ABC):
 
     Attributes:
         name: what messages call it, for instance ``cifar10 train``.
-        labels: int32 (N,), or None for a split without labels.
-        classes: the class names; a label is an index into them.
-        shape: (C, H, W) of one sample as `batch` returns it.
+        labels: int32 (N,), or None for a split without labels; what the user's own data has for labels (`TensorSplit`).
+        classes: the class names; a label is an index into them. Empty where labels are not classes, or not named.
+        shape: (C, H, W) of one sample as `batch` returns it; of the first input where there are several.
     """
 
     name: str
-    labels: Optional[np.ndarray]
+    labels: Optional[Arrays]
     classes: tuple[str, ...]
-    shape: Shape
+    shape: tuple[int, ...]
 
     @abstractmethod
     def __len__(self) -> int:
         """The number of samples."""
 
     @abstractmethod
-    def batch(self, indices: np.ndarray, rng: Optional[np.random.Generator] = None) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, indices: np.ndarray, rng: Optional[np.random.Generator] = None) -> tuple[Arrays, Arrays]:
         """The samples at `indices`: images float32 (n, C, H, W), normalised, and labels int32 (n,).
+
+        A split for a network with several inputs gives a tuple of arrays in place of the images.
 
         With `rng` the split's augmentations are applied; the result is determined by the state of `rng`.
         Without it nothing is random. A split without labels gives -1 for each.
         An index outside [0, len) raises IndexError.
         """
+
+    def labels_of(self, indices: np.ndarray) -> Optional[Arrays]:
+        """The labels of the samples at `indices`."""
+        return None if self.labels is None else taken(self.labels, indices)
+
+    def check_labels(self, num_classes: int) -> None:
+        """Raise DataError when labels are not integers from 0 to `num_classes` - 1; without labels all is well."""
+        if self.labels is None:
+            return
+        labels = class_labels(self.labels, self.name)
+        outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+        if outside.size:
+            raise DataError(
+                f"{self.name}: {outside.size} of {len(labels)} labels are outside 0 to {num_classes - 1}, "
+                f"the first is {labels[outside[0]]} at sample {outside[0]}"
+            )
+
+    def describe_samples(self) -> str:
+        """What a sample is, such as ``images of 1x32x32, 10 classes``."""
+        return f"images of {show_shape(self.shape)}, {len(self.classes)} classes"
 
 
 class ImageSplit(Split):
@@ -57,6 +105,9 @@ class ImageSplit(Split):
 
     Pixels p are normalised as (v - mean) / std with v = p / 255 for uint8 and v = p for float32.
     """
+
+    labels: Optional[np.ndarray]
+    shape: Shape
 
     def __init__(
         self,
@@ -166,14 +217,26 @@ class Subset(Split):
         self._split = split
         self._indices = indices
         self.name = split.name
-        self.labels = None if split.labels is None else split.labels[indices]
         self.classes = split.classes
         self.shape = split.shape
+
+    @cached_property
+    def labels(self) -> Optional[Arrays]:  # type: ignore[override]
+        """Those of the samples; where the split does not hold its own, only these samples are read."""
+        return self._split.labels_of(self._indices)
+
+    def labels_of(self, indices: np.ndarray) -> Optional[Arrays]:
+        """See `Split.labels_of`."""
+        return self._split.labels_of(self._indices[indices])
+
+    def describe_samples(self) -> str:
+        """See `Split.describe_samples`."""
+        return self._split.describe_samples()
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def batch(self, indices: np.ndarray, rng: Optional[np.random.Generator] = None) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, indices: np.ndarray, rng: Optional[np.random.Generator] = None) -> tuple[Arrays, Arrays]:
         """See `Split.batch`."""
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
@@ -191,22 +254,15 @@ class DataBundle:
 
     def describe(self) -> str:
         """One line, such as ``digits: 1258 training and 539 test images of 1x32x32, 10 classes``."""
-        return (
-            f"{self.name}: {len(self.train)} training and {len(self.test)} test images "
-            f"of {show_shape(self.train.shape)}, {len(self.train.classes)} classes"
-        )
+        return f"{self.name}: {len(self.train)} training and {len(self.test)} test {self.train.describe_samples()}"
 
 
-def check_labels(split: Split, num_classes: int) -> None:
-    """Raise DataError when a label of `split` is not in [0, num_classes); a split without labels passes."""
-    if split.labels is None:
-        return
-    outside = np.flatnonzero((split.labels < 0) | (split.labels >= num_classes))
-    if outside.size:
-        raise DataError(
-            f"{split.name}: {outside.size} of {len(split)} labels are outside 0 to {num_classes - 1}, "
-            f"the first is {split.labels[outside[0]]} at sample {outside[0]}"
-        )
+def class_labels(labels: Arrays, name: str) -> np.ndarray:
+    """`labels` as one array of integers (N,); DataError, calling the split `name`, where they are something else."""
+    if isinstance(labels, tuple) or labels.ndim != 1 or labels.dtype.kind not in "iu":
+        found = " and ".join(f"{array.dtype} of shape {array.shape}" for array in as_tuple(labels))
+        raise DataError(f"{name}: labels are {found}; classes are integers of shape (N,)")
+    return labels
 
 
 def subset(split: Split, indices: Union[int, Sequence[int], np.ndarray]) -> Split:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import numpy as np
 
 from msqkd.data.augment import make_augmentations
-from msqkd.data.base import ArraySplit, DataBundle, Shape, Split, check_labels, show_shape, subset
+from msqkd.data.base import ArraySplit, DataBundle, InputSpec, Shape, Split, show_shape, subset
 from msqkd.data.encoded import RANDOM_RESIZED_CROP, EncodedSplit
 from msqkd.errors import DataError, did_you_mean
 
@@ -25,6 +25,8 @@ class Request:
         input_shape: (C, H, W) wanted, or None for the data's own.
         augment: names of augmentations of the training split.
         mean, std: of the normalisation, or None for the reader's own.
+        inputs: what the network takes where that is not one image; only the readers of plain arrays serve it.
+        target, args: of the user's own function (``python``).
     """
 
     name: str
@@ -33,6 +35,9 @@ class Request:
     augment: tuple[str, ...] = ()
     mean: Optional[tuple[float, ...]] = None
     std: Optional[tuple[float, ...]] = None
+    inputs: tuple[InputSpec, ...] = ()
+    target: Optional[str] = None
+    args: Mapping[str, Any] = field(default_factory=dict)
 
     def folder(self, needed: str) -> Path:
         """The existing folder `root`; DataError, saying what is `needed` in it, when there is none."""
@@ -131,11 +136,14 @@ def load_data(
     train_samples: Optional[int] = None,
     test_samples: Optional[int] = None,
     seed: int = 0,
+    inputs: Sequence[InputSpec] = (),
+    target: Optional[str] = None,
+    args: Optional[Mapping[str, Any]] = None,
 ) -> DataBundle:
     """The dataset `name` (see `READERS`).
 
     Args:
-        name: digits, cifar10, mnist, image_folder, mindrecord, arrays, or a name added with `register`.
+        name: digits, cifar10, mnist, image_folder, mindrecord, arrays, python, or a name added with `register`.
         root: the folder or file the reader needs; digits takes none.
         input_shape: (C, H, W) of the samples; by default the data's own.
         augment: augmentations of the training split, in order (see `msqkd.data.augment`); image_folder and encoded
@@ -145,9 +153,13 @@ def load_data(
         train_samples: use only so many training samples, drawn at random without repetition.
         test_samples: likewise for the test samples.
         seed: of those two draws.
+        inputs: the network's inputs, in place of `input_shape`, for ``arrays`` and ``python``.
+        target, args: for ``python``: the user's function, ``package.module:name`` or ``path/to/file.py:name``, and its
+            keyword arguments (see `msqkd.data.python`).
 
     Raises:
         DataError: an unknown name, missing or damaged data, or options that do not fit the data.
+        ModelError: `target` cannot be imported, or fails.
     """
     if name not in READERS:
         hint = did_you_mean(name, READERS)
@@ -159,12 +171,16 @@ def load_data(
         tuple(augment),
         None if mean is None else tuple(mean),
         None if std is None else tuple(std),
+        tuple(inputs),
+        target,
+        dict(args or {}),
     )
     bundle = READERS[name](request)
     for split in (bundle.train, bundle.test):
         if len(split) == 0:
             raise DataError(f"{split.name} is empty")
-        check_labels(split, len(split.classes))
+        if split.classes:
+            split.check_labels(len(split.classes))
     return DataBundle(
         bundle.name,
         _draw(bundle.train, train_samples, seed),

@@ -19,7 +19,7 @@ import mindspore as ms
 import numpy as np
 
 from msqkd.analysis.parity import batch_size
-from msqkd.data import Split, subset
+from msqkd.data import Split, as_tuple, subset
 from msqkd.deploy.benchmark_kit import write_kit
 from msqkd.deploy.converter_run import compare_ms, convert
 from msqkd.deploy.vendor_ptq import OUTPUT as VENDOR
@@ -28,13 +28,11 @@ from msqkd.environment import versions
 from msqkd.errors import ExportError, MsqkdError, RecipeError
 from msqkd.exporters import FORMATS, LITE, MS, MS_FLOAT, MS_WEIGHT, export
 from msqkd.files import PathLike, sha256, write_json
-from msqkd.graph.capture import capture
-from msqkd.pipeline.build import build_network, calibration_split, input_shape, load_bundle, quant_settings
+from msqkd.pipeline.build import build_network, calibration_split, capture_network, load_bundle, plan_graph
 from msqkd.pipeline.export import Exported, calibration_parity, check_integers
 from msqkd.pipeline.run import reopen
 from msqkd.pipeline.rundir import RunDirectory
 from msqkd.progress import Reporter
-from msqkd.quant.placement import make_plan
 from msqkd.quant.ptq import calibrate
 from msqkd.quant.qat import deployment_graph, quantize_cell
 from msqkd.recipe import Recipe, load_recipe, make_recipe
@@ -142,14 +140,13 @@ def _calibrated(recipe: Recipe, reporter: Reporter) -> Exported:
     ms.set_context(mode=ms.GRAPH_MODE)
     bundle = load_bundle(recipe)
     reporter.say(bundle.describe())
-    captured = capture(build_network(recipe.model, "model"), input_shape(recipe))
+    captured = capture_network(recipe, build_network(recipe.model, "model"))
     graph = deployment_graph(captured)
-    default, rules = quant_settings(recipe)
     samples, section = calibration_split(recipe, bundle.train), recipe.calibration
     size = min(section.batch_size, len(samples))
     with reporter.task("calibration", -(-len(samples) // size)) as task:
         plan = calibrate(
-            graph, make_plan(graph, default, rules, recipe.target), input_batches(samples, size),
+            graph, plan_graph(recipe, graph), input_batches(samples, size),
             observer=section.observer, percentile=section.percentile or 99.99, progress=task.update,
         )  # fmt: skip
     graph, plan = quantize_cell(graph, plan).sync()  # with the clip ratios it chose
@@ -192,6 +189,7 @@ class _Bundle:
             "target": self.network.plan.target,
             "versions": versions(),
         }
+        self._check_inputs(vendor is not None)
         count, available = self.wanted.benchmark, len(self.network.calibration)
         if count > available:
             raise ExportError(f"the benchmark was to have {count} samples; the calibration set has {available}")
@@ -216,6 +214,18 @@ class _Bundle:
         }
         write_json(self.folder / SUMMARY, result)
         return result
+
+    def _check_inputs(self, vendor: bool) -> None:
+        """What works on files of samples knows networks of one float input only."""
+        graph, wanted = self.network.graph, self.wanted
+        given = {"benchmark": bool(wanted.benchmark), "converter": wanted.converter is not None, "vendor PTQ": vendor}
+        asked = [name for name, is_wanted in given.items() if is_wanted]
+        kinds = [graph.values[name].type for name in graph.inputs]
+        if asked and (len(kinds) != 1 or kinds[0] is None or kinds[0].dtype != "float32"):
+            raise ExportError(
+                f"{graph.name} takes {', '.join(graph.inputs)}; allowed for {' and '.join(asked)}: one float32 input; "
+                "the .ms and MindIR files are written without"
+            )
 
     def _models(self) -> Path:
         """Write the model files, hold them against the network and the run, and return the int8 one."""
@@ -252,7 +262,7 @@ class _Bundle:
         split = self.network.calibration
         size = batch_size(self.network.graph, min(self.network.recipe.data.eval_batch_size, len(split)))
         try:
-            found = compare_ms(ours, theirs, (_nhwc(batch) for batch in input_batches(split, size)))
+            found = compare_ms(ours, theirs, (_nhwc(as_tuple(batch)[0]) for batch in input_batches(split, size)))
         except MsqkdError as error:
             self.reporter.warn(f"{theirs.name} cannot be compared: {error}")
             return {"file": theirs.name, "compared": False, "reason": str(error)}
@@ -265,8 +275,9 @@ def _array(split: Split) -> np.ndarray:
     result = np.empty((len(split), *split.shape), np.float32)
     done = 0
     for batch in input_batches(split, min(64, len(split))):
-        result[done : done + len(batch)] = batch
-        done += len(batch)
+        (images,) = as_tuple(batch)
+        result[done : done + len(images)] = images
+        done += len(images)
     return result
 
 

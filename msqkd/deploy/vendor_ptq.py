@@ -9,7 +9,7 @@ from typing import Any
 
 from msqkd.exporters.ascend.quantised import fixed_input
 from msqkd.exporters.converter import command, ptq_config, write_calibration_bins
-from msqkd.exporters.portable import write_cell
+from msqkd.exporters.mindir_file import write_cell
 from msqkd.files import PathLike, write_text
 from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph

@@ -14,12 +14,13 @@ from msqkd.train.step import TrainStep
 class WithDistillLoss(nn.Cell):
     """``loss(student(x), teacher(x), labels)``; only the student is trained.
 
-    Gradients stop at the teacher's answer, and an optimiser holds the student's parameters alone.
+    Gradients stop at the teacher's answer, and an optimiser holds the student's parameters alone. A batch has
+    `inputs` inputs, then the labels; several outputs of a network are handed to the loss as a tuple.
     """
 
-    def __init__(self, student: nn.Cell, teacher: nn.Cell, loss: nn.Cell) -> None:
+    def __init__(self, student: nn.Cell, teacher: nn.Cell, loss: nn.Cell, inputs: int = 1) -> None:
         super().__init__(auto_prefix=False)
-        self.student, self.loss = student, loss
+        self.student, self.loss, self.inputs = student, loss, inputs
         self.teacher = teacher
         teacher.set_train(False)
 
@@ -29,9 +30,10 @@ class WithDistillLoss(nn.Cell):
         self.teacher.set_train(False)
         return self
 
-    def construct(self, x, labels):  # type: ignore[no-untyped-def]
-        """A batch and its labels to a scalar."""
-        return self.loss(self.student(x), ops.stop_gradient(self.teacher(x)), labels)
+    def construct(self, *batch):  # type: ignore[no-untyped-def]
+        """Inputs and labels to a scalar."""
+        inputs = batch[: self.inputs]
+        return self.loss(self.student(*inputs), ops.stop_gradient(self.teacher(*inputs)), *batch[self.inputs :])
 
 
 class DistillTrainOneStepCell(TrainStep):
@@ -40,9 +42,11 @@ class DistillTrainOneStepCell(TrainStep):
     Args:
         student: the network trained, float or quantised.
         teacher: the network imitated; put in evaluation mode, its parameters are excluded from training.
-        loss: a cell of (student logits, teacher logits, labels), such as `DistillLoss`.
+        loss: a cell of (student's outputs, teacher's outputs, labels), such as `DistillLoss`; an output by itself where
+            a network has one, a tuple where it has several.
         optimizer: over the student's trainable parameters.
         clip_grad: largest global norm of the gradient; None does not clip.
+        inputs: how many inputs student and teacher have; what a batch has beyond them are labels.
     """
 
     def __init__(
@@ -52,8 +56,9 @@ class DistillTrainOneStepCell(TrainStep):
         loss: nn.Cell,
         optimizer: nn.Optimizer,
         clip_grad: Optional[float] = None,
+        inputs: int = 1,
     ) -> None:
-        super().__init__(WithDistillLoss(student, teacher, loss), optimizer, clip_grad)
+        super().__init__(WithDistillLoss(student, teacher, loss, inputs), optimizer, clip_grad)
 
     def __call__(self, *inputs: Any) -> Any:
         """Run one step on a batch and its labels; returns the loss (scalar Tensor)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -27,8 +27,10 @@ class Format:
         description: one line for people.
         targets: names of the targets whose plans can be written so.
         write: (graph, plan, path) -> path.
-        load: path -> a callable from a batch of inputs to the outputs; None where only the device can run it.
+        load: path -> a callable from a batch of each input to the outputs; None where only the device can run it.
         int8: whether the file computes in int8 as the plan says.
+        check: (graph, plan) -> None; raises the ExportError that `write` would, where a format does not hold every
+            operation.
     """
 
     name: str
@@ -37,8 +39,9 @@ class Format:
     description: str
     targets: tuple[str, ...]
     write: Callable[[Graph, QuantPlan, Path], Path]
-    load: Optional[Callable[[Path], Callable[[Any], Any]]] = None
+    load: Optional[Callable[[Path], Callable[..., Any]]] = None
     int8: bool = True
+    check: Optional[Callable[[Graph, QuantPlan], None]] = None
 
 
 def _write_lite(graph: Graph, plan: QuantPlan, path: Path) -> Path:
@@ -77,6 +80,12 @@ def _write_onnx(graph: Graph, plan: QuantPlan, path: Path) -> Path:
     return export_onnx(graph, plan, path)
 
 
+def _check_onnx(graph: Graph, plan: QuantPlan) -> None:
+    from msqkd.exporters.onnx.qdq import onnx_model
+
+    onnx_model(graph, plan)
+
+
 def _load_onnx(path: Path) -> Any:
     from msqkd.exporters.onnx.runtime import load_onnx
 
@@ -91,6 +100,16 @@ def _ms_writer(kind: str) -> Callable[[Graph, QuantPlan, Path], Path]:
         return write_ms(lite_program(graph, plan, kind=kind), path)
 
     return write
+
+
+def _ms_check(kind: str) -> Callable[[Graph, QuantPlan], None]:
+    def check(graph: Graph, plan: QuantPlan) -> None:
+        from msqkd.exporters.device import lite_program
+        from msqkd.exporters.ms.check import check_program
+
+        check_program(lite_program(graph, plan, kind=kind))
+
+    return check
 
 
 def _load_ms(path: Path) -> Any:
@@ -110,15 +129,15 @@ _FORMATS = (
     ),
     Format(
         MS, "MS", ".ms", "for MindSpore Lite on the device, without its converter: int8 throughout", ("lite_arm",),
-        _ms_writer("int8"), _load_ms,
+        _ms_writer("int8"), _load_ms, check=_ms_check("int8"),
     ),
     Format(
         MS_WEIGHT, "MS_WEIGHT", ".ms", "for MindSpore Lite on the device: weights stored as int8, float computation",
-        ("lite_arm",), _ms_writer("weight"), _load_ms, int8=False,
+        ("lite_arm",), _ms_writer("weight"), _load_ms, int8=False, check=_ms_check("weight"),
     ),
     Format(
         MS_FLOAT, "MS_FLOAT", ".ms", "for MindSpore Lite on the device: float32, for comparison", ("lite_arm",),
-        _ms_writer("float"), _load_ms, int8=False,
+        _ms_writer("float"), _load_ms, int8=False, check=_ms_check("float"),
     ),
     Format(
         ASCEND, "MINDIR_ASCEND", ".mindir", "for Ascend NPUs: Quant and Dequant around int8 convolutions", ("ascend",),
@@ -126,7 +145,7 @@ _FORMATS = (
     ),
     Format(
         ONNX, "ONNX", ".onnx", "for onnxruntime on x86 and ARM servers: QuantizeLinear and DequantizeLinear",
-        ("lite_arm", "ascend"), _write_onnx, _load_onnx,
+        ("lite_arm", "ascend"), _write_onnx, _load_onnx, check=_check_onnx,
     ),
 )  # fmt: skip
 
@@ -141,7 +160,7 @@ def export(
     plan: QuantPlan,
     file_name: PathLike,
     file_format: str = "MINDIR",
-    example_shape: Optional[tuple[int, ...]] = None,
+    example_shapes: Optional[Sequence[tuple[int, ...]]] = None,
 ) -> Path:
     """Write a deployment graph with its plan; returns the file's path.
 
@@ -149,7 +168,7 @@ def export(
         graph, plan: every range known.
         file_name: with or without the format's suffix.
         file_format: a name or alias in FORMATS.
-        example_shape: the shape of a sample or batch, checked against the network's input.
+        example_shapes: the shape of a sample or batch of each input, checked against the network's inputs.
 
     Raises:
         ExportError: unknown format, one that is not for the plan's target, wrong input shape, or a file that cannot be
@@ -167,16 +186,19 @@ def export(
         raise ExportError(
             f"file_format '{file_format}' is for target {' or '.join(found.targets)}; the plan is for {plan.target}"
         )
-    if example_shape is not None:
-        _check_shape(graph, example_shape)
+    if example_shapes is not None:
+        _check_shapes(graph, example_shapes)
     path = Path(file_name)
     path = path if path.suffix == found.suffix else path.with_name(path.name + found.suffix)
     return found.write(graph, plan, path)
 
 
-def _check_shape(graph: Graph, shape: tuple[int, ...]) -> None:
-    sample = graph.shape(graph.inputs[0])[1:]
-    if tuple(shape) != sample and tuple(shape[1:]) != sample:
-        raise ExportError(
-            f"the example input has shape {tuple(shape)}; the network takes (N, {', '.join(map(str, sample))})"
-        )
+def _check_shapes(graph: Graph, shapes: Sequence[tuple[int, ...]]) -> None:
+    if len(shapes) != len(graph.inputs):
+        takes = ", ".join(graph.inputs)
+        raise ExportError(f"{len(shapes)} example inputs are given; the network takes {len(graph.inputs)} ({takes})")
+    for name, shape in zip(graph.inputs, shapes):
+        sample = graph.shape(name)[1:]
+        if tuple(shape) != sample and tuple(shape[1:]) != sample:
+            place = "the example input" if len(shapes) == 1 else f"the example input '{name}'"
+            raise ExportError(f"{place} has shape {tuple(shape)}; the network takes (N, {', '.join(map(str, sample))})")

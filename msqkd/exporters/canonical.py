@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 _GRAPH = "network"
@@ -10,16 +11,27 @@ _NUMBERED = re.compile(r"\b(CNode|ValueNode)_\d+")
 
 
 def canonical(data: bytes) -> bytes:
-    """A serialised MindIR with the same network and always the same bytes for it.
+    """A serialised MindIR in its canonical form (see `canonical_model`)."""
+    return on_bytes(data, canonical_model)
+
+
+def on_bytes(data: bytes, form: Callable[[Any], None]) -> bytes:
+    """A serialised MindIR with `form` applied to its ``ModelProto``."""
+    from mindspore.train import mind_ir_pb2 as pb
+
+    model = pb.ModelProto()
+    model.ParseFromString(data)
+    form(model)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def canonical_model(model: Any) -> None:
+    """Give one network always the same ``ModelProto``, in place.
 
     The compiler names the graph and its values by counters that depend on what else the process has compiled, lists
     primitives in the order of a hash table, and writes the time of the export: all of it is replaced by what the
     network alone decides.
     """
-    from mindspore.train import mind_ir_pb2 as pb
-
-    model = pb.ModelProto()
-    model.ParseFromString(data)
     graph, prefix = model.graph, model.graph.name + ":"
     numbers: dict[str, str] = {}
 
@@ -46,4 +58,3 @@ def canonical(data: bytes) -> bytes:
     del model.primitives[:]
     for blob in blobs:
         model.primitives.add().ParseFromString(blob)
-    return bytes(model.SerializeToString(deterministic=True))

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from msqkd.exporters.canonical import canonical
+from msqkd.exporters.canonical import canonical_model, on_bytes
 
 _REF, _CONSTANT = "REF::", "Constant"
 # What quantisation and the compiler add in large numbers; the type of the result is evident from the operands
@@ -24,18 +24,21 @@ _PLAIN = frozenset({"Cast", "Depend", "Load", "MakeTuple", "Maximum", "Minimum",
 
 
 def compact(data: bytes) -> bytes:
-    """A serialised MindIR in its `canonical` form, made short: the same parameters, operations and answers.
+    """A serialised MindIR made short (see `compact_model`)."""
+    return on_bytes(data, compact_model)
+
+
+def compact_model(model: Any) -> None:
+    """Bring a ``ModelProto`` to its canonical form and make it short, in place: the same parameters, operations and
+    answers.
 
     Values are called ``v0``, ``v1``, …, equal constants become one, and of a node only operation, operands and result
     remain, with place and type where the docstring of the module says so.
 
     Args:
-        data: a network without control flow, as `mindspore.export` writes it.
+        model: a network without control flow, as `mindspore.export` writes it.
     """
-    from mindspore.train import mind_ir_pb2 as pb
-
-    model = pb.ModelProto()
-    model.ParseFromString(canonical(data))
+    canonical_model(model)
     graph = model.graph
     primitives = _rename_primitives(model)
     twins = _share_constants(graph)
@@ -51,7 +54,6 @@ def compact(data: bytes) -> bytes:
         node.ClearField("node_attr")
     for output in graph.output:
         output.name = names.get(output.name, output.name)
-    return bytes(model.SerializeToString(deterministic=True))
 
 
 def _rename_primitives(model: Any) -> dict[str, str]:

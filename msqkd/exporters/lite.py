@@ -9,7 +9,7 @@ give parameters a second user: it is taken out here.
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,12 +18,14 @@ import numpy as np
 from mindspore import nn
 
 from msqkd.errors import ExportError
-from msqkd.exporters.lowering import lower_for_lite
-from msqkd.exporters.portable import write_cell
-from msqkd.files import PathLike, write_bytes
+from msqkd.exporters.canonical import canonical_model, on_bytes
+from msqkd.exporters.lowering import lower_for_lite, own_weight
+from msqkd.exporters.mindir_file import write_cell
+from msqkd.files import PathLike
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
-from msqkd.graph.mindir import read_mindir
+from msqkd.graph.mindir import read_mindir, read_model
+from msqkd.quant.integers import round_stored
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qparams import QParams, quant_limits
 
@@ -58,13 +60,16 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
         PlanError: a range is missing.
         ExportError: the file breaks one of the converter's rules, or cannot be written.
     """
-    lowered, plan = lower_for_lite(graph, plan)
+    lowered, plan = lower_for_lite(round_stored(graph, plan), plan)
     hooks = Hooks(values={}, edges={})
-    for name, quant in plan.with_weight_observers(lowered).weights.items():
-        weight = lowered.params[lowered.node(name).inputs[1]]
-        qparams = quant.qparams(weight.data)
-        weight.data = qparams.fake_quantize(weight.data)
-        hooks.edges[(name, 1)] = _Marker(qparams)  # type: ignore[index]
+    grids = {
+        (name, quant.index): quant.qparams(lowered.params[lowered.node(name).inputs[quant.index]].data)
+        for name, quant in plan.with_weight_observers(lowered).int8_weights().items()
+    }
+    _separate_weights(lowered, grids)
+    stored = {lowered.node(name).inputs[index]: qparams for (name, index), qparams in grids.items()}
+    for edge, qparams in grids.items():
+        hooks.edges[edge] = _Marker(qparams)  # type: ignore[index]
     for value, activation in plan.activations.items():
         if activation.exact and value in lowered.outputs:
             continue  # a marker must feed a consumer; a reshape hands its input's parameters on
@@ -76,23 +81,43 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
         assert kind is not None
         shape = (batch_size, *kind.shape[1:])
         inputs.append(ms.Tensor(np.zeros(shape, kind.dtype)))
-    with tempfile.TemporaryDirectory() as folder:
-        raw = write_cell(to_cell(lowered, hooks), inputs, Path(folder) / "marked.mindir").read_bytes()
-    data = strip_bookkeeping(raw)
-    _check_markers(data, Path(file).name)
-    try:
-        write_bytes(file, data)
-    except OSError as error:
-        raise ExportError(f"cannot write {file}: {error.strerror}") from error
-    return Path(file)
+    cell = to_cell(lowered, hooks, shared=True)
+
+    def form(model: Any) -> None:
+        canonical_model(model)
+        strip_model(model)
+        _check_markers(read_model(model, Path(file).name, parameters=cell.parameters_dict()))
+
+    return write_cell(cell, inputs, file, form, lambda name, data: _on_grid(stored.get(name), data))
+
+
+def _separate_weights(graph: Graph, grids: Mapping[tuple[str, int], QParams]) -> None:
+    """Where a weight has several readers that do not all want it on one grid, give each int8 layer one of its own, in
+    place: a marker must be the only user of what it marks."""
+    for (name, index), qparams in grids.items():
+        node = graph.node(name)
+        weight = node.inputs[index]
+        uses = [(n.name, i) for n in graph.consumers(weight) for i, read in enumerate(n.inputs) if read == weight]
+        if not all(use in grids and _equal(grids[use], qparams) for use in uses):
+            own_weight(graph, node, index)
+
+
+def _equal(one: QParams, other: QParams) -> bool:
+    return one.axis == other.axis and np.array_equal(one.scale, other.scale)
+
+
+def _on_grid(qparams: Optional[QParams], data: np.ndarray) -> np.ndarray:
+    return data if qparams is None else qparams.fake_quantize(data)
 
 
 def strip_bookkeeping(data: bytes) -> bytes:
-    """A MindIR without Load, UpdateState, Depend and the tuples only they read; parameters are read directly."""
-    from mindspore.train import mind_ir_pb2 as pb
+    """A serialised MindIR without bookkeeping (see `strip_model`)."""
+    return on_bytes(data, strip_model)
 
-    model = pb.ModelProto()
-    model.ParseFromString(data)
+
+def strip_model(model: Any) -> None:
+    """Take Load, UpdateState, Depend and the tuples only they read out of a ``ModelProto``; parameters are read
+    directly."""
     kinds = {primitive.name: primitive.op_type for primitive in model.primitives}
     alias: dict[str, str] = {}
     kept = []
@@ -121,7 +146,6 @@ def strip_bookkeeping(data: bytes) -> bytes:
     del model.primitives[:]
     for blob in primitives:
         model.primitives.add().ParseFromString(blob)
-    return bytes(model.SerializeToString(deterministic=True))
 
 
 def _op(node: Any, kinds: dict[str, str]) -> str:
@@ -132,9 +156,9 @@ def _is_monad(node: Any) -> bool:
     return node.op_type == "Constant" and any("MONAD" in a.AttributeType.Name(a.type) for a in node.attribute)
 
 
-def _check_markers(data: bytes, name: str) -> None:
-    """Hold the file against the converter's rules."""
-    graph = read_mindir(data, name)
+def _check_markers(graph: Graph) -> None:
+    """Hold what is to be written against the converter's rules."""
+    name = graph.name
     markers = [node for node in graph.nodes if node.op == MARKER]
     if not markers:
         raise ExportError(f"{name}: nothing in the network is int8 on the target; there are no parameters to write")

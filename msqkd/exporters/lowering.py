@@ -14,10 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from msqkd.exporters.lite_pools import write_padded_pools
 from msqkd.graph.ir import Graph, Node, TensorType, Value
-from msqkd.quant.plan import INT8, ActivationQuant, NodePlan, QuantPlan, WeightQuant
+from msqkd.quant.config import INT8
+from msqkd.quant.plan import ActivationQuant, NodePlan, QuantPlan, WeightQuant
 from msqkd.quant.uses import is_padded_pointwise, pooling_of
 from msqkd.targets import DEPTHWISE, HARD_SIGMOID, RESCALED, get_target
+
+_IMPORTED = ("HSwish",)
+"""Operations found in what a network spells out that have an int8 kernel, and that the converter knows as one."""
 
 
 def lower_for_lite(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
@@ -27,8 +32,13 @@ def lower_for_lite(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
     """
     graph, plan = lower_forms(graph, plan)
     _keep_float(graph, plan)
+    write_padded_pools(graph, plan)
+    for node in graph.nodes:
+        if node.op in _IMPORTED:
+            node.body = None
+    int8 = plan.int8_weights()
     for node in list(graph.nodes):
-        if node.op == "Dense" and node.name in plan.weights:
+        if node.op == "Dense" and node.name in int8:
             _dense_to_conv(graph, plan, node)
     _join_reshapes(graph, plan)
     plan.activations = {name: quant for name, quant in plan.activations.items() if name in graph.values}
@@ -82,6 +92,8 @@ def _reshape(
 
 def _dense_to_conv(graph: Graph, plan: QuantPlan, node: Node) -> None:
     """Reshape (..., C) → (N, C, 1, 1), a 1×1 convolution with its activation, and Reshape back."""
+    if any(reader.name not in plan.int8_weights() for reader in graph.consumers(node.inputs[1])):
+        own_weight(graph, node)  # an embedding reads it too, say, in the shape it has
     weight = graph.params[node.inputs[1]]
     out_features = weight.data.shape[0]
     features = weight.data.size // out_features
@@ -108,6 +120,13 @@ def _dense_to_conv(graph: Graph, plan: QuantPlan, node: Node) -> None:
     graph.nodes.insert(position, before)
     sizes = (-1, *leading[1:], out_features)
     graph.insert_after(tail, [_reshape(graph, plan, mapped, sizes, leading[0], f"{node.name}.to_vector", output=final)])
+
+
+def own_weight(graph: Graph, node: Node, index: int = 1) -> None:
+    """Let input `index` of `node` be a parameter of its own with the numbers of the one it shares with others."""
+    weight = node.inputs[index]
+    held = graph.params[weight]
+    node.inputs[index] = graph.add_param(graph.unique_value(f"{weight}.{node.name}"), held.data, held.trainable)
 
 
 def _average_to_conv(graph: Graph, plan: QuantPlan, node: Node, decision: NodePlan) -> None:
@@ -190,6 +209,8 @@ def _into_kernel_before(graph: Graph, node: Node) -> None:
 
 def _embed_pointwise(graph: Graph, node: Node) -> None:
     """A padded 1×1 kernel in the middle of a 3×3 of zeros, with one more row and column of padding on each side."""
+    if len(graph.consumers(node.inputs[1])) > 1:
+        own_weight(graph, node)
     weight = graph.params[node.inputs[1]]
     weight.data = np.pad(weight.data, ((0, 0), (0, 0), (1, 1), (1, 1)))
     graph.values[node.inputs[1]] = Value(node.inputs[1], "param", TensorType(weight.data.shape))

@@ -9,18 +9,20 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
+from msqkd.data import Arrays, as_tuple
 from msqkd.errors import ExportError
 from msqkd.exporters.lite import read_marked
 from msqkd.graph.cell import Hooks, to_cell
-from msqkd.integer.program import Format
+from msqkd.integer.program import Format, Tensor
 from msqkd.integer.registry import ARM64
 from msqkd.quant.fake_quant import QUANTIZE, FakeQuantActivation
 from msqkd.quant.plan import Group
+from msqkd.quant.ptq import relative_error
 from msqkd.quant.qparams import QParams
 from msqkd.train.evaluate import agreement
 
 
-def load_portable(file: Path) -> Callable[[Any], Any]:
+def load_portable(file: Path) -> Callable[..., Any]:
     """The portable MindIR as MindSpore runs it."""
     return nn.GraphCell(ms.load(str(file)))
 
@@ -48,26 +50,42 @@ def _fixed(name: str, qparams: QParams) -> FakeQuantActivation:
     return cell
 
 
-def load_ms(file: Path) -> Callable[[Any], Any]:
-    """A ``.ms`` file as the runtime's kernels compute it, for batches of any size."""
+def load_ms(file: Path) -> Callable[..., Any]:
+    """A ``.ms`` file as the runtime's kernels compute it, for batches of any size; pictures are (N, C, H, W)."""
     from msqkd.exporters.ms.read import read_ms
     from msqkd.integer.simulator import Simulator
 
     simulator = Simulator(read_ms(file), machine=ARM64)
 
-    def run(batch: Any) -> Any:
-        data = batch.asnumpy() if isinstance(batch, ms.Tensor) else np.asarray(batch)
-        tensor = simulator.program.tensors[simulator.program.inputs[0]]
-        if tensor.format == Format.NHWC and data.ndim == 4:
-            data = data.transpose(0, 2, 3, 1)
-        return ms.Tensor(simulator.run(np.ascontiguousarray(data))[0])
+    def run(*batch: Any) -> Any:
+        program = simulator.program
+        arrays = [item.asnumpy() if isinstance(item, ms.Tensor) else np.asarray(item) for item in batch]
+        fed = [_channels_last(data, program.tensors[name]) for name, data in zip(program.inputs, arrays)]
+        outputs = tuple(map(ms.Tensor, simulator.run(*fed)))  # these have the network's own layout in the file too
+        return outputs if len(outputs) > 1 else outputs[0]
 
     return run
 
 
-def compare(answers: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Largest absolute difference of two sets of logits, and the share (percent) of equal top-1 answers."""
-    return {
-        "max_abs_diff": float(np.abs(answers - reference).max()),
-        "agreement": agreement(answers, reference),
-    }
+def _channels_last(data: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """`data` as the file takes it: pictures with the channels last."""
+    is_picture = tensor.format == Format.NHWC and data.ndim == 4
+    return np.ascontiguousarray(data.transpose(0, 2, 3, 1) if is_picture else data)
+
+
+def compare(found: Arrays, reference: Arrays, classes: bool = True) -> dict[str, float]:
+    """How far the outputs of two executions are apart.
+
+    Args:
+        found, reference: one output, or a tuple of all, for the same samples.
+        classes: whether the first output is logits (N, classes).
+
+    Returns:
+        The largest absolute difference (`max_abs_diff`), and the share of equal top-1 answers in percent (`agreement`)
+        or, without `classes`, the `relative_error` (see `msqkd.quant.ptq.relative_error`).
+    """
+    one, other = as_tuple(found), as_tuple(reference)
+    largest = max(float(np.abs(a - b).max()) for a, b in zip(one, other))
+    if classes:
+        return {"max_abs_diff": largest, "agreement": agreement(one[0], other[0])}
+    return {"max_abs_diff": largest, "relative_error": relative_error(one, other)}

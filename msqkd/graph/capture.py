@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -16,7 +17,7 @@ from msqkd.graph.ir import Graph
 from msqkd.graph.mindir import read_model
 from msqkd.graph.passes.canonicalize import canonicalize
 from msqkd.graph.passes.open_batch import BatchError, open_batch
-from msqkd.graph.source import load_class
+from msqkd.graph.source import branching_lines, load_class
 from msqkd.platform import mindspore
 
 Example = Union[Sequence[int], Any]
@@ -126,18 +127,25 @@ def _compile(ms: Any, net: Any, called: Any, inputs: list[Any]) -> Graph:
     The file never holds the weights, whatever their size.
     """
     name = type(net).__name__
-    types = {path: type(cell).__name__ for path, cell in net.cells_and_names() if path}
+    cells = dict(net.cells_and_names())
+    types = {path: type(cell).__name__ for path, cell in cells.items() if path}
     graphs: list[Graph] = []
     own: list[CaptureError] = []
 
     def read(model: Any) -> None:
         try:
-            graphs.append(read_model(model, name, types, net.parameters_dict()))
+            lines = partial(branching_lines, cells)
+            graphs.append(read_model(model, name, types, net.parameters_dict(), lines=lines))
         except CaptureError as error:
             own.append(error)
         del model.graph.parameter[:]
 
-    with tempfile.TemporaryDirectory() as folder, _diagnostics(folder), _own_compilation(called):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _diagnostics(folder),
+        _own_compilation(called),
+        _own_scopes(net, called),
+    ):
         try:
             file = str(Path(folder) / "captured.mindir")
             ms.export(called, *inputs, file_name=file, file_format="MINDIR", custom_func=read)
@@ -145,6 +153,7 @@ def _compile(ms: Any, net: Any, called: Any, inputs: list[Any]) -> Graph:
             shown = ", ".join(_shown(tensor) for tensor in inputs)
             raise CaptureError(
                 f"{name}: MindSpore cannot compile the network for input shape {shown}: {_reason(error)}"
+                f"{_other_types(net)}"
             ) from error
     if own:
         raise own[0]
@@ -183,6 +192,29 @@ def _own_compilation(cell: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _own_scopes(net: Any, called: Any) -> Iterator[None]:
+    """Let the compiler name each cell's operations after the place of the cell in `net`.
+
+    MindSpore gives a cell its scope where it is first compiled, on its own or as a part of another network, and keeps
+    it. The outermost cells have none.
+    """
+    before = [(cell, cell.get_scope()) for _, cell in net.cells_and_names()]
+    scopes = {"": "Default"}
+    for path, cell in net.cells_and_names():
+        if path:
+            parent, _, name = path.rpartition(".")
+            scopes[path] = f"{scopes.get(parent, 'Default')}/{name}-{type(cell).__name__}"
+        object.__setattr__(cell, "_scope", scopes[path] if path else None)
+    object.__setattr__(called, "generate_scope", lambda: None)
+    try:
+        yield
+    finally:
+        object.__delattr__(called, "generate_scope")
+        for cell, scope in before:
+            object.__setattr__(cell, "_scope", scope)
+
+
+@contextmanager
 def _evaluating(net: Any) -> Iterator[None]:
     """Evaluation mode; every cell's own mode comes back at the end."""
     before = [(cell, cell.training, cell.phase) for _, cell in net.cells_and_names()]
@@ -203,9 +235,18 @@ def _inputs(ms: Any, example: Example) -> list[Any]:
         return items
     if items and all(isinstance(item, int) and item > 0 for item in items):
         return [ms.Tensor(shape=(1, *items), dtype=ms.float32, init=ms.common.initializer.Zero())]
+    text = " ".join(repr(example).split())
+    found = f"a {type(example).__name__} of shape {example.shape}" if hasattr(example, "shape") else text[:80]
     raise CaptureError(
-        f"the example input is {example!r}; give a Tensor, a tuple of Tensors or a sample shape such as (3, 224, 224)"
+        f"the example input is {found}; give a Tensor, a tuple of Tensors or a sample shape such as (3, 224, 224)"
     )
+
+
+def sample_shapes(example: Example) -> list[tuple[int, ...]]:
+    """The shapes of an example input's samples, without their batch."""
+    ms = mindspore()
+    inputs = flatten(example)[0] if is_structured(example) else _inputs(ms, example)
+    return [tuple(tensor.shape[1:]) for tensor in inputs]
 
 
 def _with_batch(ms: Any, inputs: list[Any], size: Optional[int]) -> list[Any]:
@@ -227,6 +268,18 @@ def _reason(error: Exception) -> str:
     frames = [match.groups() for match in re.finditer(r"In file (\S+?\.py):(\d+)", str(error))]
     own = [(file, number) for file, number in frames if not file.startswith(library)]
     return f"{found} (at {own[-1][0]}:{own[-1][1]})" if own else found
+
+
+def _other_types(net: Any) -> str:
+    """A hint where the network is not one of float32, which most inputs are."""
+    kinds = [str(parameter.dtype).lower() for parameter in net.get_parameters()]
+    others = [kind for kind in kinds if kind != "float32" and kind.startswith(("float", "bfloat", "complex"))]
+    if not others:
+        return ""
+    return (
+        f"; {len(others)} of its {len(kinds)} parameters are {others[0]}, and quantisation starts from float32: "
+        "parameter.set_dtype(mindspore.float32)"
+    )
 
 
 def _take_parameters(net: Any, graph: Graph) -> None:

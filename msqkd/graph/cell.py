@@ -48,16 +48,19 @@ class Hooks:
     observe: Sequence[str] = ()
 
 
-def to_cell(graph: Graph, hooks: Optional[Hooks] = None, base: Optional[type] = None) -> Any:
+def to_cell(graph: Graph, hooks: Optional[Hooks] = None, base: Optional[type] = None, *, shared: bool = False) -> Any:
     """Build an `nn.Cell` (a subclass of `base`, where given) that computes `graph`.
 
     The cell works in GRAPH_MODE and PYNATIVE_MODE and can be trained (BatchNorm follows `set_train`). It carries its
     `graph` and its `source`. With `hooks.observe` it returns a tuple: the outputs, then the observed values.
 
+    Its parameters are copies of the graph's arrays, or with `shared` those arrays themselves, for a cell that is only
+    written or run.
+
     Raises:
         CaptureError: the graph has a data type msqkd does not know.
     """
-    writer = _Writer(graph, hooks or Hooks())
+    writer = _Writer(graph, hooks or Hooks(), shared)
     source = writer.write(base)
     cell = load_class(source)()
     for name, value in writer.attributes.items():
@@ -81,8 +84,8 @@ def read_parameters(cell: Any, graph: Graph) -> None:
 
 
 class _Writer:
-    def __init__(self, graph: Graph, hooks: Hooks) -> None:
-        self.graph, self.hooks = graph, hooks
+    def __init__(self, graph: Graph, hooks: Hooks, shared: bool) -> None:
+        self.graph, self.hooks, self.shared, self.ms = graph, hooks, shared, mindspore()
         self.attributes: dict[str, Any] = {}
         self.taken: set[str] = set()  # identifiers of the body and attributes of the class
         self.names: dict[tuple[str, str], str] = {}  # (kind of thing, its name in the graph) -> identifier
@@ -158,9 +161,10 @@ class _Writer:
             return ", ".join(found)
 
         if node.op == "TrainingDropout":
-            from msqkd.graph.dropout import dropout_cell
+            from msqkd.graph.dropout import CountedDropout
 
-            return f"self.{self._attribute('op_' + node.name, dropout_cell(**node.attrs))}({args[0]})"
+            dropout = CountedDropout(node.name, **node.attrs)
+            return f"self.{self._attribute('op_' + node.name, dropout)}({args[0]})"
         if node.body is not None:
             return f"self.{self._attribute('op_' + node.name, to_cell(node.body))}({args[0]})"
         computed = computed_settings(self.graph, node)
@@ -190,14 +194,13 @@ class _Writer:
         self.lines.append(f"{target} = self.{cast}({args[0]}, {self._dtype(node, node.inputs[1])})")
 
     def _dtype(self, node: Node, value: str) -> str:
-        ms = mindspore()
         wanted = self.graph.const(value)
         name = wanted if isinstance(wanted, str) else _DTYPE_NUMBERS.get(wanted)
         if name is None:
             raise CaptureError(
                 f"{self.graph.name}: '{node.name}' casts to a data type msqkd does not know (number {wanted})"
             )
-        dtype = getattr(ms, "bool_" if name == "bool" else name)
+        dtype = getattr(self.ms, "bool_" if name == "bool" else name)
         return "self." + self._attribute("dtype_" + node.name, dtype)
 
     def _batch_norm(self, node: Node, target: str, args: list[str]) -> None:
@@ -230,18 +233,19 @@ class _Writer:
         return self._local(name)
 
     def _parameter(self, name: str) -> str:
-        ms = mindspore()
         if ("param", name) not in self.names:
             held = self.graph.params[name]
-            parameter = ms.Parameter(ms.Tensor(held.data), name=name, requires_grad=held.trainable)
+            data = held.data if self.shared else held.data.copy()
+            # MindSpore takes the array as it is where nobody else holds the tensor, which an option would already do.
+            parameter = self.ms.Parameter(self.ms.Tensor.from_numpy(data))
+            parameter.name, parameter.requires_grad = name, held.trainable
             self.attributes[self._identifier("param", name)] = parameter
         return self._identifier("param", name)
 
     def _literal(self, name: str, const: Any) -> str:
         """Source text where Python's spelling reads back as the same, else an attribute."""
-        ms = mindspore()
         if isinstance(const, np.ndarray):
-            const = ms.Tensor(const)
+            const = self.ms.Tensor(const)
         elif not isinstance(const, float) or math.isfinite(const):
             return repr(const)
         if ("const", name) not in self.names:

@@ -101,6 +101,7 @@ class Graph:
         nodes: the operations, each after its producers.
         values: every value by name.
         params: every parameter by its original name.
+        deployed: numbers of the outputs that are deployed, where others are trained only; None deploys all.
     """
 
     def __init__(self, name: str) -> None:
@@ -110,6 +111,7 @@ class Graph:
         self.nodes: list[Node] = []
         self.values: dict[str, Value] = {}
         self.params: dict[str, Parameter] = {}
+        self.deployed: Optional[tuple[int, ...]] = None
 
     # -- building -------------------------------------------------------------------------------------------------
     def add_value(self, value: Value) -> str:
@@ -204,7 +206,22 @@ class Graph:
         ]
         twin.values = dict(self.values)
         twin.params = {name: replace(param) for name, param in self.params.items()}
+        twin.deployed = self.deployed
         return twin
+
+    def deployed_part(self) -> Graph:
+        """What computes the deployed outputs, as a graph of their own; the graph itself where all are deployed."""
+        if self.deployed is None:
+            return self
+        part = self.copy()
+        part.outputs, part.deployed = [self.outputs[index] for index in self.deployed], None
+        part.prune()
+        return part
+
+    def training_only(self) -> list[Node]:
+        """The nodes that no deployed output needs."""
+        kept = {node.name for node in self.deployed_part().nodes}
+        return [node for node in self.nodes if node.name not in kept]
 
     def prune(self) -> None:
         """Drop nodes whose outputs nobody reads, and the values and parameters nobody reads any more."""

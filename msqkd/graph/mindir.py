@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 
@@ -52,7 +52,12 @@ def read_mindir(data: bytes, name: str, types: Optional[dict[str, str]] = None) 
 
 
 def read_model(
-    model: Any, name: str, types: Optional[dict[str, str]] = None, parameters: Optional[Mapping[str, Any]] = None
+    model: Any,
+    name: str,
+    types: Optional[dict[str, str]] = None,
+    parameters: Optional[Mapping[str, Any]] = None,
+    outer: str = "",
+    lines: Optional[Callable[[str], str]] = None,
 ) -> Graph:
     """A parsed MindIR as a Graph.
 
@@ -62,23 +67,62 @@ def read_model(
         types: cell path to class name of the original network, where it is at hand; corrects scopes.
         parameters: name to Parameter, for a model that does not hold the weights itself; the graph's arrays may be
             views of theirs.
+        outer: what is taken off the front of the scopes (see `outer_scope`).
+        lines: where in the source the cell of a path branches, for the message.
 
     Raises:
         CaptureError: the graph has control flow on values or something else that cannot be flattened.
     """
     if model.functions:
+        path = _branching_cell(model, outer)
+        place = f"in cell '{path}'" if path else "in its construct"
+        line = lines(path) if lines is not None else ""
         raise CaptureError(
-            f"{name}: the network branches or loops on tensor values ({_where(model)}); such control flow cannot be "
-            "quantised: decide with Python values fixed at construction, or use ops.select / masks"
+            f"{name}: the network branches or loops on tensor values ({place}{', ' * bool(line)}{line}); such control "
+            "flow cannot be quantised: decide with Python values fixed at construction, or use ops.select / masks"
         )
-    return _Reader(model, name, types or {}, parameters).read()
+    return _Reader(model, name, types or {}, parameters, outer).read()
+
+
+def input_types(model: Any) -> list[TensorType]:
+    """The types of the inputs of a parsed MindIR."""
+    return [_tensor_type(info.tensor[0]) for info in model.graph.input]
+
+
+def network_class(model: Any) -> str:
+    """The class name of the exported network; empty where the file does not say (msqkd's own files)."""
+    found = re.match(r"\d.*_([A-Za-z0-9]+)_construct_\d+$", model.graph.name)
+    return found[1] if found else ""
+
+
+def scope_types(model: Any, name: str) -> dict[str, str]:
+    """Cell path to class name, for the cells that the scopes of a MindIR tell of."""
+    outer = outer_scope(model, name)
+    types: dict[str, str] = {}
+    for node in model.graph.node:
+        path, kinds = _scope(node.domain, outer)
+        types.update(zip(_prefixes(path), kinds))
+    return types
+
+
+def outer_scope(model: Any, name: str) -> str:
+    """What the scopes of all cells begin with where the network `name` was first compiled inside another cell."""
+    cells = [node.domain.rpartition("/")[0] + "/" for node in model.graph.node]
+    scopes = [scope for scope in cells if "-" in scope]
+    inner = f"-{name}/"
+    # A sequence of sequences looks the same, and is the network itself.
+    if name == "SequentialCell" or not scopes or not all(inner in scope for scope in scopes):
+        return ""
+    outer = {scope[: scope.index(inner) + len(inner)] for scope in scopes}
+    return outer.pop() if len(outer) == 1 else ""
 
 
 class _Reader:
     def __init__(
-        self, model: Any, name: str, types: dict[str, str], parameters: Optional[Mapping[str, Any]] = None
+        self, model: Any, name: str, types: dict[str, str], parameters: Optional[Mapping[str, Any]], outer: str
     ) -> None:
         self.proto = model.graph
+        self.outer = outer
         self.parameters = parameters
         self.graph = Graph(name)
         self.types = types
@@ -177,7 +221,7 @@ class _Reader:
 
     def _operation(self, proto: Any, primitive: Any, inputs: list[str]) -> None:
         op, out = primitive.op_type, proto.output[0]
-        path, types = _inside(*_scope(proto.domain), self.types)
+        path, types = _scope(proto.domain, self.outer)
         names, sequences = self._arguments(inputs)
         kinds = _output_types(proto)
         hint = re.sub(r"\W+", "_", f"{path or 'net'}_{op}").lower()
@@ -334,21 +378,13 @@ def _constant_name(proto_name: str) -> str:
     return "c" if hint in ("", "CNode", "ValueNode", "Parameter") else f"c_{hint}"
 
 
-def _scope(domain: str) -> tuple[str, tuple[str, ...]]:
+def _scope(domain: str, outer: str = "") -> tuple[str, tuple[str, ...]]:
     """``Default/layer1-SequentialCell/0-Bottleneck/Conv2D-op3`` -> (``layer1.0``, (SequentialCell, Bottleneck))."""
-    parts = domain.split("/")[:-1]
+    parts = domain.removeprefix(outer).split("/")[:-1]
     while parts and parts[0] in _SKIP_SCOPE:
         parts = parts[1:]
     pairs = [part.rsplit("-", 1) for part in parts if "-" in part]
     return ".".join(p[0] for p in pairs), tuple(p[1] for p in pairs)
-
-
-def _inside(path: str, kinds: tuple[str, ...], types: dict[str, str]) -> tuple[str, tuple[str, ...]]:
-    """The scope as seen from the network: trained inside another cell, it has that cell's name in front."""
-    children = {name.split(".")[0] for name in types}
-    parts = path.split(".") if path else []
-    outside = next((i for i, part in enumerate(parts) if part in children), len(parts)) if children else 0
-    return ".".join(parts[outside:]), kinds[outside:]
 
 
 def _repair_scopes(graph: Graph, types: dict[str, str]) -> None:
@@ -385,15 +421,21 @@ def _repair_scopes(graph: Graph, types: dict[str, str]) -> None:
         if neighbour is None or (neighbour.cell_path + ".").startswith(node.cell_path + "."):
             return neighbour is not None
         parts, others = _prefixes(node.cell_path), _prefixes(neighbour.cell_path)
-        for depth in range(min(len(parts), len(others)), 0, -1):
-            mine, other = parts[depth - 1], others[depth - 1]
+        level = [(depth, depth) for depth in range(min(len(parts), len(others)), 0, -1)]
+        # The same block may also lie deeper or less deep in the network.
+        across = [(i, j) for j in range(len(others), 0, -1) for i in range(len(parts), 0, -1) if i != j]
+        for depth, other_depth in (*level, *across):
+            mine, other = parts[depth - 1], others[other_depth - 1]
             path = other + node.cell_path[len(mine) :]
-            alike = (
+            same_class = (
                 node.cell_types[: depth + 1] == neighbour.cell_types[: depth + 1]
-                and types.get(path) == node.cell_types[-1]
+                if depth == other_depth
+                else node.cell_types[depth] == neighbour.cell_types[other_depth]
             )
+            alike = same_class and types.get(path) == node.cell_types[-1]
             if mine != other and alike and first.get(other, -1) > last.get(mine, len(graph.nodes)):
                 node.cell_path = path
+                node.cell_types = (*neighbour.cell_types[: other_depth + 1], *node.cell_types[depth + 1 :])
                 return True
         return False
 
@@ -447,6 +489,10 @@ def _snake(op: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", op).lower()
 
 
-def _where(model: Any) -> str:
-    scopes = sorted({_scope(node.domain)[0] for f in model.functions for node in f.node if node.domain} - {""})
-    return f"in cell '{scopes[0]}'" if scopes else "in its construct"
+def _branching_cell(model: Any, outer: str) -> str:
+    """The path of the cell in which the compiler found a choice between functions."""
+    operations = {primitive.name: primitive.op_type for primitive in model.primitives}
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    chosen = [node for node in nodes if operations.get(node.op_type.removeprefix("REF::")) in ("Switch", "SwitchLayer")]
+    paths = [_scope(node.domain, outer)[0] for node in chosen or nodes if node.domain]
+    return next(filter(None, paths), "")

@@ -1,15 +1,22 @@
-"""Classes from generated source: MindSpore's parser reads the file behind a method."""
+"""The source of cells: classes from generated text, and where a network's own code branches.
+
+MindSpore's parser reads the file behind a method.
+"""
 
 from __future__ import annotations
 
+import ast
 import atexit
 import importlib.util
+import inspect
 import itertools
 import shutil
 import sys
 import tempfile
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 _counter = itertools.count()
 _folder: Optional[Path] = None
@@ -31,3 +38,21 @@ def load_class(source: str) -> type:
     sys.modules[name] = module  # MindSpore's parser looks the class's module up by name
     spec.loader.exec_module(module)
     return next(v for v in vars(module).values() if isinstance(v, type) and v.__module__ == name)
+
+
+def branching_lines(cells: Mapping[str, Any], path: str) -> str:
+    """Where the cell at `path` branches on more than its own attributes: ``net.py:12``, or nothing when unknown."""
+    try:
+        construct = type(cells[path]).construct
+        lines, first = inspect.getsourcelines(construct)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+        file = inspect.getsourcefile(construct)
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return ""
+    branches = [node for node in ast.walk(tree) if isinstance(node, (ast.If, ast.While, ast.IfExp))]
+    found = sorted(first + node.lineno - 1 for node in branches if _names(node.test) - {"self"})
+    return f"{file}:{', '.join(map(str, found[:3]))}" if found else f"{file}:{first}"
+
+
+def _names(expression: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(expression) if isinstance(node, ast.Name)}

@@ -36,20 +36,22 @@ class Simulator:
         if machine not in MACHINES:
             raise SimulationError(f"machine '{machine}' is unknown; allowed: {', '.join(MACHINES)}")
         self.program, self.machine, self.run_island = program, machine, run_island
+        self._stored = _float_constants(program)
         self._kernels: dict[str, Kernel] = {}
         for step in program.steps:
             if step.op != ISLAND:
                 self._kernels[step.name] = find_kernel(step.op, self._kind(step, kind), step.name)
             elif run_island is None:
                 raise SimulationError(f"{step.name}: it is computed in float, and nothing is given that can")
-        self._stored = _float_constants(program)
         self._last_use = _last_uses(program)
 
     def _kind(self, step: Step, kind: str) -> str:
         """The set of kernels `step` is in; a cast is in that of the integers, whose rounding it has."""
         if step.quantized or (step.op == "QuantDTypeCast" and kind == ONNXRUNTIME):
             return kind
-        return INT8 if self.program.tensors[step.inputs[0]].dtype == "int8" else FLOAT32
+        first = step.inputs[0]
+        computed_int8 = self.program.tensors[first].dtype == "int8" and (step.name, first) not in self._stored
+        return INT8 if computed_int8 else FLOAT32
 
     def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """The outputs for `inputs`, arrays shaped as the program's inputs but for the batch.

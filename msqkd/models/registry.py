@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.util
-import inspect
-import os
-import sys
-import traceback
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Callable, NamedTuple, Optional
 
 from mindspore import nn
 
-from msqkd.errors import MissingDependencyError, ModelError, MsqkdError, did_you_mean
+from msqkd.errors import MissingDependencyError, ModelError, did_you_mean
 from msqkd.models import cifar_resnet
 from msqkd.models.lenet5 import LeNet5
+from msqkd.user_code import find_python, make, reason_of
 
 SOURCES = ("msqkd", "mindcv", "python")
 
@@ -68,15 +61,9 @@ def build_model(source: str, name: Optional[str], args: Mapping[str, Any], where
     if not name:
         needed = "a target such as package.module:factory" if source == "python" else "a name"
         raise ModelError(f"{where}: source {source} needs {needed}")
-    find = {"msqkd": _find_own, "mindcv": _find_mindcv, "python": _find_python}[source]
+    find = {"msqkd": _find_own, "mindcv": _find_mindcv, "python": find_python}[source]
     factory = find(name, where)
-    _check_arguments(factory, name, args, where)
-    try:
-        cell = factory(**args)
-    except MsqkdError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{where}: '{name}' could not be made: {_reason(error)}{_place(error)}") from error
+    cell = make(factory, name, args, where)
     if not isinstance(cell, nn.Cell):
         raise ModelError(f"{where}: '{name}' gave a {type(cell).__name__}; a mindspore.nn.Cell is needed")
     return cell
@@ -93,7 +80,7 @@ def _find_mindcv(name: str, where: str) -> Callable[..., nn.Cell]:
         mindcv = importlib.import_module("mindcv")
     except ModuleNotFoundError as error:
         if error.name != "mindcv":
-            raise ModelError(f"{where}: mindcv cannot be imported: {_reason(error)}") from error
+            raise ModelError(f"{where}: mindcv cannot be imported: {reason_of(error)}") from error
         raise MissingDependencyError(
             f"{where}: source mindcv needs the package mindcv; install it with: pip install 'msqkd[mindcv]'"
         ) from None
@@ -107,75 +94,5 @@ def _find_mindcv(name: str, where: str) -> Callable[..., nn.Cell]:
     return create
 
 
-def _find_python(target: str, where: str) -> Callable[..., nn.Cell]:
-    place, _, attribute = target.rpartition(":")
-    if not place or not attribute:
-        raise ModelError(f"{where}: target '{target}' must be package.module:factory or path/to/file.py:factory")
-    module = _import_file(Path(place), where) if place.endswith(".py") else _import_module(place, where)
-    factory = getattr(module, attribute, None)
-    if factory is None:
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise ModelError(f"{where}: {place} has no '{attribute}'{did_you_mean(attribute, names)}")
-    if not callable(factory):
-        raise ModelError(f"{where}: '{target}' is a {type(factory).__name__}; a class or function is needed")
-    return factory
-
-
-def _import_module(name: str, where: str) -> ModuleType:
-    # As `python -m` does: the user's own modules are usually in the folder the command is run from.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise ModelError(f"{where}: module '{name}' cannot be imported: {_reason(error)}") from error
-
-
-def _import_file(path: Path, where: str) -> ModuleType:
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        near = [entry.name for entry in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise ModelError(f"{where}: {path} does not exist{did_you_mean(path.name, near)}")
-    # A name of its own, so that two files called model.py do not take each other's place.
-    name = f"msqkd_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ModelError(f"{where}: {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: MindSpore looks the source of a Cell up through it
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ModelError(f"{where}: {path} cannot be imported: {_reason(error)}") from error
-    return module
-
-
-def _check_arguments(factory: Callable[..., nn.Cell], name: str, args: Mapping[str, Any], where: str) -> None:
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):  # a callable without a readable signature: calling it will tell
-        return
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return
-    allowed = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.POSITIONAL_ONLY]
-    for key in args:
-        if key not in allowed:
-            listed = ", ".join(allowed) or "none"
-            hint = did_you_mean(key, allowed)
-            raise ModelError(f"{where}: '{name}' takes no argument '{key}'; allowed: {listed}{hint}")
-
-
 def _unknown(name: str, names: Iterable[str], where: str, allowed: str) -> ModelError:
     return ModelError(f"{where}: there is no network '{name}'; {allowed}{did_you_mean(name, names)}")
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _place(error: Exception) -> str:
-    """Where in the factory's own code an error arose, as `` (at net.py:12)``; nothing where it was not in a file."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    own = [frame for frame in frames if f"{os.sep}mindspore{os.sep}" not in frame.filename]
-    return f" (at {own[-1].filename}:{own[-1].lineno})" if own else ""

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 import mindspore as ms
-import numpy as np
 
-from msqkd.analysis.parity import Device, batch_size, compare_execution, differing_values, integer_answers
-from msqkd.data import Split, subset
+from msqkd.analysis.parity import Device, batch_size, compare_execution, differing_values, integer_outputs
+from msqkd.data import Split, as_tuple, subset
 from msqkd.errors import ExportError
-from msqkd.exporters import FORMATS, MS, MS_FLOAT, ONNX, PORTABLE, Format, export
+from msqkd.exporters import ASCEND, FORMATS, LITE, MS, MS_FLOAT, ONNX, PORTABLE, Format, export
 from msqkd.exporters.portable import write_float
 from msqkd.exporters.verify import compare
 from msqkd.files import sha256
 from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph
 from msqkd.integer.registry import X86
+from msqkd.pipeline.build import metric_of
 from msqkd.pipeline.rundir import RunDirectory, export_name
 from msqkd.progress import Reporter
 from msqkd.quant.fake_quant import OFF, QUANTIZE
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qat import quantize_cell
 from msqkd.recipe import Recipe
-from msqkd.train.evaluate import accuracy_of, answers, input_batches
+from msqkd.train.evaluate import input_batches, output_arrays
+from msqkd.train.metric import Metric, Outputs, Scale
 
 _DISAGREEMENT = 1.0  # percent of the samples for which a file may name another class, where equal is not to be had
+_RELATIVE_ERROR = 0.02  # likewise, of the outputs of a network that names no classes
 _FEW_SAMPLES = 64  # computed by the kernels of a file that is in float, in numpy
 _ANY_RANGE = (0.0, 255.0)  # wide, and not symmetric: a zero point shows where none is allowed
 _LARGE_TEST = 2000  # test samples; of more, the integer accuracy is left to `msqkd verify`
@@ -39,7 +42,7 @@ class Exported:
 
     Attributes:
         recipe: how it was made.
-        captured: the float network.
+        captured: the float network, with what is trained only.
         graph, plan: what is exported, every range known.
         test, calibration: the samples it is measured on.
     """
@@ -50,6 +53,11 @@ class Exported:
     plan: QuantPlan
     test: Split
     calibration: Split
+
+    @cached_property
+    def metric(self) -> Metric:
+        """What the network is judged by."""
+        return metric_of(self.recipe)
 
 
 # -- before anything is trained ----------------------------------------------------------------------------------------
@@ -74,16 +82,27 @@ def preflight(recipe: Recipe, graph: Graph, plan: QuantPlan) -> None:
     guessed = plan.with_ranges(dict.fromkeys(plan.groups, _ANY_RANGE))
     weights = {name: replace(quant, observer="minmax") for name, quant in plan.weights.items()}
     guessed = replace(guessed, weights=weights)
-    device = Device(graph, guessed, recipe.verify.machine or X86)
-    if MS in recipe.export.formats:
-        from msqkd.exporters.ms.check import check_program
-
+    Device(graph, guessed, recipe.verify.machine or X86)
+    for form in (FORMATS[item] for item in recipe.export.formats):
         try:
-            check_program(device.program)
+            if form.check is not None:
+                form.check(graph, guessed)
         except ExportError as error:
-            others = ", ".join(name for name in recipe.export.formats if name != MS)
-            raise ExportError(f"export.formats: no .ms file is possible: {error}; leave it out with "
-                              f"--set export.formats=[{others or PORTABLE}]") from error  # fmt: skip
+            reason = f"no {form.suffix} file is possible: {error}"
+            raise ExportError(f"export.formats: {reason}; {_without(recipe, form.name)}") from error
+    if plan.stored_weights() and not plan.activations:
+        name = next((name for name in recipe.export.formats if name in (LITE, ASCEND)), None)
+        if name is not None:
+            raise ExportError(
+                f"export.formats: {name} carries the parameters of int8 layers, and no layer is int8 here (they store "
+                f"weights and compute in float); {_without(recipe, name)}"
+            )
+
+
+def _without(recipe: Recipe, name: str) -> str:
+    """How a format is left out, as the end of a sentence."""
+    others = ", ".join(other for other in recipe.export.formats if other != name)
+    return f"leave {name} out with --set export.formats=[{others or PORTABLE}]"
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------
@@ -92,7 +111,8 @@ def export_files(network: Exported, folder: RunDirectory, reporter: Reporter) ->
 
     Returns:
         What the export stage records: names, sizes and checksums of the files, how each was verified, accuracies on
-        the test set in percent, and the comparison of the three executions on the calibration samples.
+        the test set in percent (or what the recipe's metric says), and the comparison of the three executions on the
+        calibration samples.
 
     Raises:
         ExportError: a file cannot be written, or does not answer as the network.
@@ -100,18 +120,17 @@ def export_files(network: Exported, folder: RunDirectory, reporter: Reporter) ->
     recipe, graph, plan = network.recipe, network.graph, network.plan
     cell = quantize_cell(graph, plan)
     cell.set_phase(QUANTIZE)
-    reference = answers(cell, network.test, recipe.data.eval_batch_size)
-    files = {"float": write_float(network.captured, folder.file("float.mindir"))}
+    reference = output_arrays(cell, network.test, recipe.data.eval_batch_size)
+    files = {"float": write_float(network.captured.deployed_part(), folder.file("float.mindir"))}
     verified: dict[str, Any] = {}
     for name in recipe.export.formats:
         form = FORMATS[name]
         files[name] = export(graph, plan, folder.file(export_name(recipe.name, form)), name)
         verified[name] = {"file": files[name].name, **examine(form, files[name], network, reference)}
-    labels = network.test.labels
-    assert labels is not None
+    trained = network.metric(reference, network.test.labels, network.test.name)
     parity = calibration_parity(network, reporter)
     return {
-        "accuracy": _exported_accuracy(verified, accuracy_of(reference, labels)),
+        "accuracy": _exported_accuracy(verified, trained),
         "integer_accuracy": _integer_accuracy(network, reporter),
         "files": [file.name for file in files.values()],
         "sizes": {name: file.stat().st_size for name, file in files.items()},
@@ -132,14 +151,14 @@ def _exported_accuracy(verified: dict[str, Any], trained: float) -> float:
     return trained
 
 
-def examine(form: Format, file: Path, network: Exported, reference: np.ndarray) -> dict[str, Any]:
+def examine(form: Format, file: Path, network: Exported, reference: Outputs) -> dict[str, Any]:
     """Hold an exported file against its network; empty for a format that only the device can compute.
 
     Args:
         form: the format of the file.
         file: where it is.
         network: what was exported.
-        reference: the fake-quantised network's answers on the test set, (N, classes).
+        reference: the fake-quantised network's outputs on the test set.
 
     Raises:
         ExportError: the file is not the network.
@@ -150,11 +169,13 @@ def examine(form: Format, file: Path, network: Exported, reference: np.ndarray) 
         return {}
     if not form.int8:
         return _float_file(form, file, network)
-    logits = answers(_tensors(form.load(file)), network.test, network.recipe.data.eval_batch_size)
-    labels = network.test.labels
-    assert labels is not None
-    result = {**compare(logits, reference), "accuracy": accuracy_of(logits, labels)}
-    _refuse_another(form, file, result, len(logits), network.recipe.export.verify_tolerance)
+    metric, test = network.metric, network.test
+    found = output_arrays(_tensors(form.load(file)), test, network.recipe.data.eval_batch_size)
+    result = {
+        **compare(found, reference, metric.is_accuracy),
+        "accuracy": metric(found, test.labels, test.name),
+    }
+    _refuse_another(form, file, result, len(test), network.recipe.export.verify_tolerance)
     return result
 
 
@@ -170,7 +191,9 @@ def check_integers(file: Path, network: Exported) -> dict[str, Any]:
     size = min(batch_size(network.graph, network.recipe.calibration.batch_size), len(network.calibration))
     batch = next(input_batches(network.calibration, size))
     machine = network.recipe.verify.machine or X86
-    different, total = differing_values(lite_program(network.graph, network.plan), read_ms(file), [batch], machine)
+    different, total = differing_values(
+        lite_program(network.graph, network.plan), read_ms(file), as_tuple(batch), machine
+    )
     if different:
         raise ExportError(
             f"{file.name} does not compute as the network it was written from: {different} of {total} values differ; "
@@ -188,19 +211,19 @@ def _float_file(form: Format, file: Path, network: Exported) -> dict[str, Any]:
         cell = quantize_cell(network.graph, network.plan)
         cell.set_phase(OFF)
     assert form.load is not None
-    logits = answers(_tensors(form.load(file)), few, len(few))
-    result: dict[str, Any] = compare(logits, answers(cell, few, len(few)))
+    found = output_arrays(_tensors(form.load(file)), few, len(few))
+    result: dict[str, Any] = compare(found, output_arrays(cell, few, len(few)), network.metric.is_accuracy)
     _refuse_another(form, file, result, len(few), network.recipe.export.verify_tolerance)
     return result
 
 
-def _tensors(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`run` with its first output as a Tensor, whatever library computes it."""
+def _tensors(run: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    """`run` with its outputs as Tensors, whatever library computes them."""
 
-    def call(batch: Any) -> Any:
-        output = run(batch)
-        output = output[0] if isinstance(output, tuple) else output
-        return output if isinstance(output, ms.Tensor) else ms.Tensor(output)
+    def call(*batch: Any) -> tuple[Any, ...]:
+        found = run(*batch)
+        outputs = found if isinstance(found, tuple) else (found,)
+        return tuple(output if isinstance(output, ms.Tensor) else ms.Tensor(output) for output in outputs)
 
     return call
 
@@ -209,6 +232,9 @@ def _refuse_another(form: Format, file: Path, result: dict[str, Any], samples: i
     if form.name == PORTABLE:
         allowed = f"a difference of at most {tolerance:g}"
         wrong = result["max_abs_diff"] > tolerance
+    elif "relative_error" in result:
+        allowed = f"a relative error of at most {_RELATIVE_ERROR:g}"
+        wrong = result["relative_error"] > _RELATIVE_ERROR
     else:
         # Equal but for the order of sums or the rounding of halves, which may move a value to the next level, and a
         # close call between two classes with it.
@@ -216,9 +242,14 @@ def _refuse_another(form: Format, file: Path, result: dict[str, Any], samples: i
         different = (100 - result["agreement"]) / 100 * samples
         wrong = different > max(samples * _DISAGREEMENT / 100, 2.5)
     if wrong:
+        other = (
+            f"equal answers {result['agreement']:.2f} %"
+            if "agreement" in result
+            else f"relative error {result['relative_error']:.3g}"
+        )
         raise ExportError(
-            f"{file.name} does not answer as the trained network: largest difference "
-            f"{result['max_abs_diff']:.3g}, equal answers {result['agreement']:.2f} %; allowed: {allowed}"
+            f"{file.name} does not answer as the trained network: largest difference {result['max_abs_diff']:.3g}, "
+            f"{other}; allowed: {allowed}"
         )
 
 
@@ -238,31 +269,33 @@ def split_parity(
     size = batch_size(network.graph, min(network.recipe.data.eval_batch_size, len(split)))
     with reporter.task("float, fake-quantised and integer execution", len(split)) as task:
         parity = compare_execution(
-            network.graph, network.plan, input_batches(split, size), split.labels, machine or X86, task.update
-        )
+            network.graph, network.plan, input_batches(split, size), split.labels, machine or X86, task.update,
+            network.metric,
+        )  # fmt: skip
     return {"split": which, **parity.to_dict(network.recipe.verify.max_deviation)}
 
 
 def _integer_accuracy(network: Exported, reporter: Reporter) -> Optional[float]:
-    """What the device will reach on the test set, in percent; None where the set is large."""
+    """What the device will reach on the test set, by the metric; None where the set is large."""
     test = network.test
-    if len(test) > _LARGE_TEST or test.labels is None:
+    if len(test) > _LARGE_TEST:
         return None
     device = Device(network.graph, network.plan, network.recipe.verify.machine or X86)
     size = batch_size(network.graph, min(network.recipe.data.eval_batch_size, len(test)))
     with reporter.task("integer execution of the test set", len(test)) as task:
-        return accuracy_of(integer_answers(device, input_batches(test, size), task.update), test.labels)
+        found = integer_outputs(device, input_batches(test, size), task.update)
+        return network.metric(found, test.labels, test.name)
 
 
 def deviation_words(parity: dict[str, Any]) -> str:
     """In a sentence, how far the device is from the fake-quantised network, and where the two part."""
-    reached = parity["accuracy"]
+    reached, scale = parity["accuracy"], Scale.of(parity["metric"])
     if reached["integer"] is None:
         found = f"gives other answers than the fake-quantised network to {parity['deviation']:.2f} %"
     else:
         found = (
-            f"reaches {reached['integer']:.2f} %, the fake-quantised network {reached['fake_quantised']:.2f} %: "
-            f"a deviation of {parity['deviation']:.2f} points"
+            f"reaches {scale.words(reached['integer'])}, the fake-quantised network "
+            f"{scale.show(reached['fake_quantised'])}: a deviation of {scale.number(parity['deviation'])}{scale.points}"
         )
     text = (
         f"on the {parity['samples']} {parity['split']} samples the device {found} "

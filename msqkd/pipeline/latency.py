@@ -10,6 +10,7 @@ from typing import Any, Optional
 import numpy as np
 
 from msqkd.bench import bench_onnx, markdown
+from msqkd.data import as_tuple
 from msqkd.files import write_json, write_text
 from msqkd.pipeline.run import reopen
 from msqkd.pipeline.rundir import RunDirectory
@@ -60,7 +61,7 @@ def bench_run(
         for size in batches:
             samples = network.test.batch(np.arange(size) % len(network.test))[0]
             reporter.say(f"batch {size}: {seconds:g} s")
-            measured = bench_onnx(float_file, int8_file, samples, threads=threads, seconds=seconds)
+            measured = bench_onnx(float_file, int8_file, as_tuple(samples), threads=threads, seconds=seconds)
             found.append(measured)
     results = [item.to_dict() for item in found]
     write_json(folder.file(f"{REPORT}.json"), results)

@@ -8,12 +8,18 @@ from typing import Any
 
 from msqkd.analysis.report import API_VERSION
 from msqkd.environment import versions
+from msqkd.graph.ir import Graph
 from msqkd.quant.plan import QuantPlan
 from msqkd.recipe import Recipe, dump_recipe
 
 _MEASURED = ("float", "float_ft", "float_kd", "ptq", "qat", "qat_kd")
 _TRAININGS = ("float_ft", "float_kd", "qat", "qat_kd")
 _CALIBRATION = ("samples", "observer", "kept", "loss")
+
+
+def training_only_rows(captured: Graph) -> list[dict[str, str]]:
+    """What a captured network has beside its deployed part, one row an operation."""
+    return [{"name": node.name, "op": node.op, "cell_path": node.cell_path} for node in captured.training_only()]
 
 
 def assemble(
@@ -24,6 +30,7 @@ def assemble(
     data: Mapping[str, Any],
     started: datetime,
     warnings: Sequence[str],
+    training_only: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     """What `msqkd.analysis.report.write_report` takes.
 
@@ -35,6 +42,7 @@ def assemble(
         data: name of the data and its numbers of samples.
         started: when this run (or its last continuation) began.
         warnings: what was said beside the recipe's and the plan's own warnings.
+        training_only: the operations that are not deployed, from `training_only_rows`.
     """
     exported = stages["export"]
     histories = {role: stages[role]["history"] for role in _TRAININGS if role in stages}
@@ -56,15 +64,17 @@ def assemble(
         "target": recipe.target,
         "versions": versions(),
         "data": dict(data),
+        "metric": exported["parity"]["metric"],
         "accuracy": {**accuracy, "exported": exported["accuracy"], "integer": exported["integer_accuracy"]},
         "size_bytes": {"float": float_size, "int8": int8_size, **sizes},
         "int8_share": plan.int8_share(),
         "sha256": exported["sha256"],
         "export": exported["verified"],
         "parity": exported["parity"],
+        "checkpoints": stages["float"].get("checkpoints", {}),
         "calibration": {key: calibration[key] for key in _CALIBRATION if key in calibration},
         "training": histories,
         "layers": list(layers),
-        "plan": plan.to_dict(),
+        "plan": {**plan.to_dict(), "training_only": list(training_only)},
         "warnings": [*recipe.warnings(), *plan.warnings, *warnings],
     }

@@ -82,6 +82,7 @@ def verify_run(
         "verified": not parity["exceeded"],
         "recipe_sha256": folder.state["recipe_sha256"],
         "versions": versions(),
+        "metric": parity["metric"],
         "parity": parity,
         "avoided": network.plan.avoided(),
         "export": files,

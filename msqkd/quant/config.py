@@ -10,6 +10,14 @@ from msqkd.errors import PlanError, did_you_mean
 
 WEIGHT_OBSERVERS = ("minmax", "mse")
 ACTIVATION_OBSERVERS = ("minmax", "ema", "percentile", "kl", "mse")
+INT8, WEIGHT_ONLY, DYNAMIC, FLOAT_PRECISION = "int8", "weight-only", "dynamic", "float"
+PRECISIONS = (INT8, WEIGHT_ONLY, DYNAMIC, FLOAT_PRECISION)
+"""How a layer is computed: in int8 with ranges known beforehand; in float with weights stored as integers; with weights
+stored as integers and an input that is quantised by the range it has at each call; or in float."""
+
+STORING = (WEIGHT_ONLY, DYNAMIC)
+"""The precisions of layers that store integers and compute in float."""
+
 _DTYPE_BITS = {"int8": 8, "qint4x2": 4, "int4": 4}
 
 
@@ -68,11 +76,14 @@ class QuantConfig:
 
     Attributes:
         weight_quantizer: how weights are quantised.
-        act_quant_dtype: dtype of activations, as `WeightQuantizer.quant_dtype`; None keeps the layer float.
+        act_quant_dtype: dtype of activations, as `WeightQuantizer.quant_dtype`; None is short for
+            ``precision="float"``, and is not kept.
         act_quant_delay: training steps before activations are quantised; ranges are collected meanwhile.
         act_symmetric: symmetric activations (zero point 0); None lets the target decide.
         act_observer: minmax, ema, percentile, kl or mse.
         act_percentile: share in percent kept by the percentile observer (90–100).
+        precision: one of `PRECISIONS`. ``weight-only`` uses the settings of weights alone, ``dynamic`` those and dtype,
+            symmetry and delay of activations.
     """
 
     weight_quantizer: WeightQuantizer = field(default_factory=WeightQuantizer)
@@ -81,15 +92,28 @@ class QuantConfig:
     act_symmetric: Optional[bool] = None
     act_observer: str = "ema"
     act_percentile: float = 99.99
+    precision: str = INT8
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise PlanError(
+                f"QuantConfig.precision is {self.precision!r}; allowed: {', '.join(PRECISIONS)}"
+                f"{did_you_mean(str(self.precision), PRECISIONS)}"
+            )
+        if self.act_quant_dtype is None:
+            if self.precision in STORING:
+                raise PlanError(
+                    f"QuantConfig.act_quant_dtype is None, which keeps a layer float, and precision is "
+                    f"'{self.precision}'; leave one of them out"
+                )
+            object.__setattr__(self, "precision", FLOAT_PRECISION)
+            object.__setattr__(self, "act_quant_dtype", INT8)
         if not isinstance(self.weight_quantizer, WeightQuantizer):
             raise PlanError(
                 f"QuantConfig.weight_quantizer is {self.weight_quantizer!r}; allowed: a WeightQuantizer, for instance "
                 "WeightQuantizer(quant_dtype='int8', per_channel=True)"
             )
-        if self.act_quant_dtype is not None:
-            bits_of(self.act_quant_dtype, "QuantConfig.act_quant_dtype")
+        bits_of(self.act_quant_dtype, "QuantConfig.act_quant_dtype")
         _check_observer(self.act_observer, ACTIVATION_OBSERVERS, "QuantConfig.act_observer")
         if (
             isinstance(self.act_quant_delay, bool)
@@ -104,17 +128,23 @@ class QuantConfig:
 
     @property
     def act_bits(self) -> Optional[int]:
-        """Bits of activations, or None where the layer is float."""
-        return None if self.act_quant_dtype is None else bits_of(self.act_quant_dtype, "QuantConfig.act_quant_dtype")
+        """Bits of activations, or None where they stay float."""
+        if self.precision in (WEIGHT_ONLY, FLOAT_PRECISION):
+            return None
+        return bits_of(self.act_quant_dtype, "QuantConfig.act_quant_dtype")
 
     @property
     def is_float(self) -> bool:
-        """Whether the layer stays float."""
-        return self.act_quant_dtype is None
+        """Whether the layer stays float, its weights too."""
+        return self.precision == FLOAT_PRECISION
 
     def override(self, changes: Mapping[str, Any]) -> QuantConfig:
         """A copy with some settings changed; keys are field names of QuantConfig and, for weights,
-        ``weight.<field>``."""
+        ``weight.<field>``.
+
+        An `act_quant_dtype` without a `precision` says whether the layer is float: None makes it so, and a dtype
+        quantises a float layer again.
+        """
         allowed = self.as_changes()
         for key in changes:
             if key not in allowed:
@@ -123,6 +153,11 @@ class QuantConfig:
                 )
         weight = {key[7:]: value for key, value in changes.items() if key.startswith("weight.")}
         own = {key: value for key, value in changes.items() if not key.startswith("weight.")}
+        if "act_quant_dtype" in own and "precision" not in own:
+            if own["act_quant_dtype"] is None:
+                own = {**own, "act_quant_dtype": self.act_quant_dtype, "precision": FLOAT_PRECISION}
+            elif self.is_float:
+                own["precision"] = INT8
         return replace(self, weight_quantizer=replace(self.weight_quantizer, **weight), **own)
 
     def as_changes(self) -> dict[str, Any]:
@@ -132,7 +167,7 @@ class QuantConfig:
         return {**own, **weight}
 
 
-FLOAT = {"act_quant_dtype": None}
+FLOAT = {"precision": FLOAT_PRECISION}
 """The changes of a rule that keeps a layer float."""
 
 

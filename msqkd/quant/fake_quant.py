@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import nn, ops
 from mindspore.ops.operations import _grad_ops
 
-from msqkd.quant.plan import Group, WeightQuant
+from msqkd.quant.plan import DynamicQuant, Group, WeightQuant
 from msqkd.quant.qparams import SCALE_FLOOR, QParams, quant_limits
 
 OFF, OBSERVE, QUANTIZE = "off", "observe", "quantize"
@@ -187,6 +187,53 @@ class FakeQuantWeight(nn.Cell):
         if self.clips:
             steps = self.minimum(self.maximum(steps, self.bottom), self.top)
         return self.straight_through(w, self.mul(steps, scale))
+
+
+class FakeQuantDynamic(nn.Cell):
+    """Quantises every row of its input, the values along the last axis, by the row's own range at each call.
+
+        s = (hi − lo) / (2^bits − 1),   x̂ = s · clip(round(x / s), b, b + 2^bits − 1),   b = round(lo / s)
+
+    where lo ≤ 0 ≤ hi are the ends of the row (symmetric: s = max(−lo, hi) / (2^(bits−1) − 1) and b = −2^(bits−1)). The
+    gradient passes straight through. The phase is ``quantize``, or anything else for no rounding.
+    """
+
+    def __init__(self, quant: DynamicQuant) -> None:
+        super().__init__()
+        self.quant = quant
+        self.phase_of_quant = OFF
+        self.symmetric = quant.symmetric
+        bottom, top = quant_limits(quant.bits)
+        constants = (top if quant.symmetric else top - bottom, bottom, top, top - bottom, 1.0, 0.0)
+        self.levels, self.bottom, self.top, self.width, self.one, self.zero = (
+            ms.Tensor(np.float32(number)) for number in constants
+        )
+        self.magic, self.floor = ms.Tensor(_MAGIC), ms.Tensor(np.float32(SCALE_FLOOR))
+        self.least, self.largest = ops.ReduceMin(keep_dims=True), ops.ReduceMax(keep_dims=True)
+        self.div, self.mul, self.add, self.sub, self.neg = ops.Div(), ops.Mul(), ops.Add(), ops.Sub(), ops.Neg()
+        self.minimum, self.maximum = ops.Minimum(), ops.Maximum()
+        self.straight_through = _StraightThrough()
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        """The quantised value (float32, the shape of `x`)."""
+        if self.phase_of_quant != QUANTIZE:
+            return x
+        fixed = ops.stop_gradient(x)
+        low = self.minimum(self.least(fixed, -1), self.zero)
+        high = self.maximum(self.largest(fixed, -1), self.zero)
+        span = self.maximum(self.neg(low), high) if self.symmetric else self.sub(high, low)
+        scale = self.maximum(self.div(span, self.levels), self.floor)
+        inverse = self.div(self.one, scale)
+        bottom, top = self.bottom, self.top
+        if not self.symmetric:
+            bottom = self._rounded(self.mul(low, inverse))
+            top = self.add(bottom, self.width)
+        steps = self._rounded(self.mul(fixed, inverse))
+        steps = self.minimum(self.maximum(steps, bottom), top)
+        return self.straight_through(x, self.mul(steps, scale))
+
+    def _rounded(self, x):  # type: ignore[no-untyped-def]
+        return self.sub(self.add(x, self.magic), self.magic)
 
 
 def _state(name: str, value: float) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Optional
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from msqkd.errors import PlanError
 from msqkd.graph.ir import Graph
 from msqkd.quant.plan import QuantPlan, WeightQuant
-from msqkd.quant.qparams import QParams
+from msqkd.quant.qparams import SCALE_FLOOR, QParams
 
 _LARGEST_RATIO = 2.0**30
 _SMALLEST_RATIO = 2.0**-30
@@ -35,8 +36,8 @@ def int8_weight(
     Raises:
         PlanError: s_x · s_w / s_y is beyond what a runtime's fixed point can represent.
     """
-    qparams = quant.qparams(weight, _scale_floor(weight, bias, input_scale, output_scale, quant.axis is None))
-    ratio = input_scale * np.float64(qparams.scale) / output_scale
+    qparams = quant.qparams(weight, scale_floor(weight, bias, input_scale, output_scale, quant.axis is None))
+    ratio = input_scale * np.asarray(qparams.scale, np.float64) / output_scale
     if (ratio >= _LARGEST_RATIO).any():
         raise PlanError(
             f"{quant.node}: the ratio of scales s_x·s_w/s_y is {float(np.max(ratio)):.3g}, beyond what the runtime can "
@@ -45,7 +46,28 @@ def int8_weight(
     integers = qparams.quantize(weight).astype(np.int8)
     if bias is None:
         return integers, qparams, None
-    return integers, qparams, np.rint(np.float64(bias) / _bias_scale(input_scale, qparams)).astype(np.int32)
+    return integers, qparams, bias_steps(bias, input_scale, qparams)
+
+
+def on_grid(graph: Graph, weights: Mapping[str, WeightQuant]) -> None:
+    """Round the weights of the named layers to their grid, in place; one that others read too is theirs as it was.
+
+    Clip ratios are known (see `QuantPlan.with_weight_observers`).
+    """
+    for name, quant in weights.items():
+        node = graph.node(name)
+        weight = node.inputs[quant.index]
+        data = graph.params[weight].data
+        if len(graph.consumers(weight)) > 1:
+            weight = node.inputs[quant.index] = graph.add_param(graph.unique_value(f"{name}.{weight}"), data)
+        graph.params[weight].data = quant.qparams(data).fake_quantize(data)
+
+
+def round_stored(graph: Graph, plan: QuantPlan) -> Graph:
+    """A copy of a deployment graph in which the weights of weight-only and dynamic layers lie on their grid."""
+    rounded = graph.copy()
+    on_grid(rounded, plan.with_weight_observers(graph).stored_weights())
+    return rounded
 
 
 def round_biases(graph: Graph, plan: QuantPlan) -> Graph:
@@ -59,7 +81,7 @@ def round_biases(graph: Graph, plan: QuantPlan) -> Graph:
     """
     rounded = graph.copy()
     tails = {node.fused_into: rounded.node(node.name) for node in plan.nodes if node.fused_into}
-    for name, quant in plan.with_weight_observers(graph).weights.items():
+    for name, quant in plan.with_weight_observers(graph).int8_weights().items():
         node, tail = rounded.node(name), tails.get(name)
         alone = len(node.inputs) == 3 and len(rounded.consumers(node.inputs[2])) == 1
         output = tail.output if tail is not None else node.output
@@ -74,15 +96,32 @@ def round_biases(graph: Graph, plan: QuantPlan) -> Graph:
 
 
 def _bias_scale(input_scale: float, qparams: QParams) -> np.ndarray:
-    return np.asarray(np.float64(input_scale) * np.float64(qparams.scale))
+    return np.asarray(np.float64(input_scale) * np.asarray(qparams.scale, np.float64))
 
 
-def _scale_floor(
-    weight: np.ndarray, bias: Optional[np.ndarray], input_scale: float, output_scale: float, per_tensor: bool
+def bias_steps(bias: np.ndarray, input_scale: float, qparams: QParams) -> np.ndarray:
+    """A bias (O,) as int32 in steps of s_x · s_w; `qparams` heed `scale_floor`."""
+    return np.rint(np.asarray(bias, np.float64) / _bias_scale(input_scale, qparams)).astype(np.int32)
+
+
+def scale_floor(
+    weight: np.ndarray, bias: Optional[np.ndarray], input_scale: float, output_scale: Optional[float], per_tensor: bool
 ) -> Any:
-    """The least scale for which the bias fits into int32 and the ratio of scales can be represented."""
-    floor = np.full(weight.shape[0], _SMALLEST_RATIO * output_scale / input_scale)
+    """The least scale for which the bias fits into int32 and the ratio of scales can be represented.
+
+    Args:
+        weight: (O, ...); `bias`: (O,) or None.
+        input_scale: s_x.
+        output_scale: s_y; None where the result is not requantised.
+        per_tensor: whether the weight has one scale.
+
+    Returns:
+        float32, one number or (O,).
+    """
+    floor = np.full(weight.shape[0], SCALE_FLOOR)
+    if output_scale is not None:
+        floor = np.maximum(floor, _SMALLEST_RATIO * output_scale / input_scale)
     if bias is not None:
-        floor = np.maximum(floor, np.abs(np.float64(bias)) / (input_scale * _BIAS_LIMIT))
+        floor = np.maximum(floor, np.abs(np.asarray(bias, np.float64)) / (input_scale * _BIAS_LIMIT))
     floor = floor.astype(np.float32)
     return floor.max() if per_tensor else floor

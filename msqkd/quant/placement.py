@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Optional
 
+from msqkd.errors import PlanError
 from msqkd.graph.ir import Graph, Node
 from msqkd.quant import uses
-from msqkd.quant.config import QuantConfig, Rule
-from msqkd.quant.plan import FLOAT_PRECISION, INT8, ActivationQuant, Group, NodePlan, QuantPlan, WeightQuant
+from msqkd.quant.config import DYNAMIC, FLOAT_PRECISION, INT8, STORING, WEIGHT_ONLY, QuantConfig, Rule
+from msqkd.quant.plan import ActivationQuant, DynamicQuant, Group, NodePlan, QuantPlan, WeightQuant
 from msqkd.quant.rules import RuleBook
 from msqkd.targets import RESCALED, SHARED, SHARED_ROUNDED, WEIGHTED, Int8Op, Target, get_target
 
 _MOVES = (SHARED, SHARED_ROUNDED, RESCALED)
 _FLOAT_INPUT = "its input is computed in float"
+_PRECISION = ("precision", "act_quant_dtype")  # the settings that say how a layer is computed
 
 
 def make_plan(
@@ -44,13 +46,21 @@ class _Placement:
         self.forms: dict[str, Optional[str]] = {}
         self.avoids: dict[str, list[str]] = {}
         self.fused: dict[str, str] = {}
+        self.weight_uses = {
+            node.name: use
+            for node in graph.nodes
+            if self.settings[node.name][0].precision in STORING and (use := uses.weight_use(graph, node)) is not None
+        }
 
     def run(self) -> QuantPlan:
+        self._check_storing_rules()
         self._decide()
         self._follow_neighbours()
         self._values()
         self._weights()
+        self._stored_weights()
         self._warn_of_surrounded()
+        self._warn_of_stored()
         self._warn_of_files()
         self._warn_of_idle_rules()
         for node in self.graph.nodes:
@@ -90,7 +100,7 @@ class _Placement:
     def _fusion_head(self, node: Node) -> Optional[Node]:
         """The int8 node in whose kernel the activation `node` is computed."""
         source = self.producers.get(node.inputs[0])
-        if source is None or self.settings[node.name][0].is_float:
+        if source is None or self.settings[node.name][0].precision != INT8:
             return None
         support = self.supports[source.name]
         alone = len(self.readers.get(source.output, [])) == 1 and source.output not in self.graph.outputs
@@ -108,10 +118,9 @@ class _Placement:
         self.verdicts[node.name] = (INT8, how)
 
     def _verdict(self, node: Node) -> tuple[str, str]:
-        if self.settings[node.name][0].is_float:
-            rule = self.book.author(node, "act_quant_dtype")
-            self.effective.add(rule)
-            return FLOAT_PRECISION, f"kept float by rule '{rule}'"
+        precision = self.settings[node.name][0].precision
+        if precision != INT8:
+            return self._outside_int8(node, precision)
         support = self.supports[node.name]
         if support is None:
             return FLOAT_PRECISION, self._float_reason(node)
@@ -123,6 +132,21 @@ class _Placement:
         avoided = "; ".join(self.target.defects[name].what for name in self.avoids.get(node.name, ()))
         how = f"int8 kernel {kernel}" if form in (None, RESCALED) else f"int8, written as a {form} convolution"
         return INT8, f"{how} (avoids: {avoided})" if avoided else how
+
+    def _outside_int8(self, node: Node, precision: str) -> tuple[str, str]:
+        """The verdict on a node whose settings do not want it in int8."""
+        rule = self.book.author(node, *_PRECISION)
+        self.effective.add(rule)
+        if precision == FLOAT_PRECISION:
+            return FLOAT_PRECISION, f"kept float by rule '{rule}'"
+        if node.name not in self.weight_uses:
+            return FLOAT_PRECISION, f"computed in float by rule '{rule}' ({precision}): it has no weight to store"
+        quantizer = self.settings[node.name][0].weight_quantizer
+        stored = f"weights stored in {quantizer.bits} bits"
+        obstacle = uses.dynamic_obstacle(self.graph, node) if precision == DYNAMIC else None
+        if precision == WEIGHT_ONLY or obstacle:
+            return WEIGHT_ONLY, f"{stored}, computed in float" + (f": {obstacle}" if obstacle else "")
+        return DYNAMIC, f"{stored}, every row of its input quantised by its own range at each call"
 
     def _float_reason(self, node: Node) -> str:
         """Why an operation that is not among the target's stays float."""
@@ -173,7 +197,8 @@ class _Placement:
     def _operand_obstacle(self, node: Node, support: Int8Op, tensors: list[str]) -> Optional[str]:
         shapes = {self.graph.shape(name) for name in tensors}
         if support.operands and len(tensors) != support.operands:
-            return f"{len(tensors)} of its operands are computed, the int8 kernel takes {support.operands}"
+            computed = "1 of its operands is" if len(tensors) == 1 else f"{len(tensors)} of its operands are"
+            return f"{computed} computed, the int8 kernel takes {support.operands}"
         if support.same_shape and len(shapes) != 1:
             return f"its operands differ in shape; {self._avoid(node, support.same_shape)}"
         if support.sample_broadcast and not (len(shapes) == 1 or uses.by_channel(*shapes)):
@@ -315,9 +340,9 @@ class _Placement:
             owner = int8_readers[0]
             if len(int8_readers) < len(readers) or value in self.graph.outputs:
                 edges = tuple((n.name, i) for n in int8_readers for i, name in enumerate(n.inputs) if name == value)
-        config, rule = self.settings[owner.name][0], self.book.author(owner, "act_")
+        config, rule = self.settings[owner.name][0], self.book.author(owner, "act_", "precision")
         self.effective.add(rule)
-        symmetric = self.target.act_symmetric if config.act_symmetric is None else config.act_symmetric
+        symmetric = self._symmetric(config)
         bits = config.act_bits
         assert bits is not None
         if bits not in self.target.act_bits:
@@ -331,6 +356,9 @@ class _Placement:
             group = replace(group, bits=8, symmetric=False, range=fixed, fixed=True, delay=0)
         self.plan.groups[value] = group
         self.plan.activations[value] = ActivationQuant(value, value, edges=edges)
+
+    def _symmetric(self, config: QuantConfig) -> bool:
+        return self.target.act_symmetric if config.act_symmetric is None else config.act_symmetric
 
     def _fixed_range(self, node: Node) -> Optional[tuple[float, float]]:
         """The range of what `node` gives, where it is the same for every network."""
@@ -357,6 +385,74 @@ class _Placement:
                 self._warn(f"{node.name}: {self.target.defects[self.target.grouped_per_channel]}")
             self.plan.weights[node.name] = WeightQuant(node.name, quantizer.bits, axis, quantizer.observer, rule)
 
+    def _stored_weights(self) -> None:
+        """The weights of layers that compute in float, and the inputs of those that are dynamic."""
+        for node in self.graph.nodes:
+            precision = self.verdicts[node.name][0]
+            if precision not in STORING:
+                continue
+            config, use = self.settings[node.name][0], self.weight_uses[node.name]
+            quantizer, rule = config.weight_quantizer, self.book.author(node, "weight.")
+            self.effective.add(rule)
+            if quantizer.per_channel and use.axis is None:
+                self._warn(f"{node.name}: its weight has no axis of output channels or rows; it has one scale")
+            axis = use.axis if quantizer.per_channel else None
+            self.plan.weights[node.name] = WeightQuant(
+                node.name, quantizer.bits, axis, quantizer.observer, rule, index=use.index
+            )
+            if precision == DYNAMIC:
+                bits, rule = config.act_bits, self.book.author(node, "act_", "precision")
+                assert bits is not None
+                self.effective.add(rule)
+                self.plan.dynamic[node.name] = DynamicQuant(
+                    node.name, bits, self._symmetric(config), config.act_quant_delay, rule
+                )
+
+    def _check_storing_rules(self) -> None:
+        """A rule that asks for stored weights must match a layer that can have them so.
+
+        Raises:
+            PlanError: none of the layers can.
+        """
+        for rule in self.book.rules:
+            wanted = rule.changes.get("precision")
+            if wanted not in STORING:
+                continue
+            nodes = [self.graph.node(name) for name in self.book.matched(rule)]
+            weighted = [node for node in nodes if uses.weight_use(self.graph, node) is not None]
+            if wanted == WEIGHT_ONLY and not weighted:
+                why = f"it has no parameter as weight; allowed: {', '.join(uses.STORABLE)} with one"
+            elif wanted == DYNAMIC and all(uses.dynamic_obstacle(self.graph, node) for node in weighted):
+                why = (weighted and uses.dynamic_obstacle(self.graph, weighted[0])) or "it has no parameter as weight"
+            else:
+                continue
+            first = (weighted or nodes)[0]
+            raise PlanError(f"rule '{rule}': {first.name} ({first.op}) cannot have precision '{wanted}': {why}")
+
+    def _warn_of_stored(self) -> None:
+        """What files other than the portable one make of stored weights, and who is less than was asked for."""
+        texts = {
+            WEIGHT_ONLY: "the file for a converter holds their weights as float32 on the grid; .ms and ONNX files hold "
+            "narrower ones in 8 bits",
+            DYNAMIC: ".ms files and the file for a converter compute them in float from their stored weights: no "
+            "kernel there quantises an input at each call",
+        }
+        for precision, text in texts.items():
+            names = [name for name, (found, _) in self.verdicts.items() if found == precision]
+            if names:
+                self._warn(f"{precision} ({len(names)} of the operations, first {names[0]}): {text}")
+        short = [
+            node
+            for node in self.graph.nodes
+            if self.settings[node.name][0].precision == DYNAMIC and self.verdicts[node.name][0] == WEIGHT_ONLY
+        ]
+        if short:
+            why = uses.dynamic_obstacle(self.graph, short[0])
+            self._warn(
+                f"dynamic: {len(short)} of the operations (first {short[0].name}, {short[0].op}) are weight-only "
+                f"instead: {why}"
+            )
+
     def _grouped(self, node: Node) -> bool:
         """A grouped convolution that is not purely depthwise."""
         group = int(node.attrs.get("group", 1)) if node.op == "Conv2D" else 1
@@ -371,15 +467,19 @@ class _Placement:
         for node in self.graph.nodes:
             if self._is_int8(node) or not (node.op in self.target.ops or node.op in kept_float):
                 continue
+            if node.body is not None:
+                continue  # what lies between its operations has no parameters
             around = [*self.graph.tensor_inputs(node), *node.outputs]
             if all(value in self.plan.activations for value in around):
+                precision = self.verdicts[node.name][0]
+                how = precision if precision in STORING else "in float"
                 self._warn(
-                    f"{node.name} ({node.op}) is planned in float, but every value around it is quantised: "
+                    f"{node.name} ({node.op}) is planned {how}, but every value around it is quantised: "
                     "a converter that goes by the parameters of values may compute it in int8 all the same"
                 )
 
     def _warn_of_files(self) -> None:
-        """The converter would make of some int8 operations what the runtime refuses."""
+        """The converter would make of some int8 operations what the runtime refuses, and refuses others itself."""
         concerned: dict[str, list[str]] = {}
         for node in self.graph.nodes:
             support = self.supports[node.name]
@@ -390,6 +490,18 @@ class _Placement:
                 f"{op} ({len(names)} of them, first {names[0]}) is int8 in .ms files only: in the file for the "
                 "converter it is float, and so is what reads it"
             )
+        unknown = [n for n in self.graph.nodes if n.op in ("MaxPool", "AvgPool") and self._is_unknown_to_converter(n)]
+        if unknown:
+            self._warn(
+                f"{unknown[0].name} ({unknown[0].op}, {len(unknown)} such) pads in a way that MindSpore Lite's "
+                "converter does not know: it will not take the file made for it; a .ms file needs no converter"
+            )
+
+    def _is_unknown_to_converter(self, node: Node) -> bool:
+        """Of a pool: whether there is no form of its padding in the file for the converter."""
+        if node.op not in self.target.ops or uses.pooling_of(self.graph, node).mode != "PAD":
+            return False
+        return uses.padded_pool_form(self.graph, node) is None
 
     def _warn_of_idle_rules(self) -> None:
         for idle in self.book.rules:

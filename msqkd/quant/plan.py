@@ -12,11 +12,9 @@ import numpy as np
 
 from msqkd.errors import PlanError
 from msqkd.graph.ir import Graph
+from msqkd.quant.config import INT8
 from msqkd.quant.qparams import SCALE_FLOOR, QParams, activation_qparams, weight_clip_ratio, weight_qparams
 from msqkd.targets import get_target
-
-INT8 = "int8"
-FLOAT_PRECISION = "float"
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class NodePlan:
 
     Attributes:
         name, op, cell_path, cell_types: as in the graph.
-        precision: ``int8`` or ``float``.
+        precision: ``int8``, ``weight-only``, ``dynamic`` or ``float`` (see `msqkd.quant.config.PRECISIONS`).
         reason: why, in words.
         rule: the rule that had the last word on the layer's settings.
         fused_into: the node in whose kernel this one is computed, if any.
@@ -51,7 +49,7 @@ class WeightQuant:
     """How the weight of one node is quantised (symmetric, zero point 0).
 
     `axis` is the channel axis, or None per tensor; `clip_ratio` the part of max|w| that is kept (array of shape (C,)
-    or ()).
+    or ()); `index` the input of the node that the weight is.
     """
 
     node: str
@@ -60,6 +58,7 @@ class WeightQuant:
     observer: str
     rule: str
     clip_ratio: Any = None
+    index: int = 1
 
     @property
     def kept_part(self) -> Any:
@@ -69,6 +68,24 @@ class WeightQuant:
     def qparams(self, weight: np.ndarray, min_scale: Any = SCALE_FLOOR) -> QParams:
         """Scale and zero point for the current `weight`; `min_scale` as in `weight_qparams`."""
         return weight_qparams(weight, self.bits, self.axis, self.kept_part, min_scale, where=self.node)
+
+
+@dataclass(frozen=True)
+class DynamicQuant:
+    """How the first input of one node is quantised at each call: every row, the values along the last axis, by its own
+    range, so that no sample's answer depends on the others in its batch.
+
+    Attributes:
+        node: whose input it is.
+        bits, symmetric, delay: settings, as in `msqkd.quant.config.QuantConfig`.
+        rule: who made them.
+    """
+
+    node: str
+    bits: int
+    symmetric: bool
+    delay: int
+    rule: str
 
 
 @dataclass(frozen=True)
@@ -140,6 +157,7 @@ class QuantPlan:
     activations: dict[str, ActivationQuant] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    dynamic: dict[str, DynamicQuant] = field(default_factory=dict)
 
     def node(self, name: str) -> NodePlan:
         """The plan of node `name`."""
@@ -170,10 +188,20 @@ class QuantPlan:
         weights = {}
         for name, quant in self.weights.items():
             if quant.observer == "mse" and quant.clip_ratio is None:
-                weight = graph.params[graph.node(name).inputs[1]].data
+                weight = graph.params[graph.node(name).inputs[quant.index]].data
                 quant = replace(quant, clip_ratio=weight_clip_ratio(weight, quant.bits, quant.axis, where=name))
             weights[name] = quant
         return replace(self, weights=weights)
+
+    def int8_weights(self) -> dict[str, WeightQuant]:
+        """Those of `weights` whose layers compute in int8."""
+        stored = self.stored_weights()
+        return {name: quant for name, quant in self.weights.items() if name not in stored}
+
+    def stored_weights(self) -> dict[str, WeightQuant]:
+        """Those of `weights` that are stored as integers and computed with in float (weight-only and dynamic)."""
+        float_nodes = {node.name for node in self.nodes if node.precision != INT8}
+        return {name: quant for name, quant in self.weights.items() if name in float_nodes}
 
     def int8_share(self) -> float:
         """Share of the operations that run in int8 (0–1); an activation computed in another's kernel counts with it."""
@@ -203,6 +231,7 @@ class QuantPlan:
             "weights": weights,
             "activations": [asdict(quant) for quant in self.activations.values()],
             "groups": [asdict(group) for group in self.groups.values()],
+            "dynamic": [asdict(quant) for quant in self.dynamic.values()],
             "avoided": [{**entry, "nodes": list(entry["nodes"])} for entry in self.avoided()],
             "warnings": list(self.warnings),
         }

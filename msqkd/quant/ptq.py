@@ -3,7 +3,7 @@ time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Callable, Optional
@@ -22,22 +22,35 @@ Batches = Iterable[Any]
 Progress = Callable[[int], None]
 
 
-def batches_of(dataset: Batches) -> Iterator[np.ndarray]:
-    """The inputs of a dataset, batch by batch, as arrays of shape (N, ...): integers as they are, others as float32.
+def batches_of(dataset: Batches, inputs: int = 1) -> Iterator[tuple[np.ndarray, ...]]:
+    """The inputs of a dataset, batch by batch, as arrays of shape (N, ...): integers and booleans as they are, others,
+    and uint8, as float32.
 
-    `dataset` is a MindSpore dataset, or an iterable of arrays, Tensors, or tuples, lists or dictionaries that begin
-    with the input.
+    Args:
+        dataset: a MindSpore dataset, or an iterable of arrays, Tensors, or tuples, lists or dictionaries that begin
+            with the inputs.
+        inputs: how many inputs the network has; what an item has beyond them is not read.
+
+    Raises:
+        DataError: an item has fewer.
     """
     source: Any = dataset
     if hasattr(dataset, "create_tuple_iterator"):
         source = dataset.create_tuple_iterator(num_epochs=1, output_numpy=True)
     for item in source:
         if isinstance(item, Mapping):
-            item = next(iter(item.values()))
-        elif isinstance(item, (tuple, list)):
-            item = item[0]
-        data = np.asarray(item.asnumpy() if isinstance(item, ms.Tensor) else item)
-        yield data if np.issubdtype(data.dtype, np.integer) and data.dtype != np.uint8 else data.astype(np.float32)
+            item = tuple(item.values())
+        columns = item[:inputs] if isinstance(item, (tuple, list)) else (item,)
+        if len(columns) < inputs:
+            raise DataError(
+                f"an item of the calibration set has {len(columns)} arrays; the network has {inputs} inputs"
+            )
+        yield tuple(_input(column) for column in columns)
+
+
+def _input(column: Any) -> np.ndarray:
+    data = np.asarray(column.asnumpy() if isinstance(column, ms.Tensor) else column)
+    return data if data.dtype.kind in "iub" and data.dtype != np.uint8 else data.astype(np.float32)
 
 
 class Observation:
@@ -59,15 +72,15 @@ class Observation:
             self.groups = [replace(group, observer=observer, percentile=percentile) for group in self.groups]
         self.observers: list[Observer] = [_observer(group) for group in self.groups]
         edges = {
-            (name, 1): FakeQuantWeight(quant, graph.shape(graph.node(name).inputs[1]))
+            (name, quant.index): FakeQuantWeight(quant, graph.shape(graph.node(name).inputs[quant.index]))
             for name, quant in plan.with_weight_observers(graph).weights.items()
         }
         self.cell = to_cell(graph, Hooks(edges=edges, observe=[group.name for group in self.groups]))
         self.outputs = len(graph.outputs)
 
-    def update(self, batch: np.ndarray) -> None:
-        """Observe one batch (N, ...) float32."""
-        values = self.cell(ms.Tensor(batch))[self.outputs :]
+    def update(self, *batch: np.ndarray) -> None:
+        """Observe one batch, an array (N, ...) for each input of the network."""
+        values = self.cell(*map(ms.Tensor, batch))[self.outputs :]
         for group, observer, value in zip(self.groups, self.observers, values):
             observer.update(value.asnumpy(), where=f"value '{group.name}'")
 
@@ -114,13 +127,25 @@ def calibrate(
     """
     observation = Observation(graph, plan, observer, percentile)
     done = 0
-    for done, batch in enumerate(islice(batches_of(dataset), iterations), start=1):
-        observation.update(batch)
+    for done, batch in enumerate(islice(batches_of(dataset, len(graph.inputs)), iterations), start=1):
+        observation.update(*batch)
         if progress is not None:
             progress(done)
     if done == 0:
         raise DataError("the calibration set has 0 samples; give at least one batch")
     return plan.with_ranges(observation.ranges())
+
+
+def relative_error(answers: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
+    """Root mean square of the difference over that of the reference, the mean of all outputs; the calibration loss of
+    networks whose outputs are not logits."""
+    return float(np.mean([_relative_error(one, other) for one, other in zip(answers, reference)]))
+
+
+def _relative_error(answers: np.ndarray, reference: np.ndarray) -> float:
+    exact = reference.astype(np.float64)
+    noise, signal = (float(np.square(array).mean()) for array in (answers - exact, exact))
+    return float(np.sqrt(noise / signal)) if signal > 0 else float(noise > 0)
 
 
 def divergence(answers: np.ndarray, reference: np.ndarray) -> float:

@@ -46,10 +46,14 @@ class RuleBook:
             return node in self._ends.get(rule.pattern, [])
         raise PlanError(f"rule '{rule}' is of kind '{rule.kind}'; allowed: {', '.join(_LEVEL)}")
 
-    def author(self, node: Node, prefix: str) -> str:
-        """The rule that set the last setting of `node` whose name begins with `prefix` (``act_`` or ``weight.``)."""
-        found = [rule for rule in self._matches[node.name] if any(key.startswith(prefix) for key in rule.changes)]
+    def author(self, node: Node, *prefixes: str) -> str:
+        """The rule that set the last setting of `node` whose name begins with one of `prefixes` (``act_``)."""
+        found = [rule for rule in self._matches[node.name] if any(key.startswith(prefixes) for key in rule.changes)]
         return str(found[-1]) if found else "default"
+
+    def matched(self, rule: Rule) -> list[str]:
+        """The names of the nodes `rule` is for, in execution order."""
+        return [name for name, rules in self._matches.items() if any(other is rule for other in rules)]
 
     def settings(self, node: Node) -> tuple[QuantConfig, str]:
         """The settings of `node`, and the rule that had the last word (``default`` where none spoke)."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
 from msqkd.graph.ir import Graph, Node
+from msqkd.graph.passes.padded_pools import NON_NEGATIVE
 
-_POOL_MODES = {1: "SAME", 2: "VALID"}  # MindSpore's numbers of the padding modes, as AvgPool takes them
+POOL_MODES = {1: "SAME", 2: "VALID"}
+"""MindSpore's numbers of the padding modes, as AvgPool takes them."""
+
 _QUOTIENTS = ("Div", "Divs", "RealDiv")
 
 
@@ -61,6 +65,13 @@ def axes_of(graph: Graph, node: Node, index: int) -> list[int]:
     return sorted(int(axis) % rank for axis in given)
 
 
+def is_tanh_gelu(graph: Graph, node: Node) -> bool:
+    """Whether a GELU is the one with tanh: as an argument, as an attribute, or by its name."""
+    given = graph.const(node.inputs[1]) if len(node.inputs) > 1 else node.attrs.get("approximate")
+    default = "tanh" if node.op == "GeLU" else "none"
+    return (default if given is None else given) in ("tanh", 1)
+
+
 class Pooling(NamedTuple):
     """What a pool does along height and width.
 
@@ -80,7 +91,7 @@ def pooling_of(graph: Graph, node: Node) -> Pooling:
     """The windows of MaxPool or AvgPool, which records them as attributes or takes them as arguments."""
     if node.functional:
         kernel, strides, number = (graph.const(name) for name in node.inputs[1:4])
-        return Pooling(tuple(kernel), tuple(strides), _POOL_MODES[int(number)])
+        return Pooling(tuple(kernel), tuple(strides), POOL_MODES[int(number)])
     kernel, strides = tuple(node.attrs["kernel_size"])[-2:], tuple(node.attrs["strides"])[-2:]
     mode = str(node.attrs["pad_mode"]).upper()
     if mode != "PAD":
@@ -90,6 +101,29 @@ def pooling_of(graph: Graph, node: Node) -> Pooling:
         return Pooling(kernel, strides, "VALID")
     counts = node.op == "AvgPool" and bool(node.attrs.get("count_include_pad", True)) and any(sides)
     return Pooling(kernel, strides, mode, sides, ceil, counts)
+
+
+SAME_FORM, ZEROS_FORM, STEPS_FORM = "same", "zeros", "steps"
+"""How a pool that pads is written by operations that do not, or only by half a window; see `padded_pool_form`."""
+
+
+def padded_pool_form(graph: Graph, node: Node) -> Optional[str]:
+    """The form in which MindIR, whose pools know the modes SAME and VALID alone, holds a pool with padding of its own.
+
+    ``same`` where that mode pads alike; ``zeros`` in front of a maximum over a map without negative numbers; ``steps``
+    for a pool at every place and a choice of every so many of its results. None where there is no form.
+    """
+    pool = pooling_of(graph, node)
+    halves = tuple((size - 1) // 2 for size in pool.kernel for _ in range(2))
+    centred = all(size % 2 for size in pool.kernel) and pool.sides == halves and not pool.counts_padding
+    if centred and pool.strides == (1, 1):
+        return SAME_FORM
+    source = graph.producer(node.inputs[0])
+    if node.op == "MaxPool" and not pool.ceil and source is not None and source.op in NON_NEGATIVE:
+        return ZEROS_FORM
+    sizes, results = graph.shape(node.inputs[0])[2:], graph.shape(node.output)[2:]
+    centres = [-(-size // step) for size, step in zip(sizes, pool.strides)]
+    return STEPS_FORM if centred and (not pool.ceil or centres == list(results)) else None
 
 
 def window_of(graph: Graph, node: Node, over_plane: bool) -> int:
@@ -140,6 +174,70 @@ def slice_entries(graph: Graph, node: Node) -> Optional[list[Entry]]:
             return None
         entries.append((None if open_begin and not single else begin, None if open_end else end, step, single))
     return entries
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """A weight among the inputs of an operation: which input it is, and its axis of output channels or rows; None where
+    one scale is all that fits."""
+
+    index: int
+    axis: Optional[int]
+
+
+PRODUCTS = ("MatMul", "MatMulExt", "BatchMatMul")
+STORABLE = ("Conv2D", "Conv2DTranspose", "Dense", *PRODUCTS, "Gather", "LSTM")
+"""Operations whose weight can be stored as integers and computed with in float."""
+
+_DYNAMIC = ("Dense", *PRODUCTS)
+
+
+def weight_use(graph: Graph, node: Node) -> Optional[WeightUse]:
+    """The weight of `node` that can be stored as integers: a float32 parameter; None where it has none.
+
+    That of an LSTM is read by the Reshape nodes before it.
+    """
+    use = None
+    if node.op in ("Conv2D", "Dense"):
+        use = WeightUse(1, 0)
+    elif node.op == "Conv2DTranspose":
+        use = WeightUse(1, 1)
+    elif node.op in PRODUCTS:
+        rank, transposed = len(graph.shape(node.inputs[1])), _transpositions(graph, node)[1]
+        use = WeightUse(1, int(not transposed) if rank == 2 else None) if rank > 1 else None
+    elif node.op == "Gather":
+        use = WeightUse(0, 0 if graph.const(node.inputs[2]) == 0 else None)
+    elif node.op == "Reshape" and len(graph.shape(node.inputs[0])) > 1 and _feeds_lstm(graph, node):
+        use = WeightUse(0, 0)
+    if use is None:
+        return None
+    value = graph.values[node.inputs[use.index]]
+    fits = value.kind == "param" and value.type is not None and value.type.dtype == "float32"
+    return use if fits and len(graph.shape(value.name)) > 1 else None
+
+
+def _transpositions(graph: Graph, node: Node) -> tuple[bool, bool]:
+    """Whether a product takes its operands with their last two axes swapped."""
+    flags = [bool(graph.const(name)) for name in node.inputs[2:4]]
+    return (flags[0], flags[1]) if len(flags) == 2 else (False, False)
+
+
+def _feeds_lstm(graph: Graph, node: Node) -> bool:
+    """Whether `node` moves a parameter into the weights of an LSTM, joined with others or not."""
+    if graph.values[node.inputs[0]].kind != "param":
+        return False
+    readers = graph.consumers(node.output)
+    readers += [later for reader in readers if reader.op == "Concat" for later in graph.consumers(reader.output)]
+    return any(reader.op == "LSTM" for reader in readers)
+
+
+def dynamic_obstacle(graph: Graph, node: Node) -> Optional[str]:
+    """Why the input of an operation with a weight is not quantised at each call, as a clause; None where it can be."""
+    if node.op not in _DYNAMIC:
+        return f"only dense layers and products with a parameter ({', '.join(_DYNAMIC)}) are dynamic"
+    if node.op in PRODUCTS and _transpositions(graph, node)[0]:
+        return "its input is transposed, and has no rows to quantise"
+    return None
 
 
 def _literals(graph: Graph, node: Node, item: Any) -> list[Optional[int]]:

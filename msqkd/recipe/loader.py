@@ -17,14 +17,22 @@ from msqkd.recipe.problems import KeyPath, Problem, dotted, listing, problems_of
 from msqkd.recipe.schema import Recipe
 from msqkd.recipe.text import YamlSyntaxError, YamlText, parse_yaml
 
-FILE_KEYS = tuple(
-    [("data", "root")] + [(section, key) for section in ("model", "teacher") for key in ("checkpoint", "target")]
+FACTORY_KEYS = (
+    ("model", "target"), ("teacher", "target"), ("data", "target"), ("train", "loss"), ("pretrain", "loss"),
+    ("evaluation", "metric"),
+)  # fmt: skip
+"""The keys that name something in a Python file, as ``file.py:name``."""
+
+FILE_KEYS = (
+    ("data", "root"),
+    *((section, key) for section in ("model", "teacher") for key in ("checkpoint", "name_map", "file")),
+    *FACTORY_KEYS,
 )
 """The keys that name a file or folder."""
 
 
-RULES: KeyPath = ("quantization", "rules")
-"""The only list of sections."""
+LISTS: tuple[KeyPath, ...] = (("quantization", "rules"), ("model", "inputs"))
+"""The lists of sections."""
 
 
 class Place(NamedTuple):
@@ -193,7 +201,7 @@ def _override(override: str, place: Place, values: dict[str, Any], places: dict[
         key = _key(container, name, path)
         path = (*path, key)
         if isinstance(container, dict) and container.get(key) is None:
-            container[key] = [] if path == RULES else {}
+            container[key] = [] if path in LISTS else {}
             places[path] = place
         container = container[key]
     key = _key(container, names[-1], path)
@@ -225,7 +233,7 @@ def _resolve_files(values: dict[str, Any], folder: Path) -> None:
         value = holder.get(key) if isinstance(holder, dict) else None
         if not isinstance(holder, dict) or not isinstance(value, str) or not value:
             continue
-        file, factory = (value, "") if key != "target" else _split_target(value)
+        file, factory = _split_target(value) if (section, key) in FACTORY_KEYS else (value, "")
         name = os.path.expanduser(file)
         beside = os.path.join(folder, name)
         found_beside = bool(name) and not os.path.exists(name) and os.path.exists(beside)

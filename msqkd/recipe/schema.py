@@ -20,17 +20,20 @@ from annotated_types import Ge, Gt, Le
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from msqkd.exporters import FORMATS
+from msqkd.quant.presets import PRESETS
 from msqkd.recipe.problems import Allowed, Problem, dotted, listing, refuse, refuse_value, show
 
 TargetName = Literal["lite_arm", "ascend"]
 TARGETS: tuple[str, ...] = get_args(TargetName)
 """The names of the runtimes a recipe may aim at."""
 
+PresetName = Literal["cnn", "mobile", "transformer", "detector"]
 Comparison = Literal["qat", "float", "float_kd"]
 COMPARISONS: tuple[Comparison, ...] = get_args(Comparison)
 """The trainings that can be reported beside the main one."""
 
 DEFAULT_PERCENTILE = 99.99
+METRIC_DEVIATION = 0.01
 LOW_BITS, HIGH_TEMPERATURE = 4, 2.0
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -93,10 +96,10 @@ def _samples(value: Any) -> Any:
     return value
 
 
-def _distinct(value: list[str]) -> list[str]:
+def _distinct(value: list[Any]) -> list[Any]:
     twice = sorted({item for item in value if value.count(item) > 1})
     if twice:
-        refuse_value(f"{listing(twice, 'and')} given twice")
+        refuse_value(f"{listing(map(str, twice), 'and')} given twice")
     return value
 
 
@@ -128,6 +131,12 @@ SymmetricWeight = Annotated[
 Shape = Annotated[
     list[Count], Field(min_length=3, max_length=3), Allowed("a list of three integers [channels, height, width]")
 ]
+Outputs = Annotated[
+    list[Annotated[int, Ge(0)]],
+    Field(min_length=1),
+    AfterValidator(_distinct),
+    Allowed("a list of numbers of outputs, counted from 0, at least one"),
+]
 WeightObserver = Literal["minmax", "mse"]
 ActivationObserver = Literal["minmax", "ema", "percentile", "kl", "mse"]
 
@@ -151,6 +160,20 @@ def _get(values: Any, key: str, default: Any = None) -> Any:
     """The value of `key`, or `default` where it is absent or null."""
     value = values.get(key) if isinstance(values, dict) else None
     return default if value is None else value
+
+
+def _with_own_loss(values: Any) -> Any:
+    """`values` with the loss of train in pretrain and distillation too, where these are given and name none."""
+    train = _get(values, "train")
+    loss = _get(train, "loss")
+    if loss is None:
+        return values
+    pretrain = _get(values, "pretrain")
+    if isinstance(pretrain, dict) and pretrain.get("loss") is None and pretrain.get("loss_args") is None:
+        values = {**values, "pretrain": {**pretrain, "loss": loss, "loss_args": _get(train, "loss_args", {})}}
+    if _get(values, "distillation") is not None:
+        values = _filled_below(values, "distillation", "hard_loss", "train_loss")
+    return values
 
 
 class Section(BaseModel):
@@ -190,14 +213,27 @@ class _Network(Section):
     target: Optional[Factory] = Field(
         default=None, description="The function that builds the network; source python only."
     )
+    file: Optional[Text] = Field(
+        default=None, description="The MindIR file that holds the network and its weights; source mindir only."
+    )
     args: FreeMapping = Field(default={}, description="Keyword arguments of the network's factory.")
     input_shape: Optional[Shape] = Field(default=None, description="Shape of one input; null takes the network's own.")
-    checkpoint: Optional[Text] = Field(default=None, description="File of trained weights.")
+    checkpoint: Optional[Text] = Field(
+        default=None, description="File of trained weights: .ckpt, .safetensors, .npz, .pth, .pt or .th."
+    )
+    name_map: Optional[Text] = Field(
+        default=None, description="JSON file {name in the checkpoint: name in the network}; with a checkpoint only."
+    )
 
     @property
     def downloads(self) -> bool:
         """Whether the source itself brings trained weights (mindcv with ``args.pretrained: true``)."""
         return self.source == "mindcv" and self.args.get("pretrained") is True
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the source itself brings trained weights, by a download or in its file."""
+        return self.downloads or self.source == "mindir"
 
     def _conflicts(self) -> Iterator[Problem]:
         if self.source == "python":
@@ -210,20 +246,64 @@ class _Network(Section):
                 yield Problem(("name",), f"is missing, required by source: {self.source}, for instance 'resnet50'")
             if self.target is not None:
                 yield _only_with("target", self.target, "source", "python")
+        if self.source == "mindir":
+            if self.file is None:
+                yield Problem(("file",), "is missing, required by source: mindir, for instance 'net.mindir'")
+            for key in ("name", "target", "args", "checkpoint"):
+                if getattr(self, key):
+                    text = f"found {show(getattr(self, key))}, not allowed with source: mindir, whose file has it all"
+                    yield Problem((key,), text)
+        elif self.file is not None:
+            yield _only_with("file", self.file, "source", "mindir")
+        if self.name_map is not None and self.checkpoint is None:
+            yield Problem(("name_map",), f"found {self.name_map!r}, allowed only with a checkpoint")
         if self.checkpoint is not None and self.downloads:
             yield Problem(("checkpoint",), "two origins of the weights, this file and args.pretrained: true; keep one")
+
+
+InputDtype = Literal["float32", "int32", "int64", "bool"]
+
+
+class InputSection(Section):
+    """One input of the network, in the order of its arguments."""
+
+    name: Optional[Text] = Field(
+        default=None, description="The argument's name in the network, which is then checked; null takes it as it is."
+    )
+    shape: list[Count] = Field(description="Shape of one sample, without the batch; [] for a number.")
+    dtype: InputDtype = Field(default="float32", description="Type of its values.")
 
 
 class ModelSection(_Network):
     """The network to be quantised (the student)."""
 
-    source: Literal["msqkd", "mindcv", "python"] = Field(default="msqkd", description="Where the network comes from.")
+    source: Literal["msqkd", "mindcv", "python", "mindir"] = Field(
+        default="msqkd", description="Where the network comes from; mindir is a file without Python code."
+    )
+    inputs: list[InputSection] = Field(
+        default=[],
+        description="The inputs of a network that has several, or one that is not an image; in place of input_shape.",
+    )
+    outputs: Optional[Outputs] = Field(
+        default=None,
+        description="The outputs that are deployed, by their numbers; the others (auxiliary heads) are trained only. "
+        "null deploys all.",
+    )
+
+    def _conflicts(self) -> Iterator[Problem]:
+        yield from super()._conflicts()
+        if self.inputs and self.input_shape is not None:
+            yield Problem(("inputs",), "two descriptions of the input, this one and input_shape; keep one")
+        names = [item.name for item in self.inputs if item.name is not None]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield Problem(("inputs",), f"the name '{name}' is given twice")
 
 
 class TeacherSection(_Network):
     """The float network whose outputs the student imitates; used by `distillation` only."""
 
-    source: Literal["self", "msqkd", "mindcv", "python"] = Field(
+    source: Literal["self", "msqkd", "mindcv", "python", "mindir"] = Field(
         default="self", description="Where the teacher comes from; self is the trained float model itself."
     )
 
@@ -233,7 +313,7 @@ class TeacherSection(_Network):
             for key in ("name", "target", "args", "input_shape", "checkpoint"):
                 if getattr(self, key):
                     yield Problem((key,), f"found {show(getattr(self, key))}, not allowed with source: self")
-        elif self.checkpoint is None and not self.downloads:
+        elif self.checkpoint is None and not self.has_weights:
             yield Problem(
                 ("checkpoint",),
                 "is missing, a teacher must be trained; give the file of its weights here or with "
@@ -242,26 +322,41 @@ class TeacherSection(_Network):
 
 
 class DataSection(Section):
-    """The images for training, calibration and evaluation."""
+    """The samples for training, calibration and evaluation."""
 
-    name: Literal["digits", "cifar10", "mnist", "image_folder", "mindrecord", "arrays"] = Field(
+    name: Literal["digits", "cifar10", "mnist", "image_folder", "mindrecord", "arrays", "python"] = Field(
         description="The kind of dataset."
     )
     root: Optional[Text] = Field(default=None, description="Its folder (arrays: its .npz file); digits has none.")
     augment: Annotated[list[Text], AfterValidator(_distinct)] = Field(
         default=[], description="Augmentations of the training images by name, in this order: flip, crop, …"
     )
-    eval_batch_size: Count = Field(default=256, description="Images a batch in evaluation.")
+    eval_batch_size: Count = Field(default=256, description="Samples a batch in evaluation.")
     mean: Optional[list[Number]] = Field(
         default=None, description="Mean of each channel; null takes the dataset's own."
     )
     std: Optional[list[Positive]] = Field(
         default=None, description="Standard deviation of each channel; null takes the dataset's own."
     )
+    target: Optional[Factory] = Field(
+        default=None, description="The function that gives the training and the test set; name python only."
+    )
+    args: FreeMapping = Field(default={}, description="Keyword arguments of target; name python only.")
 
     def _conflicts(self) -> Iterator[Problem]:
         if self.name == "digits" and self.root is not None:
             yield Problem(("root",), f"found {self.root!r}, not allowed with name: digits, which scikit-learn contains")
+        if self.name == "python":
+            if self.target is None:
+                yield Problem(("target",), "is missing, required by name: python, for instance 'my_data.py:load'")
+            for key in ("root", "augment", "mean", "std"):
+                if getattr(self, key):
+                    text = f"found {show(getattr(self, key))}, not allowed with name: python, whose target sees to it"
+                    yield Problem((key,), text)
+        else:
+            for key in ("target", "args"):
+                if getattr(self, key):
+                    yield _only_with(key, getattr(self, key), "name", "python")
         if (self.mean is None) != (self.std is None):
             given, absent = ("mean", "std") if self.std is None else ("std", "mean")
             yield Problem((absent,), f"is missing, required beside {given}")
@@ -273,7 +368,13 @@ class TrainSection(Section):
     """How a training runs: its length, optimiser and learning-rate schedule (the names are those of mindcv)."""
 
     epoch_size: Count = Field(default=1, description="Epochs.")
-    batch_size: Count = Field(default=64, description="Images a step (of each process).")
+    batch_size: Count = Field(default=64, description="Samples a step (of each process).")
+    loss: Optional[Factory] = Field(
+        default=None,
+        description="The class or function that gives the loss, a cell called with all outputs of the network, then "
+        "the labels; null is the cross-entropy of the first output (in pretrain: the loss of train).",
+    )
+    loss_args: FreeMapping = Field(default={}, description="Keyword arguments of loss.")
     opt: Literal["momentum", "sgd", "adamw", "adam"] = Field(default="momentum", description="Optimiser.")
     lr: Positive = Field(default=0.01, description="Learning rate at the start of the schedule (after the warm-up).")
     momentum: Optional[Fraction] = Field(default=None, description="Momentum; opt momentum and sgd only, 0.9 there.")
@@ -303,6 +404,9 @@ class TrainSection(Section):
     clip_grad: Optional[Positive] = Field(
         default=None, description="Largest global norm of the gradient; null does not clip."
     )
+    dropout: bool = Field(
+        default=False, description="Drop in training what the network's dropout and drop-path cells drop."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -311,6 +415,10 @@ class TrainSection(Section):
         return _filled(values, "decay_rate", 0.1, _get(values, "scheduler") == "step_decay")
 
     def _conflicts(self) -> Iterator[Problem]:
+        if self.loss is None and self.loss_args:
+            yield Problem(("loss_args",), "found a mapping, allowed only beside loss")
+        if self.loss is not None and self.label_smoothing > 0:
+            yield Problem(("label_smoothing",), f"found {self.label_smoothing}, not allowed beside loss")
         if self.opt not in ("momentum", "sgd"):
             if self.momentum is not None:
                 yield _only_with("momentum", self.momentum, "opt", "momentum or sgd")
@@ -436,8 +544,10 @@ class Rule(Section):
     """Settings for some nodes only."""
 
     match: Match = Field(description="Which nodes the rule is for.")
-    precision: Optional[Literal["int8", "float"]] = Field(
-        default=None, description="Quantise these nodes, or keep them float."
+    precision: Optional[Literal["int8", "weight-only", "dynamic", "float"]] = Field(
+        default=None,
+        description="Compute these nodes in int8; in float with weights stored as integers; the same with inputs "
+        "quantised at each call by their own range (dense layers and products with a parameter); or in float.",
     )
     weight: WeightOverride = Field(default=WeightOverride(), description="Weight settings to change.")
     activation: ActivationOverride = Field(default=ActivationOverride(), description="Activation settings to change.")
@@ -449,11 +559,28 @@ class Rule(Section):
         if self.precision == "float":
             for key in changed:
                 yield Problem((key,), "not allowed with precision: float, which quantises nothing")
+        if self.precision == "weight-only" and "activation" in changed:
+            yield Problem(("activation",), "not allowed with precision: weight-only, which quantises weights alone")
+        if self.precision == "dynamic" and self.activation.observer is not None:
+            yield Problem(
+                ("activation", "observer"), "not allowed with precision: dynamic, which takes ranges at each call"
+            )
 
 
 class QuantizationSection(Section):
     """What is quantised, and how."""
 
+    precision: Literal["int8", "weight-only", "dynamic"] = Field(
+        default="int8",
+        description="How layers are computed in general: in int8; in float with weights stored as integers; the same "
+        "with inputs of dense layers quantised at each call by their own range.",
+    )
+    preset: Optional[PresetName] = Field(
+        default=None,
+        description="Defaults for a family of networks, below everything the recipe says itself: "
+        + "; ".join(f"{name} for {item.description}" for name, item in PRESETS.items())
+        + ".",
+    )
     weight: WeightSection = Field(default=WeightSection(), description="Weights in general.")
     activation: ActivationSection = Field(default=ActivationSection(), description="Activations in general.")
     batchnorm: Literal["fold", "freeze", "live"] = Field(
@@ -461,6 +588,17 @@ class QuantizationSection(Section):
         description="BatchNorm in training: folded into the convolutions, kept with frozen statistics, or kept live.",
     )
     rules: list[Rule] = Field(default=[], description="Exceptions, in order.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        name = _get(values, "preset")
+        family = PRESETS.get(name) if isinstance(name, str) else None
+        if family is not None:
+            weight = family.config.weight_quantizer
+            values = _filled_below(values, "weight", "per_channel", weight.per_channel)
+            values = _filled_below(values, "weight", "observer", weight.observer)
+        return values
 
 
 class DistillationSection(Section):
@@ -470,13 +608,16 @@ class DistillationSection(Section):
         default=0.3, description="Weight of the soft loss (teacher); the hard loss (labels) has 1 - alpha."
     )
     temperature: Positive = Field(default=5.0, description="Divides the logits of both networks in the soft loss.")
-    hard_loss: Literal["cross_entropy", "label_smoothing", "none"] = Field(
-        default="cross_entropy", description="Loss against the labels."
+    hard_loss: Literal["cross_entropy", "label_smoothing", "train_loss", "none"] = Field(
+        default="cross_entropy",
+        description="Loss against the labels, of the first output; train_loss is that of train.loss, of all outputs, "
+        "and the default where there is one.",
     )
     label_smoothing: Optional[Fraction] = Field(
         default=None, description="Smoothing; hard_loss label_smoothing only, 0.1 there."
     )
     soft_loss: Literal["kl", "mse"] = Field(default="kl", description="Loss against the teacher's outputs.")
+    outputs: Outputs = Field(default=[0], description="The outputs, by their numbers, the soft loss is the mean over.")
 
     @model_validator(mode="before")
     @classmethod
@@ -488,13 +629,38 @@ class DistillationSection(Section):
             yield _only_with("label_smoothing", self.label_smoothing, "hard_loss", "label_smoothing")
 
 
+class EvaluationSection(Section):
+    """What a network is judged by."""
+
+    metric: Optional[Factory] = Field(
+        default=None,
+        description="The function of (outputs, labels) that gives a number, both as arrays over the whole test set "
+        "(tuples where there are several); null is top-1 accuracy of the first output, in percent.",
+    )
+    name: Optional[Text] = Field(default=None, description="What it is called; with metric only, its own name there.")
+    higher_is_better: bool = Field(default=True, description="false for a metric that is an error; with metric only.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        metric = _get(values, "metric")
+        return _filled(values, "name", metric.rpartition(":")[2], True) if isinstance(metric, str) else values
+
+    def _conflicts(self) -> Iterator[Problem]:
+        if self.metric is None:
+            if self.name is not None:
+                yield Problem(("name",), f"found {self.name!r}, allowed only beside metric")
+            if not self.higher_is_better:
+                yield Problem(("higher_is_better",), "found false, allowed only beside metric")
+
+
 class CalibrationSection(_RangeSection):
     """How the ranges of activations are measured without training."""
 
     samples: Annotated[Count, BeforeValidator(_samples)] = Field(
-        default=1000, description="Training images looked at, at most."
+        default=1000, description="Training samples looked at, at most."
     )
-    batch_size: Count = Field(default=50, description="Images a batch.")
+    batch_size: Count = Field(default=50, description="Samples a batch.")
     iterations: Optional[Count] = Field(
         default=None, description="Stop after this many batches; null looks at all samples."
     )
@@ -543,7 +709,8 @@ class VerifySection(Section):
         default=0.1,
         description="Largest difference of top-1 accuracy between integer and fake-quantised execution, in points; "
         "without labels, the largest share of different answers, in percent. What chance explains (two standard "
-        "errors of the answers that changed) passes; 0 accepts no difference.",
+        "errors of the answers that changed) passes; 0 accepts no difference. With evaluation.metric: the largest "
+        "difference of the metric, in its own unit, 0.01 where not given, and nothing else passes.",
     )
     samples: Optional[Count] = Field(
         default=None, description="Test samples `msqkd verify` computes, at most; null takes the whole test set."
@@ -575,6 +742,7 @@ class Recipe(Section):
         description="Distillation in the quantisation-aware training; null does none, {} uses the defaults.",
     )
     train: TrainSection = Field(default=TrainSection(), description="The quantisation-aware training.")
+    evaluation: EvaluationSection = Field(default=EvaluationSection(), description="The metric.")
     compare: Annotated[list[Comparison], AfterValidator(_distinct)] = Field(
         default=list(COMPARISONS),
         description="Trainings with the same budget reported beside the main one: QAT without distillation, float, "
@@ -589,6 +757,9 @@ class Recipe(Section):
     def _fill(cls, values: Any) -> Any:
         alone = _get(values, "distillation") is None
         values = _filled(values, "compare", ["float"] if alone else list(COMPARISONS), True)
+        values = _with_own_loss(values)
+        metric = _get(_get(values, "evaluation"), "metric")
+        values = _filled_below(values, "verify", "max_deviation", None if metric is None else METRIC_DEVIATION)
         target = _get(values, "target", "lite_arm")
         formats = DEFAULT_FORMATS.get(target) if isinstance(target, str) else None
         values = _filled_below(values, "export", "formats", formats)
@@ -598,10 +769,31 @@ class Recipe(Section):
         yield from self._weights_conflicts()
         yield from self._distillation_conflicts()
         yield from self._target_conflicts()
+        yield from self._input_conflicts()
+        if self.model.source == "mindir" and self.train.dropout:
+            yield Problem(("train", "dropout"), "found true, not allowed with model.source: mindir, a file without it")
         shape, mean = self.model.input_shape, self.data.mean
         if shape is not None and mean is not None and len(mean) != shape[0]:
             text = f"found {len(mean)} values, allowed: {shape[0]}, the channels of model.input_shape"
             yield Problem(("data", "mean"), text)
+
+    def _input_conflicts(self) -> Iterator[Problem]:
+        """What only images have."""
+        if not self.model.inputs:
+            return
+        data = self.data
+        if data.name not in ("arrays", "python"):
+            text = f"found a list, not allowed with data.name: {data.name}, which gives images; use input_shape"
+            yield Problem(("model", "inputs"), text)
+        for key in ("augment", "mean", "std"):
+            if getattr(data, key) and data.name != "python":
+                text = f"found {show(getattr(data, key))}, not allowed with model.inputs: it is for images"
+                yield Problem(("data", key), text)
+        if data.name == "arrays":
+            for index, item in enumerate(self.model.inputs):
+                if item.name is None:
+                    text = "is missing, required by data.name: arrays, whose arrays have the names of the inputs"
+                    yield Problem(("model", "inputs", index, "name"), text)
 
     def _target_conflicts(self) -> Iterator[Problem]:
         """What only one target has."""
@@ -616,7 +808,7 @@ class Recipe(Section):
 
     def missing_weights(self) -> Optional[Problem]:
         """What is wrong where the float model has no origin of its weights: fine for planning, not for a run."""
-        if self.pretrain is not None or self.model.checkpoint is not None or self.model.downloads:
+        if self.pretrain is not None or self.model.checkpoint is not None or self.model.has_weights:
             return None
         return Problem(
             ("model", "checkpoint"),
@@ -628,6 +820,7 @@ class Recipe(Section):
         """The trained float model needs at most one origin."""
         if self.pretrain is not None:
             other = "args.pretrained: true" if self.model.downloads else "checkpoint" if self.model.checkpoint else ""
+            other = "file" if self.model.source == "mindir" else other
             if other:
                 yield Problem(
                     ("pretrain",), f"two origins of the weights, training from scratch and model.{other}; keep one"
@@ -646,7 +839,18 @@ class Recipe(Section):
                         ("compare", index),
                         "found 'qat', allowed only with a distillation section; without it that is the main training",
                     )
-        elif self.train.label_smoothing > 0 and not {"qat", "float"} & set(self.compare):
+            return
+        if self.distillation.hard_loss == "train_loss" and self.train.loss is None:
+            text = "found 'train_loss', allowed only with train.loss"
+            yield Problem(("distillation", "hard_loss"), text)
+        undistilled = {"qat", "float"} & set(self.compare)
+        if self.train.loss is not None and self.distillation.hard_loss != "train_loss" and not undistilled:
+            text = (
+                f"found {self.train.loss!r}, but every training here has distillation with hard_loss: "
+                f"{self.distillation.hard_loss}; use 'hard_loss: train_loss' there"
+            )
+            yield Problem(("train", "loss"), text)
+        if self.train.label_smoothing > 0 and not undistilled:
             yield Problem(
                 ("train", "label_smoothing"),
                 f"found {self.train.label_smoothing}, but every training here has distillation; use "

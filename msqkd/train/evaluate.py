@@ -1,54 +1,105 @@
-"""Accuracy and answers of a network on a split."""
+"""Outputs of a network on a split, and what a metric says of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Callable, Optional
 
 import mindspore as ms
 import numpy as np
 
-from msqkd.data import Split
+from msqkd.data import Arrays, Split, as_tuple
+from msqkd.errors import ModelError
+from msqkd.train.metric import ACCURACY, Metric, Outputs
+
+Progress = Callable[[int], None]
 
 
-def input_batches(split: Split, batch_size: int) -> Iterator[np.ndarray]:
-    """The samples in order, without augmentation, as arrays (n, C, H, W)."""
+def input_batches(split: Split, batch_size: int) -> Iterator[Arrays]:
+    """The samples in order, without augmentation, as arrays (n, C, H, W), or tuples of arrays (n, ...)."""
     for start in range(0, len(split), batch_size):
         yield split.batch(np.arange(start, min(start + batch_size, len(split))))[0]
 
 
-def answers(
-    network: Callable[..., Any], split: Split, batch_size: int, progress: Optional[Callable[[int], None]] = None
-) -> np.ndarray:
-    """The network's first output for every sample, in evaluation mode: logits (N, classes).
+def filled(array: np.ndarray, size: int) -> np.ndarray:
+    """`array` with its last sample repeated up to `size` samples."""
+    missing = size - len(array)
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
 
-    Every batch has `batch_size` samples (the last is filled up and cut), so that one compilation serves.
+
+def output_arrays(
+    network: Callable[..., Any],
+    split: Split,
+    batch_size: int,
+    chosen: Optional[Sequence[int]] = None,
+    progress: Optional[Progress] = None,
+) -> Outputs:
+    """The network's outputs for every sample, in evaluation mode, in the samples' order.
+
+    Every batch has `batch_size` samples (the last is filled up and cut), so that one compilation serves. An output may
+    have several rows a sample, as (N * T, classes) has.
+
+    Args:
+        network: a cell, or a function of Tensors that gives a Tensor or a tuple of them.
+        split: the samples.
+        batch_size: samples a batch, at most.
+        chosen: numbers of the outputs wanted; all by default.
+        progress: called with the number of samples done.
+
+    Raises:
+        ModelError: the number of an output's rows is no multiple of that of the samples.
     """
     if hasattr(network, "set_train"):
         network.set_train(False)
     batch_size = min(batch_size, len(split))
-    parts: list[np.ndarray] = []
+    parts: list[list[np.ndarray]] = []
+    done = 0
     for batch in input_batches(split, batch_size):
-        count = len(batch)
-        if count < batch_size:
-            batch = np.concatenate([batch, np.repeat(batch[-1:], batch_size - count, axis=0)])
-        output = network(ms.Tensor(batch))
-        output = output[0] if isinstance(output, tuple) else output
-        parts.append(output.asnumpy()[:count])
+        arrays = as_tuple(batch)
+        count = len(arrays[0])
+        found = network(*(ms.Tensor(filled(array, batch_size)) for array in arrays))
+        outputs = found if isinstance(found, tuple) else (found,)
+        wanted = range(len(outputs)) if chosen is None else chosen
+        parts.append([_rows_of(outputs[index].asnumpy(), index, count, batch_size) for index in wanted])
+        done += count
         if progress is not None:
-            progress(sum(len(p) for p in parts))
-    return np.concatenate(parts)
+            progress(done)
+    return tuple(np.concatenate(column) for column in zip(*parts))
 
 
-def accuracy_of(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Top-1 accuracy in percent."""
-    return float((logits.argmax(-1) == labels).mean() * 100.0)
+def _rows_of(output: np.ndarray, index: int, count: int, size: int) -> np.ndarray:
+    """The rows of an output that the first `count` of `size` samples gave."""
+    if output.ndim == 0 or len(output) % size:
+        raise ModelError(f"output {index} has shape {output.shape} for {size} samples; each needs as many rows")
+    return output[: len(output) // size * count]
+
+
+def answers(
+    network: Callable[..., Any], split: Split, batch_size: int, progress: Optional[Progress] = None
+) -> np.ndarray:
+    """The network's first output for every sample, in evaluation mode: logits (N, classes). See `output_arrays`."""
+    return output_arrays(network, split, batch_size, (0,), progress)[0]
+
+
+def measured(
+    network: Callable[..., Any],
+    split: Split,
+    batch_size: int,
+    metric: Metric = ACCURACY,
+    chosen: Optional[Sequence[int]] = None,
+) -> float:
+    """What `metric` says of the outputs `chosen` (all by default) on a labelled split.
+
+    Raises:
+        DataError: no labels, or no finite number.
+        ModelError: as `output_arrays`.
+    """
+    return metric(output_arrays(network, split, batch_size, chosen), split.labels, split.name)
 
 
 def accuracy(network: Callable[..., Any], split: Split, batch_size: int) -> float:
-    """Top-1 accuracy of the network on a labelled split, in percent."""
-    assert split.labels is not None
-    return accuracy_of(answers(network, split, batch_size), split.labels)
+    """Top-1 accuracy of the network's first output on a labelled split, in percent."""
+    return measured(network, split, batch_size, ACCURACY, (0,))
 
 
 def agreement(one: np.ndarray, other: np.ndarray) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any, Callable, Optional
 import mindspore as ms
 import numpy as np
 
-from msqkd.data import Split
+from msqkd.data import Split, as_tuple
 from msqkd.errors import DataError, TrainingError
 from msqkd.graph.cell import Hooks, read_parameters, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.progress import Reporter, Task
-from msqkd.train.evaluate import accuracy
+from msqkd.train.evaluate import measured
+from msqkd.train.metric import ACCURACY, Metric
 from msqkd.train.optimizer import TrainSettings, learning_rates
 from msqkd.train.state import History, load_state, save_state
 from msqkd.train.step import TrainStep
@@ -37,11 +38,13 @@ class Training:
         network: the cell trained, generated from a graph (it has `graph`).
         step: the compiled step over it; its optimiser has one learning rate a step.
         settings: epochs, batch size and so on.
-        train, test: what is trained on, and what accuracy is measured on after every epoch.
+        train, test: what is trained on, and what the metric is measured on after every epoch.
         seed: of shuffling and augmentation.
         state_file: where the state is kept while it runs.
         eval_batch_size: samples a batch in evaluation.
         activation_delay: the step from which activations are quantised, for the record.
+        metric: what is measured after every epoch.
+        outputs: numbers of the outputs it is measured on; all by default.
     """
 
     title: str
@@ -55,6 +58,8 @@ class Training:
     state_file: Path
     eval_batch_size: int = 256
     activation_delay: Optional[int] = None
+    metric: Metric = ACCURACY
+    outputs: Optional[Sequence[int]] = None
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
@@ -153,32 +158,34 @@ class _Run:
         for index in range(first, self.per_epoch):
             self.check_interrupt()
             rng = np.random.default_rng([training.seed, epoch, index])
-            images, labels = training.train.batch(order[index * size : (index + 1) * size], rng)
-            loss = self._step(images, labels)
+            inputs, labels = training.train.batch(order[index * size : (index + 1) * size], rng)
+            loss = self._step(as_tuple(inputs), as_tuple(labels))
             task.update(
-                step.steps_done, epoch=f"{epoch + 1}/{training.settings.epoch_size}", loss=loss, **self._last_accuracy()
+                step.steps_done, epoch=f"{epoch + 1}/{training.settings.epoch_size}", loss=loss, **self._last_measured()
             )
             if time.monotonic() - self.saved > _SAVE_SECONDS:
                 self.save()
 
     def measure(self) -> None:
-        """The accuracy after a whole epoch, unless it is known."""
+        """The metric after a whole epoch, unless it is known."""
         training, (epochs, rest) = self.training, divmod(self.training.step.steps_done, self.per_epoch)
         if rest or len(self.history.accuracy) == epochs:
             return
-        measured = accuracy(training.network, training.test, training.eval_batch_size)
-        self.history.accuracy.append((epochs, measured))
+        found = measured(training.network, training.test, training.eval_batch_size, training.metric, training.outputs)
+        self.history.accuracy.append((epochs, found))
         self.save()
         self.check_interrupt()
 
-    def _last_accuracy(self) -> dict[str, float]:
-        return {"accuracy": self.history.accuracy[-1][1]} if self.history.accuracy else {}
+    def _last_measured(self) -> dict[str, float]:
+        metric = self.training.metric
+        name = metric.name if metric.is_accuracy else f"test {metric.name}"
+        return {name: self.history.accuracy[-1][1]} if self.history.accuracy else {}
 
-    def _step(self, images: np.ndarray, labels: np.ndarray) -> float:
+    def _step(self, inputs: tuple[np.ndarray, ...], labels: tuple[np.ndarray, ...]) -> float:
         training, number = self.training, self.training.step.steps_done
         self.in_step = True
-        if np.isfinite(images).all():
-            loss = float(training.step(ms.Tensor(images), ms.Tensor(labels)).asnumpy())
+        if all(np.isfinite(array).all() for array in inputs):
+            loss = float(training.step(*map(ms.Tensor, (*inputs, *labels))).asnumpy())
         else:
             loss = float("nan")
             training.step.steps_done += 1
@@ -193,7 +200,7 @@ class _Run:
         if self.bad == 1:
             self.reporter.warn(f"the loss of step {number} is {loss}: the step is skipped")
         if self.bad >= training.settings.max_bad_steps:
-            place = non_finite_place(training.network, images)
+            place = non_finite_place(training.network, *inputs)
             raise TrainingError(
                 f"{training.title}: the loss is {loss} at step {number} after {self.bad} skipped steps in a row; "
                 f"it first arises in {place}; "
@@ -217,9 +224,9 @@ class _Run:
         save_state(self.training.step, self.training.network, self.history, self.training.key, self.training.state_file)
 
 
-def non_finite_place(network: Any, images: np.ndarray) -> str:
-    """In words, where the first NaN or infinity arises when `network` (built from a graph) sees `images`."""
-    if not np.isfinite(images).all():
+def non_finite_place(network: Any, *inputs: np.ndarray) -> str:
+    """In words, where the first NaN or infinity arises when `network` (built from a graph) sees `inputs`."""
+    if not all(np.isfinite(array).all() for array in inputs):
         return "the input batch"
     graph: Graph = network.graph.copy()
     read_parameters(network, graph)
@@ -229,7 +236,7 @@ def non_finite_place(network: Any, images: np.ndarray) -> str:
     values = [output for node in graph.nodes for output in node.outputs[:1]]
     probe = to_cell(graph, Hooks(observe=values))
     probe.set_train(True)
-    results = probe(ms.Tensor(images))[len(graph.outputs) :]
+    results = probe(*map(ms.Tensor, inputs))[len(graph.outputs) :]
     for node, result in zip(graph.nodes, results):
         if not np.isfinite(result.asnumpy()).all():
             return f"layer '{node.name}' ({node.op})"

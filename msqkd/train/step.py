@@ -66,12 +66,33 @@ class TrainStep(nn.TrainOneStepCell):
 
 
 class WithLoss(nn.Cell):
-    """Loss of a network's answer: ``loss(network(x), labels)``."""
+    """Loss of a network's answer: ``loss(network(x), labels)``.
 
-    def __init__(self, network: nn.Cell, loss: nn.Cell) -> None:
+    Args:
+        network: of any number of inputs and outputs.
+        loss: a cell of all outputs, then all labels: ``loss(output_0, output_1, labels)``.
+        inputs: how many inputs the network has; what a batch has beyond them are labels.
+    """
+
+    def __init__(self, network: nn.Cell, loss: nn.Cell, inputs: int = 1) -> None:
         super().__init__(auto_prefix=False)
-        self.network, self.loss = network, loss
+        self.network, self.loss, self.inputs = network, loss, inputs
 
-    def construct(self, x, labels):  # type: ignore[no-untyped-def]
-        """A batch and its labels to a scalar."""
-        return self.loss(self.network(x), labels)
+    def construct(self, *batch):  # type: ignore[no-untyped-def]
+        """Inputs and labels to a scalar."""
+        outputs = self.network(*batch[: self.inputs])
+        if isinstance(outputs, tuple):
+            return self.loss(*outputs, *batch[self.inputs :])
+        return self.loss(outputs, *batch[self.inputs :])
+
+
+class OnFirst(nn.Cell):
+    """A loss of (logits, labels) for a network of several outputs: the first is what it sees."""
+
+    def __init__(self, loss: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.loss = loss
+
+    def construct(self, *outputs_and_labels):  # type: ignore[no-untyped-def]
+        """All outputs, then the labels, to a scalar."""
+        return self.loss(outputs_and_labels[0], outputs_and_labels[-1])

@@ -11,12 +11,12 @@ import pytest
 from mindspore import nn, ops
 
 from msqkd.analysis import parity
-from msqkd.analysis.parity import BINS, Device, Parity, compare_execution, differing_values, integer_answers
+from msqkd.analysis.parity import BINS, Device, Parity, compare_execution, differing_values, integer_outputs
 from msqkd.errors import DataError, SimulationError
 from msqkd.exporters.device import lite_program
-from msqkd.exporters.islands import run_island
 from msqkd.graph.capture import capture
 from msqkd.graph.ir import Graph
+from msqkd.graph.islands import run_island
 from msqkd.integer.program import ISLAND, Program, TensorQuant
 from msqkd.integer.simulator import Simulator
 from msqkd.quant.fake_quant import QUANTIZE
@@ -24,6 +24,7 @@ from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.ptq import calibrate
 from msqkd.quant.qat import deployment_graph, quantize_cell
+from msqkd.train.metric import Metric
 
 SHAPE = (3, 8, 8)
 LABELS = np.arange(10) % 4
@@ -109,7 +110,7 @@ def test_what_is_counted_is_what_the_executions_give(tiny: tuple[Graph, QuantPla
     cell = quantize_cell(graph, plan)
     cell.set_phase(QUANTIZE)
     promised = cell(ms.Tensor(samples(10))).asnumpy()
-    integer = integer_answers(Device(graph, plan), [samples(10)])
+    integer = integer_outputs(Device(graph, plan), [samples(10)])[0]
     last = found.values[-1]
     steps = np.rint((integer - promised) / last.scale).astype(int)
     counts = np.bincount(np.clip(steps, -3, 3).ravel() + 3, minlength=len(BINS))
@@ -200,7 +201,7 @@ def test_without_samples_or_enough_labels_there_is_nothing_to_say(tiny: tuple[Gr
     with pytest.raises(DataError, match="0 samples"):
         compare_execution(*tiny, [])
     with pytest.raises(DataError, match="0 samples"):
-        integer_answers(Device(*tiny), [])
+        integer_outputs(Device(*tiny), [])
     with pytest.raises(DataError, match="4 samples and 3 labels"):
         compare_execution(*tiny, [samples(4)], labels=np.zeros(3, np.int32))
     with pytest.raises(SimulationError, match="machine 'mips' is unknown; allowed: x86, arm64"):
@@ -267,9 +268,45 @@ def test_a_bound_of_0_accepts_no_difference() -> None:
 def test_the_data_can_be_written_as_json(found: Parity) -> None:
     data: dict[str, Any] = json.loads(json.dumps(found.to_dict(0.1), allow_nan=False))
     assert list(data) == [
-        "target", "machine", "samples", "accuracy", "agreement", "deviation", "deviating_samples", "max_deviation",
-        "exceeded", "first_difference", "first_beyond_one", "values",
+        "target", "machine", "samples", "metric", "accuracy", "agreement", "deviation", "deviating_samples",
+        "max_deviation", "exceeded", "first_difference", "first_beyond_one", "values",
     ]  # fmt: skip
     assert list(data["values"][0]["histogram"]) == list(BINS)
     bare = replace(found.values[0], histogram=(), max_lsb=None, scale=None).to_dict()
     assert bare["histogram"] is None
+
+
+class Rows(nn.Cell):
+    """Several rows a sample: its values inside have 3 N rows, and so has its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.relu, self.two = nn.Dense(4, 6), nn.ReLU(), nn.Dense(6, 2)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.two(self.relu(self.one(x.reshape(-1, 4))))
+
+
+def test_a_last_part_of_a_batch_is_cut_by_samples_and_judged_by_any_metric() -> None:
+    data = np.random.default_rng(3).normal(size=(7, 3, 4)).astype(np.float32)
+    graph = deployment_graph(capture(Rows(), ms.Tensor(data[:1])))
+    plan = calibrate(graph, make_plan(graph), [data])
+    labels = np.zeros((7, 3, 2), np.float32)
+    seen: list[tuple[int, ...]] = []
+
+    def size(outputs: np.ndarray, given: np.ndarray) -> float:
+        seen.append((len(outputs), len(given)))
+        return float(np.abs(outputs).mean())
+
+    metric = Metric("size", size)
+    whole = compare_execution(graph, plan, [data], labels, metric=metric)
+    parts = compare_execution(graph, plan, [data[:5], data[5:]], labels, metric=metric)
+    assert seen == [(21, 7)] * 6, "21 rows of 7 samples, in three executions, twice"
+    assert [value.count for value in parts.values] == [value.count for value in whole.values]
+    assert [value.histogram for value in parts.values] == [value.histogram for value in whole.values]
+    assert parts.measured == pytest.approx(whole.measured)
+    assert parts.measured is not None
+    deviation = abs(parts.measured["integer"] - parts.measured["fake_quantised"])
+    assert (parts.correct, parts.deviating_samples, parts.deviation) == (None, None, deviation)
+    assert parts.exceeds(deviation / 2) == (deviation > 0)
+    assert not parts.exceeds(deviation)

@@ -270,6 +270,24 @@ def test_ids_are_unique_and_links_lead_somewhere(result: dict[str, Any]) -> None
     assert sections <= targets
 
 
+def test_what_was_loaded_from_checkpoints(result: dict[str, Any]) -> None:
+    names = [f"layer{index}.bn" for index in range(12)]
+    loaded = {
+        "file": "net.pth",
+        "loaded": names,
+        "renamed": [(f"{name}.weight", f"{name}.gamma") for name in names],
+        "cast": [(names[0], "float16", "float32")],
+        "missing": [],
+        "reshaped": [],
+        "unused": ["epoch<b>"],
+        "crc": "ok",
+    }
+    text = Page(render_html({**result, "checkpoints": {"teacher": loaded}})).text
+    for words in ("12 of 12 parameters", "checked", "float16 → float32", "and 2 more", "1: epoch<b>"):
+        assert words in text
+    assert 'id="weights"' not in render_html(result)
+
+
 def test_the_verdict_in_words(summary: dict[str, Any]) -> None:
     text = Page(render_html(summary)).text
     assert (

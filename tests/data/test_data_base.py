@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from msqkd.data.augment import make_augmentations
-from msqkd.data.base import ArraySplit, DataBundle, check_labels, first, subset
+from msqkd.data.base import ArraySplit, DataBundle, first, subset
 from msqkd.errors import DataError
 
 CLASSES = ("a", "b", "c")
@@ -99,15 +99,15 @@ def test_arrays_that_do_not_fit(images: np.ndarray, labels: np.ndarray, said: st
 def test_unlabelled_split_gives_minus_one() -> None:
     split = ArraySplit(np.zeros((3, 1, 2, 2), np.uint8), None, ())
     assert split.batch(np.arange(2))[1].tolist() == [-1, -1]
-    check_labels(split, 1)
+    split.check_labels(1)
     assert first(split, 2).labels is None
 
 
 def test_check_labels_names_the_first_and_counts() -> None:
     split = ArraySplit(np.zeros((5, 1, 2, 2), np.uint8), np.array([0, 9, 10, -1, 11]), CLASSES, name="mine test")
     with pytest.raises(DataError, match="mine test: 3 of 5 labels are outside 0 to 9, the first is 10 at sample 2"):
-        check_labels(split, 10)
-    check_labels(make(), 3)
+        split.check_labels(10)
+    make().check_labels(3)
 
 
 def test_subset_and_first() -> None:

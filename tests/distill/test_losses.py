@@ -123,3 +123,40 @@ def test_bad_settings(options: dict[str, Any], text: str) -> None:
 def test_hard_loss_by_name(name: str, kind: Optional[type]) -> None:
     found = hard_loss(name)
     assert found is None if kind is None else isinstance(found, kind)
+
+
+def test_several_outputs_share_the_soft_loss_and_the_hard_one_sees_the_first() -> None:
+    other = STUDENT[:, ::-1].copy()
+    both = tuple(map(ms.Tensor, (STUDENT, other)))
+    taught = tuple(map(ms.Tensor, (TEACHER, TEACHER)))
+    labels = ms.Tensor(LABELS)
+    one, two = (
+        float(DistillLoss("none", alpha=1.0)(ms.Tensor(logits), ms.Tensor(TEACHER), labels).asnumpy())
+        for logits in (STUDENT, other)
+    )
+    soft = DistillLoss("none", alpha=1.0, outputs=(0, 1))
+    np.testing.assert_allclose(float(soft(both, taught, labels).asnumpy()), (one + two) / 2, rtol=1e-5)
+    first = DistillLoss(alpha=0.0)
+    np.testing.assert_allclose(
+        float(first(both, taught, labels).asnumpy()),
+        float(first(ms.Tensor(STUDENT), ms.Tensor(TEACHER), labels).asnumpy()),
+        rtol=1e-6,
+    )
+
+
+def test_a_hard_loss_of_ones_own_sees_every_output_and_label() -> None:
+    class Both(nn.Cell):
+        def construct(self, one, other, labels, weights):  # type: ignore[no-untyped-def]
+            return (one * weights).sum() + other.sum() + labels.sum()
+
+    found = DistillLoss(Both(), alpha=0.0)(
+        (ms.Tensor(STUDENT), ms.Tensor(TEACHER)), (ms.Tensor(TEACHER), ms.Tensor(TEACHER)), ms.Tensor(LABELS),
+        ms.Tensor(np.float32(2)),
+    )  # fmt: skip
+    np.testing.assert_allclose(float(found.asnumpy()), 2 * STUDENT.sum() + TEACHER.sum() + LABELS.sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("outputs", [(), (-1,)])
+def test_outputs_are_numbers_from_0(outputs: tuple[int, ...]) -> None:
+    with pytest.raises(PlanError, match=r"DistillLoss.outputs is \["):
+        DistillLoss(outputs=outputs)

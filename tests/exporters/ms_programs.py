@@ -173,8 +173,10 @@ def every_primitive() -> dict[str, Program]:
     for op in ("AddFusion", "SubFusion", "MulFusion"):
         add(op, row, row, {} if op == "MulFusion" else unit if op == "AddFusion" else {}, (np.ones(row), "int8", q))
     add("DivFusion", row, row, unit, (np.ones(row), "float32"), int8=False)
-    for op in ("Erf", "Rsqrt", "Sqrt"):
+    for op in ("Abs", "Erf", "Log", "Rsqrt", "Sqrt"):
         add(op, row, row, {}, int8=False)
+    for op in ("Maximum", "Minimum"):
+        add(op, row, row, {}, (np.ones(6), "float32"), int8=False)
     add("ExpFusion", row, row, {"base": 2.0, "shift": 0.5}, int8=False)
     add("PowFusion", row, row, {"scale": 0.25}, (2.0, "float32"), int8=False)
     add("ScaleFusion", row, row, {"axis": 1}, (np.ones(6), "float32"), int8=False)

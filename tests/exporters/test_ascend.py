@@ -17,8 +17,8 @@ from msqkd.errors import ExportError, PlanError
 from msqkd.exporters.ascend.program import ascend_program
 from msqkd.exporters.ascend.quantised import export_ascend
 from msqkd.exporters.ascend.vendor import export_ascend_float
-from msqkd.exporters.islands import run_island
 from msqkd.graph.ir import Graph
+from msqkd.graph.islands import run_island
 from msqkd.graph.mindir import read_mindir
 from msqkd.integer.program import ISLAND, Program
 from msqkd.integer.registry import ASCEND, Call, Operand, find_kernel

@@ -10,10 +10,10 @@ import pytest
 from mindspore import nn, ops
 
 from msqkd.exporters.device import FLOAT_FILE, WEIGHT_FILE, lite_program
-from msqkd.exporters.islands import run_island
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph
+from msqkd.graph.islands import run_island
 from msqkd.integer.program import ISLAND, Program
 from msqkd.integer.simulator import Simulator
 from msqkd.quant.config import FLOAT, QuantConfig, Rule, WeightQuantizer

@@ -12,7 +12,6 @@ import pytest
 from mindspore import nn, ops
 
 from msqkd.exporters.device import FLOAT_FILE, INT8_FILE, lite_program
-from msqkd.exporters.islands import run_island
 from msqkd.exporters.lite import export_lite, read_marked
 from msqkd.exporters.lowering import lower_forms
 from msqkd.exporters.ms.check import check_program
@@ -20,6 +19,7 @@ from msqkd.exporters.verify import load_lite
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
+from msqkd.graph.islands import run_island
 from msqkd.graph.passes.patterns import find_patterns
 from msqkd.integer.program import ISLAND, Program
 from msqkd.integer.registry import ARM64, X86

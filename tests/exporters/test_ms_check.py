@@ -104,7 +104,7 @@ STRUCTURE = {
     "constant as input": (lambda p: p.inputs.append("c2"), "the input 'c2' of the program is unknown, a constant"),
     "primitive": (
         lambda p: setattr(p.steps[3], "op", "AddFusio"),
-        r"step 's3' \(AddFusio\): AddFusio cannot be written as .ms; allowed: Activation, .*; did you mean 'AddFusion'",
+        r"step 's3' \(AddFusio\): AddFusio cannot be written as .ms; allowed: Abs, .*; did you mean 'AddFusion'",
     ),
     "attribute": (
         lambda p: p.steps[3].attrs.update(axis=1),

@@ -353,7 +353,7 @@ def _rename(data: bytearray, model: Model) -> None:
         ),
         (
             lambda data, model: _put(data, model.node("s1").union.place(0), 160, 1),
-            " holds the primitive number 160; allowed: Activation, ",
+            " holds the primitive number 160; allowed: Abs, Activation, ",
         ),
         (
             lambda data, model: _put(data, model.node("s1").union.place(0), 5, 1),

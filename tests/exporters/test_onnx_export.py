@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import nn, ops
+from mindspore.ops.auto_generate import gen_ops_prim
 
 from msqkd.api import create_ptq_network, quantize
 from msqkd.errors import ExportError, MissingDependencyError, PlanError
@@ -24,9 +25,9 @@ from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph, Node, TensorType, Value
 from msqkd.models.cifar_resnet import resnet20
 from msqkd.models.lenet5 import LeNet5
-from msqkd.quant.config import QuantConfig, Rule
+from msqkd.quant.config import INT8, QuantConfig, Rule
 from msqkd.quant.placement import make_plan
-from msqkd.quant.plan import INT8, ActivationQuant, Group, NodePlan, QuantPlan, WeightQuant
+from msqkd.quant.plan import ActivationQuant, Group, NodePlan, QuantPlan, WeightQuant
 from msqkd.quant.ptq import Observation
 from msqkd.quant.qat import QuantCell, deployment_graph, quantize_cell
 from msqkd.train.evaluate import agreement
@@ -130,6 +131,45 @@ class Maps(nn.Cell):
         x = self.layer_norm(self.norm(self.average(self.dilated(x))))
         flat = self.dense(ops.mean(x, (2, 3)))
         return self.pad(x), ops.mean(x, 1), self.product(flat, -flat), ops.relu(flat) - 2 * flat
+
+
+class Spelt(nn.Cell):
+    """What networks spell out, and pools that pad, on (N, 4, 7, 10)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaky, self.gelu = nn.LeakyReLU(0.1), nn.GELU(approximate=False)
+        self.largest = nn.MaxPool2d(3, 2, pad_mode="pad", padding=1, ceil_mode=True)
+        self.average = nn.AvgPool2d((3, 2), 2, pad_mode="pad", padding=(1, 0))
+        self.inner = nn.AvgPool2d(3, 2, pad_mode="pad", padding=1, count_include_pad=False)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        curves = (self.leaky(x), self.gelu(x), x * ops.sigmoid(x), ops.relu6(x + 3.0) / 6.0 * x, ops.relu6(x + 3.0) / 6)
+        pools = (self.largest(x), self.average(x), self.inner(x), ops.max_pool2d(x, (3, 5), (2, 1), padding=(0, 2)))
+        return (*curves, *pools)
+
+
+class Borders(nn.Cell):
+    """Paddings, resizes and normalisations of maps (N, 4, 6, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.reflect, self.prelu = nn.GroupNorm(2, 4), nn.ReflectionPad2d((1, 2, 0, 1)), nn.PReLU(4)
+        self.quarters, self.all = nn.AdaptiveAvgPool2d((3, 2)), nn.AdaptiveAvgPool2d(1)
+        self.nearest, self.aligned = ops.ResizeNearestNeighbor((9, 12)), ops.ResizeNearestNeighbor((4, 11), True)
+        self.centred = gen_ops_prim.ResizeNearestNeighborV2(False, True)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        padded = (
+            self.reflect(x), ops.pad(x, (1, 2, 0, 1), "constant", 0.5), ops.pad(x, (2, 1, 1, 0), "reflect"),
+            ops.pad(x, (1, 0, 2, 1), "replicate"), ops.pad(x, (1, 1, 1, 1)),
+        )  # fmt: skip
+        resized = (
+            self.nearest(x), self.aligned(x), self.centred(x, (9, 5)), ops.interpolate(x, size=(4, 5), mode="nearest"),
+            ops.interpolate(x, size=(12, 5), mode="bilinear"),
+            ops.interpolate(x, size=(9, 16), mode="bilinear", align_corners=True),
+        )  # fmt: skip
+        return (self.norm(x), self.prelu(x), ops.mish(x), self.quarters(x), self.all(x), *padded, *resized)
 
 
 def randomise(net: nn.Cell, seed: int = 0) -> nn.Cell:
@@ -348,6 +388,8 @@ FORMS = {
     "pieces": (Pieces, (6, 4, 8)),
     "curves": (Curves, (8,)),
     "maps": (Maps, (4, 8, 8)),
+    "spelt": (Spelt, (4, 7, 10)),
+    "borders": (Borders, (4, 6, 8)),
     "encoder": (Encoder, None),
 }
 
@@ -600,7 +642,15 @@ def refused(graph: Graph, folder: Path, text: str, error: type[Exception] = Expo
 
 def test_an_operation_outside_the_table_is_refused(tmp_path: Path) -> None:
     graph = by_hand({"x": (3,)}, [Node("layer1.sort", "Sort", ["x"], ["y"])], {})
-    refused(graph, tmp_path, "Net: 'layer1.sort' is a Sort, which is not written as ONNX; allowed: Abs, Add, AvgPool, ")
+    refused(
+        graph,
+        tmp_path,
+        "Net: 'layer1.sort' is a Sort, which is not written as ONNX; allowed: Abs, AdaptiveAvgPool2D, Add, AvgPool, ",
+    )
+    refused(graph, tmp_path, "; the portable MindIR holds any operation")
+
+
+PADDED = {"kernel_size": (1, 1, 2, 2), "strides": (1, 1, 2, 2), "pad_mode": "PAD", "pad": (1, 1, 1, 1)}
 
 
 @pytest.mark.parametrize(
@@ -610,13 +660,23 @@ def test_an_operation_outside_the_table_is_refused(tmp_path: Path) -> None:
         (Node("soft", "Softmax", ["x", "a"], ["y"]), {"a": (0, 1)}, "it goes over the axes (0, 1); allowed: one axis"),
         (Node("soft", "Softmax", ["x", "x"], ["y"]), {}, "argument 1 is computed; allowed: a literal"),
         (Node("soft", "Softmax", ["x"], ["y"]), {}, "argument 1 is missing"),
-        (Node("pool", "MaxPool", ["x"], ["y"]), {}, "its attribute 'kernel_size' is not known"),
+        (Node("pool", "MaxPool", ["x"], ["y"], functional=False), {}, "its attribute 'kernel_size' is not known"),
         (Node("take", "Gather", ["x", "x", "a", "b"], ["y"]), {"a": 0, "b": 1}, "it has 1 batch dimensions"),
         (Node("add", "Add", ["x", "a"], ["y"]), {"a": "text"}, "input 1 is 'text'; allowed: a tensor or a number"),
         (
             Node("pool", "AvgPool", ["x", "k", "k", "m"], ["y"]),
             {"k": (2, 2), "m": 7},
-            "its padding mode is 7; allowed: PAD (convolutions only), SAME, VALID",
+            "its padding mode is 7; allowed: SAME, VALID",
+        ),
+        (
+            Node("pool", "AvgPool", ["x"], ["y"], {**PADDED, "ceil_mode": True}, functional=False),
+            {},
+            "it rounds the number of windows up and counts what it pads with",
+        ),
+        (
+            Node("pad", "MirrorPad", ["x", "a"], ["y"], {"mode": "SYMMETRIC"}, functional=False),
+            {"a": ((1, 1),)},
+            "its mode is SYMMETRIC; allowed: REFLECT",
         ),
     ],
 )  # fmt: skip

@@ -18,7 +18,8 @@ from mindspore import nn, ops
 from msqkd.api import create_ptq_network, quantize
 from msqkd.exporters.canonical import canonical
 from msqkd.exporters.compact import compact
-from msqkd.exporters.portable import export_portable, portable_graph, write_cell, write_float
+from msqkd.exporters.mindir_file import write_cell
+from msqkd.exporters.portable import export_portable, portable_graph, write_float
 from msqkd.exporters.verify import load_portable
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import to_cell

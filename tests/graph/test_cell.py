@@ -106,6 +106,15 @@ def test_a_cell_does_not_share_its_parameters_with_the_graph() -> None:
     np.testing.assert_array_equal(graph.params["conv1.bias"].data, before)
 
 
+def test_a_shared_cell_has_the_arrays_of_the_graph() -> None:
+    graph = capture(LeNet5(), (1, 32, 32))
+    cell = to_cell(graph, shared=True)
+    assert {p.name: p.requires_grad for p in cell.get_parameters()} == {
+        name: held.trainable for name, held in graph.params.items()
+    }
+    assert all(np.shares_memory(p.asnumpy(), graph.params[p.name].data) for p in cell.get_parameters())
+
+
 def test_names_that_differ_in_punctuation_only_stay_apart() -> None:
     graph = Graph("Net")
     graph.inputs = [graph.add_value(Value("x", "input", TensorType((-1, 4))))]

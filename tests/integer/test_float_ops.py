@@ -184,11 +184,20 @@ def test_arithmetic_broadcasts_and_activates(op: str, function: Any) -> None:
     close(run(op, a, b[0, 0, 0], activation_type=1), np.maximum(function(a, b[0, 0, 0]), 0))
 
 
+@pytest.mark.parametrize(("op", "function"), [("Maximum", np.maximum), ("Minimum", np.minimum)])
+def test_the_larger_and_the_smaller_of_two(op: str, function: Any) -> None:
+    a, b = normal(0, 2, 3, 4), normal(1, 4)
+    close(run(op, a, b), function(a, b))
+    close(run(op, a, np.array([0.3], np.float32)), function(a, np.float32(0.3)))
+
+
 def test_functions_of_one_number() -> None:
     x = np.abs(normal(0, 4, 5)) + 0.1
     close(run("Sqrt", x), np.sqrt(x))
     close(run("Rsqrt", x), 1 / np.sqrt(x))
     close(run("Erf", x), np.vectorize(math.erf)(x), 1e-6)
+    close(run("Abs", -x), x)
+    close(run("Log", x), np.log(x))
     close(run("ExpFusion", x), np.exp(x))
     close(run("ExpFusion", x, base=2.0, scale=0.5, shift=1.0), 2 ** (0.5 * x + 1))
     close(run("PowFusion", x, np.array([2.5], np.float32)), x**2.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any, Callable
 
@@ -13,6 +14,41 @@ Command = Callable[..., tuple[int, str, str]]
 Recipe = Callable[..., Path]
 
 CHECKPOINT = {"pretrain": None}
+
+ODD = """
+import mindspore as ms
+import numpy as np
+from mindspore import nn, ops
+
+
+class Complex(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.weight = ms.Parameter(ms.Tensor(np.ones((1, 8)), ms.complex64), name="weight")
+
+    def construct(self, x):
+        return ops.mean(ops.real(x * self.weight), (1, 2))
+
+
+class Half(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Dense(8, 3)
+        for parameter in self.get_parameters():
+            parameter.set_dtype(ms.float16)
+
+    def construct(self, x):
+        return ops.mean(self.fc(x), (1, 2))
+
+
+class Clash(nn.Cell):
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.one, self.two = nn.Dense(8, 3), nn.Dense(8, 3)
+
+    def construct(self, x):
+        return ops.mean(self.one(x) + self.two(x), (1, 2))
+"""
 
 
 def model(**changes: Any) -> dict[str, Any]:
@@ -67,7 +103,106 @@ def test_cut_checkpoint(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
 def test_checkpoint_of_another_network(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
     recipe = tiny(model=model(checkpoint="other.ckpt"), **CHECKPOINT)
     saved("Other", tmp_path / "other.ckpt")
-    assert "checkpoint of another network" in refused(msqkd, recipe)
+    text = refused(msqkd, recipe)
+    assert "checkpoint of another network" in text
+    assert "missing stem.weight" in text
+    assert "unexpected conv.weight" in text
+    assert "where only the names differ, give them in a name_map" in text
+
+
+def test_checkpoints_with_code_and_of_an_unknown_kind(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C) + b"cos\nsystem\n(S'true'\ntR.")
+    text = refused(msqkd, tiny(model=model(checkpoint="evil.pth"), **CHECKPOINT))
+    assert "refused to load 'os.system', which is neither a tensor nor a plain container" in text
+    (tmp_path / "net.h5").write_bytes(b"x")
+    text = refused(msqkd, tiny(model=model(checkpoint="net.h5"), **CHECKPOINT))
+    assert "net.h5: a checkpoint's name ends with one of .ckpt, .safetensors" in text
+
+
+def test_name_maps(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
+    saved("Tiny", tmp_path / "tiny.ckpt")
+    (tmp_path / "names.json").write_text('{"stemm.weight": "stem.weight"}')
+    text = refused(msqkd, tiny(model=model(checkpoint="tiny.ckpt", name_map="names.json"), **CHECKPOINT))
+    assert "name map names.json: tiny.ckpt has no parameter 'stemm.weight'; did you mean 'stem.weight'" in text
+    assert "name_map: found 'names.json', allowed only with a checkpoint" in refused(
+        msqkd, tiny(model=model(name_map="names.json"))
+    )
+
+
+def test_a_factory_that_fails(tiny: Recipe, msqkd: Command) -> None:
+    text = refused(msqkd, tiny(model=model(args={"classes": "three"})))
+    assert text.startswith("msqkd: model: 'nets.py:Tiny' could not be made: ")
+    assert "nets.py:" in text.partition("could not be made")[2]
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        ("Complex", "'weight' has data type complex64, which is not one of float32, "),
+        ("Half", "2 of its 2 parameters are float16, and quantisation starts from float32"),
+        ("Clash", "the parameters at 'one.weight' and 'two.weight' are both called 'weight'; give the networks"),
+    ],
+)
+def test_parameters_that_cannot_be_had(tiny: Recipe, msqkd: Command, tmp_path: Path, net: str, said: str) -> None:
+    recipe = tiny(model=model(target=f"odd.py:{net}"))
+    (tmp_path / "odd.py").write_text(ODD)
+    assert said in refused(msqkd, recipe)
+
+
+def test_an_input_of_another_rank(tiny: Recipe, msqkd: Command) -> None:
+    inputs = [{"name": "x", "shape": [8, 8]}]
+    text = refused(msqkd, tiny(model={"source": "python", "target": "nets.py:Tiny", "inputs": inputs}))
+    assert "Tiny: MindSpore cannot compile the network for input shape (batch, 8, 8): " in text
+    assert "model.input_shape: found [8, 8], allowed: " in refused(msqkd, tiny(model=model(input_shape=[8, 8])))
+
+
+# -- MindIR files in place of code ------------------------------------------------------------------------------------
+def exported(file: Path, net: str = "Tiny") -> dict[str, Any]:
+    import mindspore as ms
+
+    from msqkd.models import build_model
+
+    cell = build_model("python", f"nets.py:{net}", {})
+    cell.set_train(False)
+    ms.export(cell, ms.Tensor(np.zeros((1, 1, 8, 8), np.float32)), file_name=str(file), file_format="MINDIR")
+    return {"source": "mindir", "file": file.name}
+
+
+def test_mindir_files_that_cannot_be_read(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
+    tiny()
+    section = exported(tmp_path / "net.mindir")
+    whole = (tmp_path / "net.mindir").read_bytes()
+    for file, said in {
+        "none.mindir": "none.mindir does not exist",
+        "nets.py": "nets.py: the name of a MindIR file ends with .mindir",
+        "data.npz": "a checkpoint holds weights without their network",
+    }.items():
+        assert said in refused(msqkd, tiny(model={**section, "file": file}, **CHECKPOINT))
+    (tmp_path / "net.mindir").write_bytes(whole[: len(whole) // 2])
+    assert "net.mindir is damaged or no MindIR file" in refused(msqkd, tiny(model=section, **CHECKPOINT))
+
+
+def test_a_mindir_file_that_branches(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
+    tiny()
+    text = refused(msqkd, tiny(model=exported(tmp_path / "net.mindir", "Branching"), **CHECKPOINT))
+    assert "Branching: the network branches or loops on tensor values" in text
+
+
+def test_settings_that_do_not_go_with_a_mindir_file(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
+    tiny()
+    section = exported(tmp_path / "net.mindir")
+    for settings, said in [
+        (["model.checkpoint=a.ckpt"], "model.checkpoint=a.ckpt: found 'a.ckpt', not allowed with source: mindir"),
+        (["model.name=resnet20"], "model.name=resnet20: found 'resnet20', not allowed with source: mindir"),
+        (["model.file=null"], "is missing, required by source: mindir"),
+        (["model.source=msqkd", "model.name=lenet5"], "found 'net.mindir', allowed only with source: mindir"),
+        (["model.input_shape=[3,8,8]"], "model.input_shape: found [3, 8, 8], but net.mindir takes [1, 8, 8]"),
+        (["train.dropout=true"], "found true, not allowed with model.source: mindir"),
+        (["pretrain.epoch_size=1"], "two origins of the weights, training from scratch and model.file"),
+    ]:
+        code, _, err = msqkd("plan", tiny(model=section, **CHECKPOINT), "--set", *settings)
+        assert code == 2
+        assert said in err.replace("\n", " ")
 
 
 def test_data_folder_without_images(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
@@ -81,9 +216,11 @@ def test_labels_out_of_range(tiny: Recipe, msqkd: Command) -> None:
     assert "labels are outside 0 to 1" in text
 
 
-def test_control_flow_on_values(tiny: Recipe, msqkd: Command) -> None:
+def test_control_flow_on_values(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
     text = refused(msqkd, tiny(model=model(target="nets.py:Branching")))
-    assert "branches or loops on tensor values" in text
+    assert "Branching: the network branches or loops on tensor values (in its construct, " in text
+    line = (tmp_path / "nets.py").read_text().splitlines().index("        if y.sum() > 0:") + 1
+    assert f"nets.py:{line})" in text
 
 
 def test_a_network_that_does_not_take_the_data(tiny: Recipe, msqkd: Command) -> None:

@@ -204,3 +204,26 @@ def test_a_network_that_cannot_be_a_ms_file_is_refused_before_the_training(tiny:
     assert code == 0, err
     values = {value["layer"]: value for value in read(Path("out", "report.json"))["parity"]["values"]}
     assert values["sin"]["relative_error"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ("ms_weight", "no .ms file is possible: layer 'sin'"),
+        ("ms_float", "no .ms file is possible: layer 'sin'"),
+        ("onnx", "no .onnx file is possible: Waves: 'sin' is a Sin, which is not written as ONNX; "),
+    ],
+)
+def test_every_format_says_before_the_training_what_it_cannot_hold(
+    tiny: Recipe, msqkd: Command, form: str, reason: str
+) -> None:
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+    model = {"source": "python", "target": "waves.py:Waves", "input_shape": [1, 8, 8]}
+    recipe = tiny(model=model, export={"formats": ["portable_mindir", form]})
+    (recipe.parent / "waves.py").write_text(WAVES)
+    code, _, err = msqkd("run", recipe, "-o", "out")
+    assert code == 2
+    assert f"export.formats: {reason}" in err
+    assert f"leave {form} out with --set export.formats=[portable_mindir]" in err
+    assert {child.name for child in Path("out").iterdir()} <= {"state.json", "recipe.yaml"}

@@ -528,6 +528,7 @@ def test_plan_as_data_has_stable_keys() -> None:
         "weights",
         "activations",
         "groups",
+        "dynamic",
         "avoided",
         "warnings",
     }

@@ -18,7 +18,7 @@ from msqkd.graph.ir import Graph
 from msqkd.quant.config import QuantConfig
 from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.plan import QuantPlan
-from msqkd.quant.ptq import batches_of, calibrate, divergence
+from msqkd.quant.ptq import batches_of, calibrate, divergence, relative_error
 from msqkd.quant.qat import deployment_graph, quantize_cell
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -145,7 +145,7 @@ def test_what_a_dataset_may_be() -> None:
         ds.NumpySlicesDataset({"image": first, "label": np.zeros(2)}, shuffle=False).batch(2),
     ]
     for form in forms[:2] + forms[3:5] + forms[6:]:
-        (batch,) = batches_of(form)
+        ((batch,),) = batches_of(form)
         assert batch.dtype == np.float32
         np.testing.assert_array_equal(batch, first)
 
@@ -185,3 +185,18 @@ def test_divergence_is_the_mean_kl_of_the_answers() -> None:
     assert divergence(one, other) == pytest.approx((p * np.log(p / q)).sum(-1).mean())
     assert divergence(one, one) == 0
     assert np.isfinite(divergence(one * 1e4, other))
+
+
+def test_a_network_of_several_inputs_takes_the_first_arrays_of_an_item() -> None:
+    ids, weight, labels = np.arange(6).reshape(3, 2), np.ones((3, 1)), np.zeros(3)
+    ((first, second),) = batches_of([(ids, weight, labels)], 2)
+    np.testing.assert_array_equal(first, ids)
+    assert (first.dtype, second.dtype) == (ids.dtype, np.float32)
+    with pytest.raises(DataError, match="an item of the calibration set has 2 arrays; the network has 3 inputs"):
+        list(batches_of([(ids, weight)], 3))
+
+
+def test_relative_error_is_the_mean_over_outputs() -> None:
+    one, other = np.array([3.0, 4.0]), np.array([1.0, 1.0])
+    assert relative_error([one * 1.1, other], [one, other]) == pytest.approx(0.05)
+    assert relative_error([one], [one * 0]) == 1.0

@@ -283,3 +283,36 @@ def test_training_leaves_the_captured_graph_alone() -> None:
         cell.sync()
         for name, data in before.items():
             np.testing.assert_array_equal(graph.params[name].data, data)
+
+
+class Spelt(Net):
+    """BatchNorm, then a leaky ReLU that is spelt out, then a pool that pads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(3, 2, pad_mode="pad", padding=1)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.bn1(self.conv1(x))
+        x = self.bn2(self.conv2(self.pool(ops.maximum(x, 0.1 * x))))
+        return self.head(ops.mean(x * ops.sigmoid(x), (2, 3)))
+
+
+@pytest.mark.parametrize("batchnorm", ["fold", "freeze", "live"])
+def test_what_a_network_spells_out_is_one_node_in_every_form(batchnorm: str) -> None:
+    ms.set_seed(3)
+    net = Spelt()
+    graph = capture(net, X.shape[1:])
+    plan = make_plan(deployment_graph(graph), QuantConfig(act_quant_delay=1))
+    found = [node.name for node in plan.nodes if node.op in ("LeakyReLU", "MaxPool", "SiLU")]
+    cell = quantize_cell(graph, plan, batchnorm)
+    assert [node.name for node in cell.graph.nodes if node.op in ("LeakyReLU", "MaxPool", "SiLU")] == found
+    np.testing.assert_allclose(answers(cell), net.set_train(False)(ms.Tensor(X)).asnumpy(), atol=5e-3)
+    step = step_over(cell)
+    losses = [float(step(ms.Tensor(X), ms.Tensor(Y)).asnumpy())]
+    assert advance(step, 1)
+    losses.append(float(step(ms.Tensor(X), ms.Tensor(Y)).asnumpy()))
+    assert np.isfinite(losses).all()
+    deployed, ranged = cell.sync()
+    assert [node.name for node in deployed.nodes if node.op in ("LeakyReLU", "MaxPool", "SiLU")] == found
+    assert all(group.range is not None for group in ranged.groups.values())

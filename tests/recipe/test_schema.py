@@ -114,6 +114,8 @@ def test_a_number_in_exponent_form_without_a_dot_is_a_number(minimal: dict[str, 
         ("quantization.activation.bits=1", "found 1, allowed: an integer from 2 to 8"),
         ("quantization.activation.delay=-1", "found -1, allowed: an integer of 0 or more"),
         ("quantization.weight.symmetric=false", "found false, allowed: true"),
+        ("quantization.precision=weight_only", "'weight-only' or 'dynamic'; did you mean 'weight-only'?"),
+        ("quantization.precision=float", "found 'float', allowed: 'int8', 'weight-only' or 'dynamic'"),
         ("quantization.batchnorm=folded", "allowed: 'fold', 'freeze' or 'live'; did you mean 'fold'?"),
         ("train.opt=adm", "allowed: 'momentum', 'sgd', 'adamw' or 'adam'; did you mean 'adam' or 'adamw'?"),
         ("target=lite_arn", "found 'lite_arn', allowed: 'lite_arm' or 'ascend'; did you mean 'lite_arm'?"),
@@ -124,7 +126,7 @@ def test_a_number_in_exponent_form_without_a_dot_is_a_number(minimal: dict[str, 
         ("calibration.iterations=0", "found 0, allowed: an integer of 1 or more"),
         ("calibration.percentile=89", "found 89, allowed: a number from 90 to 100"),
         ("model.input_shape=[32, 32]", "found [32, 32], allowed: a list of three integers [channels, height, width]"),
-        ("model.source=torch", "found 'torch', allowed: 'msqkd', 'mindcv' or 'python'"),
+        ("model.source=torch", "found 'torch', allowed: 'msqkd', 'mindcv', 'python' or 'mindir'"),
         ("data.name=cifar", "allowed: 'digits', 'cifar10'"),
         ("data.augment=flip", "found 'flip', allowed: a list"),
         ("data.augment=[flip, flip]", "'flip' given twice"),
@@ -206,6 +208,9 @@ def test_impossible_combinations_are_refused(minimal: dict[str, Any], overrides:
         ["compare=[]"],
         ["quantization.rules=[{match: {op: Add}, precision: float}, {match: {position: last}, weight: {bits: 4}}]"],
         ["quantization.rules=[{match: {path: 're:layer[12].*'}, activation: {observer: percentile}}]"],
+        ["quantization.precision=weight-only", "quantization.rules=[{match: {op: Conv2D}, precision: int8}]"],
+        ["quantization.rules=[{match: {op: Dense}, precision: dynamic, activation: {bits: 4, symmetric: true}}]"],
+        ["quantization.rules=[{match: {op: Gather}, precision: weight-only, weight: {bits: 4}}]"],
     ],
 )
 def test_possible_combinations_are_accepted(minimal: dict[str, Any], overrides: list[str]) -> None:
@@ -219,6 +224,14 @@ def test_possible_combinations_are_accepted(minimal: dict[str, Any], overrides: 
         ("{match: {}, precision: float}", "quantization.rules[0].match: found none, allowed: exactly one of 'path'"),
         ("{match: {path: a, type: B}, precision: float}", "found 'path' and 'type', allowed: exactly one of"),
         ("{match: {path: a}}", "quantization.rules[0]: the rule sets nothing"),
+        (
+            "{match: {path: a}, precision: weight-only, activation: {bits: 4}}",
+            "quantization.rules[0].activation: not allowed with precision: weight-only",
+        ),
+        (
+            "{match: {path: a}, precision: dynamic, activation: {observer: minmax}}",
+            "quantization.rules[0].activation.observer: not allowed with precision: dynamic",
+        ),
         ("{match: {path: a}, weight: {bits: null}}", "quantization.rules[0]: the rule sets nothing"),
         (
             "{match: {path: a}, precision: float, weight: {bits: 4}}",
@@ -227,7 +240,10 @@ def test_possible_combinations_are_accepted(minimal: dict[str, Any], overrides: 
         ("{match: {path: 're:('}, precision: float}", "found 're:(', which is not a regular expression"),
         ("{match: {path: ''}, precision: float}", "found '', allowed: a cell path, a glob"),
         ("{match: {position: middle}, precision: float}", "found 'middle', allowed: 'first' or 'last'"),
-        ("{match: {path: a}, precision: int4}", "found 'int4', allowed: 'int8' or 'float'; did you mean 'int8'?"),
+        (
+            "{match: {path: a}, precision: int4}",
+            "found 'int4', allowed: 'int8', 'weight-only', 'dynamic' or 'float'; did you mean 'int8'?",
+        ),
         ("{match: {path: a}, weight: {bit: 4}}", "rules[0].weight.bit: unknown key 'bit'"),
         ("{match: {path: a}, activation: {percentile: 99.9}}", "allowed only with observer: percentile"),
         ("{match: {path: a}, activation: {bits: 16}}", "found 16, allowed: an integer from 2 to 8"),
@@ -240,7 +256,8 @@ def test_a_wrong_rule_is_refused(minimal: dict[str, Any], rule: str, expected: s
 def test_an_unknown_key_lists_the_known_ones(minimal: dict[str, Any]) -> None:
     minimal["data"]["rot"] = "x"
     assert complaint(minimal) == (
-        "recipe: data.rot: unknown key 'rot', allowed in data: name, root, augment, eval_batch_size, mean, std; "
+        "recipe: data.rot: unknown key 'rot', allowed in data: name, root, augment, eval_batch_size, mean, std, "
+        "target, args; "
         "did you mean 'root'?"
     )
 

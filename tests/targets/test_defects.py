@@ -9,9 +9,9 @@ from mindspore import nn, ops
 
 from msqkd.errors import ExportError, SimulationError
 from msqkd.exporters.device import lite_program
-from msqkd.exporters.islands import run_island
 from msqkd.exporters.ms.check import check_program
 from msqkd.graph.capture import capture
+from msqkd.graph.islands import run_island
 from msqkd.integer.program import ActivationType, PadMode, Program, ReduceMode, Step, Tensor, TensorQuant
 from msqkd.integer.registry import ARM64, X86
 from msqkd.integer.simulator import Simulator

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from msqkd.data import ArraySplit
-from msqkd.train.evaluate import accuracy, accuracy_of, agreement, answers, input_batches
+from msqkd.data import ArraySplit, InputSpec, TensorSplit
+from msqkd.errors import ModelError
+from msqkd.train.evaluate import accuracy, agreement, answers, input_batches, output_arrays
+from msqkd.train.metric import accuracy_of
 
 IMAGES = np.random.default_rng(0).normal(size=(11, 1, 2, 2)).astype(np.float32)
 LABELS = np.arange(11, dtype=np.int32) % 3
@@ -69,3 +71,23 @@ def test_accuracy_and_agreement_are_in_percent() -> None:
     net = Net()
     best = answers(net, perfect, 5).argmax(-1).astype(np.int32)
     assert accuracy(net, ArraySplit(IMAGES, best, ("a", "b", "c"), name="toy"), 5) == 100.0
+
+
+def test_outputs_of_several_rows_a_sample_are_cut_with_the_last_batch() -> None:
+    def rows(x: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:
+        return x.reshape(-1, 2), x
+
+    flat, plain = output_arrays(rows, SPLIT, 4)
+    np.testing.assert_array_equal(flat, IMAGES.reshape(-1, 2))
+    np.testing.assert_array_equal(plain, IMAGES)
+    (only,) = output_arrays(rows, SPLIT, 4, (1,))
+    np.testing.assert_array_equal(only, IMAGES)
+    with pytest.raises(ModelError, match=r"output 0 has shape \(\) for 4 samples; each needs as many rows"):
+        output_arrays(lambda x: x.sum(), SPLIT, 4)
+
+
+def test_every_input_is_fed_in_order() -> None:
+    specs = (InputSpec("a", (4,)), InputSpec("b", (), "int32"))
+    split = TensorSplit((IMAGES.reshape(11, 4), np.arange(11)), LABELS, specs)
+    (found,) = output_arrays(lambda a, b: a * b.reshape(-1, 1), split, 4)
+    np.testing.assert_allclose(found, IMAGES.reshape(11, 4) * np.arange(11)[:, None], rtol=1e-6)

@@ -175,7 +175,7 @@ def test_a_kill_between_the_last_step_and_its_evaluation_loses_no_accuracy(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_SAVE_SECONDS", -1.0)  # every step
-        patch.setattr(loop, "accuracy", killed)
+        patch.setattr(loop, "measured", killed)
         with pytest.raises(Killed):
             run(training(tmp_path, split()))
     assert told(run(training(tmp_path, split()))) == whole[1]

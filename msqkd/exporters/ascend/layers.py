@@ -68,7 +68,7 @@ def ascend_layers(graph: Graph, plan: QuantPlan) -> dict[str, AscendLayer]:
     if plan.target != ASCEND.name:
         raise ExportError(f"the plan is made for the target '{plan.target}'; allowed: '{ASCEND.name}'")
     relus = {node.fused_into: graph.node(node.name) for node in plan.nodes if node.fused_into}
-    quants = plan.with_weight_observers(graph).weights
+    quants = plan.with_weight_observers(graph).int8_weights()
     return {
         node.name: _layer(graph, plan, node, quants[node.name], relus.get(node.name))
         for node in graph.nodes

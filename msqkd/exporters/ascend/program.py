@@ -7,9 +7,10 @@ from typing import Any, Optional
 import numpy as np
 
 from msqkd.exporters.ascend.layers import AscendLayer, ascend_layers
-from msqkd.exporters.islands import cut, is_tensor
 from msqkd.graph.ir import Graph, Node, unique_name
+from msqkd.graph.islands import cut, is_tensor
 from msqkd.integer.program import ISLAND, Format, Program, Step, Tensor, TensorQuant
+from msqkd.quant.integers import round_stored
 from msqkd.quant.plan import QuantPlan
 
 _CONV_ATTRS = ("stride", "dilation", "pad_list", "group")
@@ -29,7 +30,7 @@ def ascend_program(graph: Graph, plan: QuantPlan, batch: int = 1) -> Program:
         PlanError: a range is missing.
         ExportError: a layer has something the NPU cannot represent; see `ascend_layers`.
     """
-    return _Builder(graph, ascend_layers(graph, plan), batch).build()
+    return _Builder(round_stored(graph, plan), ascend_layers(graph, plan), batch).build()
 
 
 class _Builder:

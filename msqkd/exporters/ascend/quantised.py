@@ -23,10 +23,11 @@ from mindspore.ops.operations import _inner_ops
 from msqkd.errors import ExportError
 from msqkd.exporters.ascend.layers import AscendLayer, ascend_layers
 from msqkd.exporters.lite import strip_bookkeeping
-from msqkd.exporters.portable import write_cell
+from msqkd.exporters.mindir_file import write_cell
 from msqkd.files import PathLike, write_bytes
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph, Node, TensorType, Value
+from msqkd.quant.integers import round_stored
 from msqkd.quant.plan import QuantPlan
 
 
@@ -74,7 +75,7 @@ def export_ascend(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int
     layers = ascend_layers(graph, plan)
     if not layers:
         raise ExportError(f"{Path(file).name}: nothing in the network is int8 on the target; there is nothing to write")
-    graph, hooks = _with_integers(graph, layers)
+    graph, hooks = _with_integers(round_stored(graph, plan), layers)
     inputs = [fixed_input(graph, name, batch_size) for name in graph.inputs]
     cell = to_cell(graph, hooks)
     for dequant in hooks.values.values():

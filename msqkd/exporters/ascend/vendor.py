@@ -13,10 +13,11 @@ import numpy as np
 from msqkd.errors import ExportError
 from msqkd.exporters.ascend.quantised import fixed_input
 from msqkd.exporters.converter import ACTIVATION_METHODS, command, ptq_config, write_calibration_bins
-from msqkd.exporters.portable import write_cell
+from msqkd.exporters.mindir_file import write_cell
 from msqkd.files import PathLike, write_text
 from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph
+from msqkd.quant.integers import on_grid
 from msqkd.quant.plan import QuantPlan
 
 Samples = Union[np.ndarray, Mapping[str, np.ndarray]]
@@ -74,7 +75,9 @@ def export_ascend_float(
     calibration = {
         name: write_calibration_bins(array, folder / folders[name], layout="NCHW") for name, array in arrays.items()
     }
-    cell = to_cell(_on_grid(graph, plan))
+    graph = graph.copy()
+    on_grid(graph, plan.with_weight_observers(graph).weights)
+    cell = to_cell(graph)
     model = write_cell(cell, [fixed_input(graph, name, 1) for name in graph.inputs], folder / _MODEL)
     words = command(_MODEL, _OUTPUT, _CONFIG, ascend=True)
     text = f'#!/bin/sh\n# Run where converter_lite is installed.\ncd "$(dirname "$0")" && exec {shlex.join(words)}\n'
@@ -110,16 +113,3 @@ def _by_input(graph: Graph, samples: Samples) -> dict[str, np.ndarray]:
         counts = ", ".join(f"{name} {len(array)}" for name, array in arrays.items())
         raise ExportError(f"the inputs have different numbers of calibration samples: {counts}")
     return arrays
-
-
-def _on_grid(graph: Graph, plan: QuantPlan) -> Graph:
-    """A copy whose int8 layers have quantised weights; a weight that others read too is theirs as it was."""
-    graph = graph.copy()
-    for name, quant in plan.with_weight_observers(graph).weights.items():
-        node = graph.node(name)
-        weight = node.inputs[1]
-        data = graph.params[weight].data
-        if len(graph.consumers(weight)) > 1:
-            weight = node.inputs[1] = graph.add_param(graph.unique_value(f"{name}.{weight}"), data)
-        graph.params[weight].data = quant.qparams(data).fake_quantize(data)
-    return graph

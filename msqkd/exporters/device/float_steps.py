@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from msqkd.exporters.device.int8_steps import conv_attrs, pool_attrs
-from msqkd.exporters.device.lower import FLOAT, NATIVE, NHWC, WEIGHT_FILE, Lowering, tensor_quant
+from msqkd.exporters.device.lower import FLOAT, NATIVE, NHWC, Lowering
 from msqkd.exporters.device.moves import concat, reshape, transpose
 from msqkd.exporters.device.slices import gather, pad, resize, split, strided_slice
 from msqkd.graph.ir import Node
-from msqkd.integer.program import ActivationType, Format, ReduceMode
-from msqkd.quant.uses import axes_of, is_global, pooling_of
+from msqkd.integer.program import ActivationType, ReduceMode
+from msqkd.quant.uses import axes_of, is_global, is_tanh_gelu, pooling_of
 
 _ACTIVATIONS = {
     "ReLU": ActivationType.RELU, "ReLU6": ActivationType.RELU6, "Sigmoid": ActivationType.SIGMOID,
@@ -24,8 +24,9 @@ _ACTIVATIONS = {
 _BINARY = {
     "Add": "AddFusion", "BiasAdd": "AddFusion", "Sub": "SubFusion", "Mul": "MulFusion", "Div": "DivFusion",
     "RealDiv": "DivFusion", "Adds": "AddFusion", "Subs": "SubFusion", "Muls": "MulFusion", "Divs": "DivFusion",
+    "Maximum": "Maximum", "Minimum": "Minimum",
 }  # fmt: skip
-_UNARY = {"Sqrt": "Sqrt", "Rsqrt": "Rsqrt", "Erf": "Erf", "Exp": "ExpFusion"}
+_UNARY = {"Sqrt": "Sqrt", "Rsqrt": "Rsqrt", "Erf": "Erf", "Exp": "ExpFusion", "Abs": "Abs", "Log": "Log"}
 _REDUCE = {
     "ReduceMean": ReduceMode.MEAN, "ReduceSum": ReduceMode.SUM, "SumExt": ReduceMode.SUM,
     "ReduceMax": ReduceMode.MAX, "ReduceMin": ReduceMode.MIN, "ReduceProd": ReduceMode.PROD,
@@ -44,18 +45,6 @@ def _is_float(low: Lowering, name: str) -> bool:
     return kind is not None and kind.dtype == FLOAT
 
 
-def _weight(low: Lowering, node: Node, data: np.ndarray, axes: tuple[int, ...]) -> str:
-    """The weight of `node`: float, or int8 with its parameters in a weight-only file."""
-    name = node.inputs[1]
-    format = Format.KHWC if data.ndim == 4 else Format.NHWC
-    quant = low.weights.get(node.name) if low.kind == WEIGHT_FILE else None
-    if quant is None:
-        return low.constant(name, data.transpose(axes), None, format)
-    qparams = quant.qparams(data)
-    integers = qparams.quantize(data).astype(np.int8)
-    return low.constant(name, integers.transpose(axes), tensor_quant(qparams), format)
-
-
 def _biases(low: Lowering, node: Node) -> list[str]:
     return [low.constant(name, low.graph.params[name].data) for name in node.inputs[2:]]
 
@@ -65,7 +54,7 @@ def _conv(low: Lowering, node: Node) -> bool:
         return False
     kernel = low.graph.params[node.inputs[1]].data
     _, channels, kernel_h, kernel_w = kernel.shape
-    inputs = [low.get(node.inputs[0], FLOAT, NHWC), _weight(low, node, kernel, (0, 2, 3, 1)), *_biases(low, node)]
+    inputs = [low.get(node.inputs[0], FLOAT, NHWC), low.stored_weight(node, kernel, (0, 2, 3, 1)), *_biases(low, node)]
     low.emit(node, "Conv2DFusion", inputs, conv_attrs(node, (kernel_h, kernel_w), channels), layout=NHWC)
     return True
 
@@ -75,7 +64,7 @@ def _dense(low: Lowering, node: Node) -> bool:
         return False
     inputs = [
         low.get(node.inputs[0], FLOAT, NATIVE),
-        _weight(low, node, low.dense_weight(node), (0, 1)),
+        low.stored_weight(node, low.dense_weight(node)),
         *_biases(low, node),
     ]
     low.emit(node, "MatMulFusion", inputs, {"transpose_b": True})
@@ -85,7 +74,11 @@ def _dense(low: Lowering, node: Node) -> bool:
 def _product(low: Lowering, node: Node) -> bool:
     """MatMul or BatchMatMul of two computed values, or of one with a parameter."""
     flags = [bool(low.graph.const(name)) for name in node.inputs[2:4]]
-    names = [_operand(low, name, NATIVE) for name in node.inputs[:2]]
+    names = [_operand(low, name, NATIVE) for name in node.inputs[:1]]
+    if node.name in low.weights:
+        names.append(low.stored_weight(node, low.graph.params[node.inputs[1]].data))
+    else:
+        names.append(_operand(low, node.inputs[1], NATIVE))
     attrs = {"transpose_a": flags[0], "transpose_b": flags[1]} if flags else {}
     low.emit(node, "MatMulFusion", names, attrs)
     return True
@@ -152,17 +145,10 @@ def _cast(low: Lowering, node: Node) -> bool:
     return True
 
 
-def _is_approximate(low: Lowering, node: Node) -> bool:
-    """Whether a GELU is the one with tanh: as an attribute, as an argument, or by its name."""
-    given = low.graph.const(node.inputs[1]) if len(node.inputs) > 1 else node.attrs.get("approximate")
-    default = "tanh" if node.op == "GeLU" else "none"
-    return (default if given is None else given) in ("tanh", 1)
-
-
 def _activation(low: Lowering, node: Node) -> bool:
     attrs: dict[str, Any] = {"activation_type": _ACTIVATIONS[node.op]}
     if "GELU" in node.op.upper():
-        attrs["approximate"] = _is_approximate(low, node)
+        attrs["approximate"] = is_tanh_gelu(low.graph, node)
     if node.op == "LeakyReLU":
         attrs["alpha"] = float(node.attrs["alpha"])
     layout = low.layout(node.inputs[0])
@@ -266,6 +252,53 @@ def _stack(low: Lowering, node: Node) -> bool:
     return True
 
 
+def _clamp(low: Lowering, node: Node) -> bool:
+    """A minimum behind a maximum, as far as there are ends."""
+    value, ends = node.inputs[0], [low.graph.const(name) for name in node.inputs[1:3]]
+    if not _is_float(low, value) or any(low.graph.values[name].kind != "const" for name in node.inputs[1:3]):
+        return False
+    steps = [(op, end) for op, end in zip(("Maximum", "Minimum"), ends) if end is not None]
+    if not steps:
+        return False
+    layout = low.layout(value)
+    for number, (op, end) in enumerate(steps, 1):
+        result = node.output if number == len(steps) else low.between(node.output, low.shapes[node.output], "raised")
+        bound = low.constant(f"{result}_end", np.array([end], np.float32))
+        low.emit(node, op, [low.get(value, FLOAT, layout), bound], value=result, layout=layout)
+        value = result
+    return True
+
+
+def _broadcast(low: Lowering, node: Node) -> bool:
+    """A sum with zeros of the shape asked for; the batch is that of the value."""
+    value, shape = node.inputs[0], low.shapes[node.output]
+    if not _computed(low, value) or not _is_float(low, value) or len(low.shapes[value]) != len(shape):
+        return False
+    if low.shapes[value][0] != shape[0]:
+        return False
+    zeros = low.constant(f"{node.output}_zeros", np.zeros((1, *shape[1:]), np.float32))
+    low.emit(node, "AddFusion", [low.get(value, FLOAT, NATIVE), zeros])
+    return True
+
+
+def _tile(low: Lowering, node: Node) -> bool:
+    """A Concat of the value with itself for every axis along which it is repeated."""
+    value = node.inputs[0]
+    times = low.graph.const(node.inputs[1]) if len(node.inputs) == 2 else None
+    if not isinstance(times, tuple) or not _is_float(low, value) or not _computed(low, value):
+        return False
+    shape = list(low.shapes[value])
+    repeats = [(axis, int(count)) for axis, count in enumerate(times) if count != 1]
+    if len(times) != len(shape) or not repeats or min(times) < 1:
+        return False
+    for number, (axis, count) in enumerate(repeats, 1):
+        shape[axis] *= count
+        result = node.output if number == len(repeats) else low.between(node.output, shape, "part")
+        low.emit(node, "Concat", [low.get(value, FLOAT, NATIVE)] * count, {"axis": axis}, value=result)
+        value = result
+    return True
+
+
 FLOAT_STEPS: dict[str, Callable[[Lowering, Node], bool]] = {
     "Conv2D": _conv,
     "Dense": _dense,
@@ -287,6 +320,9 @@ FLOAT_STEPS: dict[str, Callable[[Lowering, Node], bool]] = {
     "Pow": _power,
     "PowTensorScalar": _power,
     "Square": _power,
+    "ClampScalar": _clamp,
+    "BroadcastTo": _broadcast,
+    "Tile": _tile,
     "Cast": _cast,
     "Stack": _stack,
     "Pad": pad,

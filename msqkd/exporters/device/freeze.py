@@ -6,14 +6,14 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from msqkd.exporters.islands import cut, run_island
 from msqkd.graph.ir import Graph, Node, Value
+from msqkd.graph.islands import cut, run_island
+from msqkd.graph.passes.computed_weights import computed_from_constants
 
 _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "ScalarAdd": operator.add, "ScalarSub": operator.sub, "ScalarMul": operator.mul, "ScalarDiv": operator.truediv,
     "ScalarFloorDiv": operator.floordiv, "ScalarMod": operator.mod,
 }  # fmt: skip
-_RANDOM = ("Dropout", "DropoutExt", "RandomUniform", "UniformReal", "StandardNormal")
 
 
 def freeze(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -31,7 +31,7 @@ def freeze(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
             graph.nodes.remove(node)
     for node in graph.nodes:
         _join_literals(graph, node)
-    constant = _computed_from_constants(graph)
+    constant = computed_from_constants(graph)
     if constant:
         _replace(graph, constant)
     graph.prune()
@@ -59,17 +59,6 @@ def _join_literals(graph: Graph, node: Node) -> None:
             node.inputs[start : start + length] = [joined]
             later = ((first - length + 1, count) for first, count in node.sequences if first > start)
             node.sequences = (*(run for run in node.sequences if run[0] < start), *later)
-
-
-def _computed_from_constants(graph: Graph) -> list[Node]:
-    known: set[str] = set()
-    found = []
-    for node in graph.nodes:
-        fixed = all(graph.values[name].kind in ("param", "const") or name in known for name in node.inputs)
-        if fixed and node.op not in _RANDOM:
-            found.append(node)
-            known.update(node.outputs)
-    return found
 
 
 def _replace(graph: Graph, nodes: list[Node]) -> None:

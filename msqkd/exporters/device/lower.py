@@ -16,11 +16,13 @@ import numpy as np
 
 from msqkd.exporters.device.freeze import freeze
 from msqkd.exporters.device.shapes import Shape, concrete_shapes
-from msqkd.exporters.islands import cut
 from msqkd.exporters.lowering import lower_forms
 from msqkd.graph.ir import Graph, Node, TensorType, Value, unique_name
+from msqkd.graph.islands import cut
 from msqkd.integer.program import ISLAND, Format, Program, Step, Tensor, TensorQuant
-from msqkd.quant.plan import INT8, ActivationQuant, QuantPlan
+from msqkd.quant.config import INT8
+from msqkd.quant.integers import on_grid
+from msqkd.quant.plan import ActivationQuant, QuantPlan
 from msqkd.quant.qparams import QParams
 
 INT8_FILE, WEIGHT_FILE, FLOAT_FILE = "int8", "weight", "float"
@@ -38,7 +40,8 @@ def lite_program(graph: Graph, plan: QuantPlan, batch: int = 1, kind: str = INT8
     Args:
         graph, plan: the deployment graph and its plan; for ``int8`` every range known.
         batch: the batch the program is made for.
-        kind: ``int8`` (as planned), ``weight`` (float computation, weights stored as int8) or ``float``.
+        kind: ``int8`` (as planned; what the plan has as dynamic is weight-only), ``weight`` (float computation, weights
+            stored as int8) or ``float``.
 
     Raises:
         PlanError: a range is missing.
@@ -62,10 +65,11 @@ class Lowering:
         self.graph, self.plan = lower_forms(graph, plan) if kind == INT8_FILE else (graph.copy(), plan)
         self.program = Program(graph.name)
         self.shapes = concrete_shapes(self.graph, batch)
+        self.weights = self.plan.with_weight_observers(self.graph).weights if kind != FLOAT_FILE else {}
+        on_grid(self.graph, {name: quant for name, quant in self.weights.items() if self._is_folded(name)})
         freeze(self.graph, self.shapes)
         self.precision = {node.name: node.precision for node in self.plan.nodes}
         self.fused = {node.fused_into: node.name for node in self.plan.nodes if node.fused_into}
-        self.weights = self.plan.with_weight_observers(self.graph).weights if kind != FLOAT_FILE else {}
         self.columns: dict[str, Shape] = {}  # a flattened map, in its own layout -> its (C, H, W)
         self.homes: dict[str, tuple[str, tuple[int, ...]]] = {}  # value -> (dtype, layout) it was computed in
         self.held: dict[tuple[str, str, tuple[int, ...]], str] = {}  # (value, dtype, layout) -> tensor
@@ -125,6 +129,25 @@ class Lowering:
         if sizes is None:
             return weight
         return weight.reshape(-1, *sizes).transpose(NHWC).reshape(weight.shape)
+
+    def stored_weight(self, node: Node, data: np.ndarray, axes: tuple[int, ...] = ()) -> str:
+        """The constant of the weight of a float step: int8 with its parameters where it is stored so.
+
+        Args:
+            node: whose weight it is.
+            data: the weight, in any order of rows and columns.
+            axes: which transpose it to the order of the runtime.
+        """
+        quant = self.weights.get(node.name)
+        name = node.inputs[quant.index if quant is not None else 1]
+        format = Format.KHWC if data.ndim == 4 else Format.NHWC
+        axes = axes or tuple(range(data.ndim))
+        if quant is None:
+            return self.constant(name, data.transpose(axes), None, format)
+        qparams = quant.qparams(data)
+        return self.constant(
+            name, qparams.quantize(data).astype(np.int8).transpose(axes), tensor_quant(qparams), format
+        )
 
     def quant(self, value: str) -> TensorQuant:
         """Parameters of a quantised value."""
@@ -245,8 +268,14 @@ class Lowering:
         hint = f"{value}_to{_LAYOUT_NAMES.get(layout, '_turned')}"
         self._step(hint, Step("", "Transpose", [source, perm], [target], {}, quantized=dtype == "int8"))
 
+    def _is_folded(self, name: str) -> bool:
+        """Whether the node of a stored weight reads nothing computed, so that its result is a constant."""
+        return not self.graph.tensor_inputs(self.graph.node(name))
+
     def _island(self, node: Node) -> None:
         """A step that only MindSpore can compute; sizes it asks of tensors are computed inside it."""
+        if node.name in self.weights:
+            on_grid(self.graph, {node.name: self.weights[node.name]})
         island = cut(self.graph, [node])
         if island.outputs:
             inputs = [self.get(name, FLOAT, NATIVE) for name in island.inputs]

@@ -8,9 +8,9 @@ from typing import Optional
 import mindspore as ms
 import numpy as np
 
-from msqkd.exporters.islands import is_tensor
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph, Node
+from msqkd.graph.islands import is_tensor
 
 Shape = tuple[int, ...]
 

@@ -129,7 +129,11 @@ def gather(low: Lowering, node: Node) -> bool:
     else:
         found = low.constant(f"{node.output}_positions", indices.astype(np.int32))
     where = low.constant(f"{node.output}_axis", np.array([low.axis(value, axis_given, layout)], np.int32))
-    low.emit(node, "Gather", [low.get(value, dtype_of(low, node), layout), found, where], layout=layout)
+    if node.name in low.weights:
+        source = low.stored_weight(node, low.graph.params[value].data)
+    else:
+        source = low.get(value, dtype_of(low, node), layout)
+    low.emit(node, "Gather", [source, found, where], layout=layout)
     return True
 
 

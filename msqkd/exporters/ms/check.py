@@ -124,7 +124,7 @@ def _check_known(step: Step) -> None:
         ops = ", ".join(dict.fromkeys(node.op for node in step.attrs["graph"].nodes))
         raise ExportError(
             f"{title(step)}: no kernel of the runtime computes {ops}, so the network cannot be written as .ms; "
-            f"allowed: {', '.join(layout.TAGS)}"
+            f"allowed: {', '.join(layout.TAGS)}; the portable MindIR holds any operation"
         )
     if step.op not in layout.TAGS:
         raise ExportError(

@@ -56,6 +56,7 @@ _POOL = (
     "kernel_size:[long] strides:[long] pad:[long] pad_mode:byte round_mode:byte format:int global:bool " + _ACTIVATION
 )
 _PRIMITIVES: dict[str, tuple[int, str]] = {
+    "Abs": (1, ""),
     "Activation": (2, "activation_type:byte alpha:float min_val:float max_val:float approximate:bool"),
     "AddFusion": (5, _ACTIVATION),
     "AvgPoolFusion": (17, _POOL),
@@ -84,8 +85,11 @@ _PRIMITIVES: dict[str, tuple[int, str]] = {
         75,
         "begin_norm_axis:long epsilon:float=0.00001 elementwise_affine:bool begin_params_axis:long",
     ),
+    "Log": (79, ""),
     "MatMulFusion": (89, "transpose_a:bool transpose_b:bool " + _ACTIVATION),
+    "Maximum": (90, ""),
     "MaxPoolFusion": (92, _POOL),
+    "Minimum": (96, ""),
     "MulFusion": (99, _ACTIVATION),
     # The runtime reads the paddings from the second input, which has to be there.
     "PadFusion": (107, "paddings:skip padding_mode:byte constant_value:float"),

@@ -42,6 +42,7 @@ _ARITY = {
     "ReduceFusion": (2, 2), "Softmax": (1, 1), "LayerNormFusion": (3, 3), "BatchNorm": (3, 5), "Reshape": (2, 2),
     "Transpose": (2, 2), "PadFusion": (2, 2), "QuantDTypeCast": (1, 1), "Squeeze": (1, 1), "Unsqueeze": (1, 1),
     "ExpandDims": (2, 2), "Gather": (3, 3), "SliceFusion": (3, 3), "Split": (1, 1), "Flatten": (1, 1),
+    "Maximum": (2, 2), "Minimum": (2, 2), "Abs": (1, 1), "Log": (1, 1),
 }  # fmt: skip
 """The least and the greatest number of inputs."""
 
@@ -117,10 +118,23 @@ def _check_constant(place: Place, index: int, tensor: Tensor) -> None:
         place.refuse(f"its constant {tensor.name!r} is {tensor.dtype}; an int8 step needs int8")
     if tensor.dtype != "int8" or (place.op in _WEIGHTED and index == 1):
         return
+    if place.op == "Gather" and index == 0 and not place.quantized:
+        _check_rows(place, tensor)
+        return
     if not place.quantized:
         place.refuse(f"its constant {tensor.name!r} is int8; in a float step only a weight may be")
     if quant(tensor).per_channel:
         place.refuse(f"{tensor.name!r} has {quant(tensor).scale.size} scales; only weights may have several")
+
+
+def _check_rows(place: Place, table: Tensor) -> None:
+    """An embedding stored as int8: one scale, or one a row where rows are what is taken."""
+    count, axis = quant(table).scale.size, axis_of(place, int(place.constant(2)[0]), len(table.shape))
+    if count not in (1, table.shape[0]) or (count > 1 and axis):
+        place.refuse(
+            f"its table has {count} scales and it takes elements along axis {axis}; allowed is 1 or, along axis 0, "
+            f"{table.shape[0]}"
+        )
 
 
 def _check_integer_constants(place: Place) -> None:

@@ -5,7 +5,8 @@ What a program says and how the file says it:
 * A step with `quantized` is a node of quantType 5 and computes in int8. A ``QuantDTypeCast`` has quantType 0, whatever
   `quantized` says. Any other step is a float node.
 * Weight-only int8: a float step (`quantized` False) whose second input is a constant of dtype int8 with parameters, one
-  or one an output channel, in ``Conv2DFusion``, ``MatMulFusion`` or ``FullConnection``. The node has quantType 4, and
+  or one an output channel, in ``Conv2DFusion``, ``MatMulFusion`` or ``FullConnection``; or a ``Gather`` whose first
+  input is one, with parameters for all or for each row. The node has quantType 4, and
   the runtime turns the weight into float32 when it loads the file (its weight_decoder.cc). This form is written from
   the format's definition; it has not been run on a device.
 * Only int8 tensors carry quantisation parameters. Those of an int32 bias are never read by an int8 node, and would have

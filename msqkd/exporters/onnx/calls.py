@@ -120,7 +120,10 @@ class Call:
 
     def refusal(self, why: str) -> ExportError:
         """The error that says why this node cannot be written."""
-        return ExportError(f"{self.graph.name}: '{self.node.name}' ({self.node.op}) cannot be written as ONNX: {why}")
+        return ExportError(
+            f"{self.graph.name}: '{self.node.name}' ({self.node.op}) cannot be written as ONNX: {why}; the portable "
+            "MindIR holds any operation"
+        )
 
     def _positions(self, argument: int) -> list[int]:
         arguments = self.node.arguments()

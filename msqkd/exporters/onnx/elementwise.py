@@ -6,10 +6,11 @@ from functools import partial
 
 from msqkd.exporters.onnx.calls import Call
 from msqkd.exporters.onnx.table import writes
+from msqkd.quant.uses import is_tanh_gelu
 
 _UNARY = {
     "Abs": "Abs", "Ceil": "Ceil", "Erf": "Erf", "Exp": "Exp", "Floor": "Floor", "HSwish": "HardSwish", "Log": "Log",
-    "LogicalNot": "Not", "Neg": "Neg", "Reciprocal": "Reciprocal", "ReLU": "Relu", "Sigmoid": "Sigmoid",
+    "LogicalNot": "Not", "Mish": "Mish", "Neg": "Neg", "Reciprocal": "Reciprocal", "ReLU": "Relu", "Sigmoid": "Sigmoid",
     "Softplus": "Softplus", "Sqrt": "Sqrt", "Tanh": "Tanh",
 }  # fmt: skip
 _BINARY = {
@@ -56,10 +57,24 @@ def _silu(call: Call) -> None:
     call.emit("Mul", x, call.step("Sigmoid", x))
 
 
-@writes("GeLU")
+@writes("GeLU", "GeluExt")
 def _gelu(call: Call) -> None:
-    """The primitive is the approximation by tanh (Hendrycks and Gimpel, arXiv:1606.08415)."""
-    call.emit("Gelu", call.tensor(0), approximate="tanh")
+    """Exact or the approximation by tanh (Hendrycks and Gimpel, arXiv:1606.08415)."""
+    call.emit("Gelu", call.tensor(0), approximate="tanh" if is_tanh_gelu(call.graph, call.node) else "none")
+
+
+@writes("LeakyReLU")
+def _leaky_relu(call: Call) -> None:
+    call.emit("LeakyRelu", call.tensor(0), alpha=float(call.attribute("alpha")))
+
+
+@writes("PReLU")
+def _prelu(call: Call) -> None:
+    """One slope, or one a channel: ONNX broadcasts along the last axes."""
+    slope, planes = call.tensor(1), len(call.shape(0)) - 2
+    if call.shape(1) != (1,) and planes > 0:
+        slope = call.step("Unsqueeze", slope, call.constant(range(1, planes + 1)))
+    call.emit("PRelu", call.tensor(0), slope)
 
 
 @writes("Elu")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from msqkd.exporters.onnx.calls import Call
 from msqkd.exporters.onnx.table import writes
-
-_SAME, _VALID = 1, 2  # MindSpore's numbers of the padding modes
+from msqkd.quant.uses import POOL_MODES, Pooling, pooling_of
 
 
 @writes("Conv2D")
@@ -39,7 +40,7 @@ def _pads(
     if mode == "VALID":
         return [0, 0, 0, 0]
     if mode != "SAME":
-        raise call.refusal(f"its padding mode is {mode}; allowed: PAD (convolutions only), SAME, VALID")
+        raise call.refusal(f"its padding mode is {mode}; allowed: PAD, SAME, VALID")
     sizes = call.shape(0)[2:]
     if min(sizes) < 1:
         raise call.refusal("the height and width of its input must be known to pad it")
@@ -52,16 +53,48 @@ def _pads(
 
 @writes("MaxPool")
 def _max_pool(call: Call) -> None:
-    kernel, strides = (call.attribute(name)[-2:] for name in ("kernel_size", "strides"))
-    pads = _pads(call, str(call.attribute("pad_mode")).upper(), kernel, strides)
-    call.emit("MaxPool", call.tensor(0), kernel_shape=list(kernel), strides=list(strides), pads=pads)
+    call.emit("MaxPool", call.tensor(0), **_windows(call))
 
 
 @writes("AvgPool")
 def _average_pool(call: Call) -> None:
-    kernel, strides, mode = (call.literal(argument) for argument in (1, 2, 3))
-    pads = _pads(call, {_SAME: "SAME", _VALID: "VALID"}.get(mode, str(mode)), kernel, strides)
-    call.emit("AveragePool", call.tensor(0), kernel_shape=list(kernel), strides=list(strides), pads=pads)
+    pool = _pooling(call)
+    if pool.ceil and pool.counts_padding:
+        raise call.refusal("it rounds the number of windows up and counts what it pads with; allowed: one of the two")
+    call.emit("AveragePool", call.tensor(0), count_include_pad=int(pool.counts_padding), **_windows(call))
+
+
+def _pooling(call: Call) -> Pooling:
+    if not call.node.functional:
+        for name in ("kernel_size", "strides", "pad_mode"):
+            call.attribute(name)
+    elif (mode := [call.literal(argument) for argument in (1, 2, 3)][-1]) not in POOL_MODES:
+        raise call.refusal(f"its padding mode is {mode}; allowed: {', '.join(POOL_MODES.values())}")
+    return pooling_of(call.graph, call.node)
+
+
+def _windows(call: Call) -> dict[str, Any]:
+    """Kernel, strides and padding of a pool, as ONNX's attributes."""
+    pool = _pooling(call)
+    if pool.mode == "PAD":
+        top, bottom, left, right = pool.sides
+        pads = [top, left, bottom, right]
+    else:
+        pads = _pads(call, pool.mode, pool.kernel, pool.strides)
+    sizes = {"kernel_shape": list(pool.kernel), "strides": list(pool.strides)}
+    return {**sizes, "pads": pads, "ceil_mode": int(pool.ceil)}
+
+
+@writes("AdaptiveAvgPool2D")
+def _adaptive_average(call: Call) -> None:
+    sizes, wanted = call.shape(0)[2:], call.output_shape()[2:]
+    if wanted == (1, 1):
+        call.emit("GlobalAveragePool", call.tensor(0))
+        return
+    if len(sizes) != 2 or any(size < 1 or size % parts for size, parts in zip(sizes, wanted)):
+        raise call.refusal(f"it divides {sizes} into {wanted} parts; allowed: parts of equal size")
+    kernel = [size // parts for size, parts in zip(sizes, wanted)]
+    call.emit("AveragePool", call.tensor(0), kernel_shape=kernel, strides=kernel)
 
 
 @writes("ReduceMean")
@@ -140,6 +173,23 @@ def _layer_norm(call: Call) -> None:
         axis=norm_axis - rank,
         epsilon=float(call.literal(5)),
     )
+
+
+@writes("GroupNorm")
+def _group_norm(call: Call) -> None:
+    """The groups as the channels of an InstanceNormalization: ONNX has one factor a group where MindSpore has channels.
+
+    (N, C, ...) → (N, groups, rest) → normalised → (N, C, ...), with the factors and offsets as (C, 1 ...).
+    """
+    _only_first_result(call)
+    groups, shape = int(call.literal(1)), call.shape(0)
+    x = call.tensor(0)
+    ones, zeros = (call.writer.constant(np.full(groups, value, np.float32), "group") for value in (1, 0))
+    grouped = call.step("Reshape", x, call.constant((0, groups, -1)))
+    normal = call.step("InstanceNormalization", grouped, ones, zeros, epsilon=float(call.literal(4)))
+    planes = call.constant(range(1, len(shape) - 1))
+    factor, offset = (call.step("Unsqueeze", call.tensor(argument), planes) for argument in (2, 3))
+    call.emit("Add", call.step("Mul", call.step("Reshape", normal, call.step("Shape", x)), factor), offset)
 
 
 def _only_first_result(call: Call) -> None:

@@ -14,6 +14,11 @@ integers there is ``int8``.
 A runtime makes an int8 kernel of a layer only where QuantizeLinear follows it at once, or behind an activation that the
 saturation of the quantiser makes superfluous. Where neither holds (a symmetric ReLU, fewer than 8 bits) a second pair
 stands between them: activations are monotone, so rounding before and again behind gives the integers of rounding once.
+Weights of weight-only layers are int8 initialisers too, cast and multiplied by their scale before a float kernel reads
+them: of a DequantizeLinear before a product onnxruntime 1.31 makes one that quantises the other operand too. The inputs
+of dynamic layers are rounded row by row with ordinary operations, and multiplied in float: DynamicQuantizeLinear has
+one range for a whole batch, so that a sample's answer would depend on the others.
+
 A hard sigmoid in the kernel of the layer before it is that layer with a sixth of its weights and of its bias plus 3,
 saturated to 0 and 1 by the quantiser.
 """
@@ -33,12 +38,13 @@ from msqkd.exporters.onnx.table import find
 from msqkd.exporters.onnx.writer import ModelWriter, write_model
 from msqkd.files import PathLike
 from msqkd.graph.ir import Graph, Node
-from msqkd.quant.plan import INT8, QuantPlan
+from msqkd.quant.config import INT8
+from msqkd.quant.integers import bias_steps, scale_floor
+from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qparams import MAX_BITS, SCALE_FLOOR, QParams, quant_limits
 
 UINT8 = "uint8"
 _OFFSETS = {UINT8: 128, "int8": 0}  # what is added to the plan's integers
-_INT32_MAX = 2**31 - 1
 _SUMS = ("Conv2D", "Dense")  # operations that add their bias to sums of products of integers
 _ONE = np.asarray(1.0)
 _ENDS = {"ReLU": np.asarray(np.inf), "ReLU6": np.asarray(6.0)}  # where fused activations end upwards
@@ -117,8 +123,9 @@ class _Export:
         if kind == "const":
             return ""
         if kind != "param":
-            return self.edges.get((node.name, index), self.names[name])
-        if node.name in self.weights and index == 1:
+            source = self.edges.get((node.name, index), self.names[name])
+            return self._round_rows(node, source) if index == 0 and node.name in self.plan.dynamic else source
+        if node.name in self.weights and index == self.weights[node.name].index:
             return self._weight(node)
         if index == 2 and self._has_integer_bias(node):
             return self._bias(node)
@@ -214,21 +221,60 @@ class _Export:
         held = self.graph.params.get(value)
         return self.writer.parameter(value, self.graph.const(value) if held is None else held.data)
 
+    def _round_rows(self, node: Node, raw: str) -> str:
+        """The rounding of `msqkd.quant.fake_quant.FakeQuantDynamic`; returns the result's name."""
+        quant = self.plan.dynamic[node.name]
+        bottom_end, top_end = quant_limits(quant.bits)
+
+        def number(value: float) -> str:
+            return self.writer.constant(np.asarray(value, np.float32), "number")
+
+        def step(op: str, *inputs: str, **attrs: Any) -> str:
+            output = self.writer.unique(f"{node.name}.rows.{op}")
+            self.writer.node(op, inputs, [output], f"{node.name}.rows.{op}", **attrs)
+            return output
+
+        last = self.writer.constant(np.asarray([-1], np.int64), "axes")
+        low = step("Min", step("ReduceMin", raw, last, keepdims=1), number(0.0))
+        high = step("Max", step("ReduceMax", raw, last, keepdims=1), number(0.0))
+        span = step("Max", step("Neg", low), high) if quant.symmetric else step("Sub", high, low)
+        levels = number(top_end if quant.symmetric else top_end - bottom_end)
+        scale = step("Max", step("Div", span, levels), number(SCALE_FLOOR))
+        inverse = step("Div", number(1.0), scale)
+        if quant.symmetric:
+            bottom, top = number(bottom_end), number(top_end)
+        else:
+            bottom = step("Round", step("Mul", low, inverse))
+            top = step("Add", bottom, levels)
+        steps = step("Min", step("Max", step("Round", step("Mul", raw, inverse)), bottom), top)
+        return step("Mul", steps, scale)
+
     # -- weights --------------------------------------------------------------------------------------------------
     def _weight(self, node: Node) -> str:
         qparams = self._weight_parameters(node)
-        data = self.graph.params[node.inputs[1]].data
+        data = self.graph.params[node.inputs[self.weights[node.name].index]].data
+        integers = self.writer.derived(f"{node.name}.weight.int8", qparams.quantize(data).astype(np.int8))
+        if node.name not in self.int8:
+            return self._scaled_weight(node, integers, qparams, data.ndim)
         names = [
-            self.writer.derived(f"{node.name}.weight.int8", qparams.quantize(data).astype(np.int8)),
+            integers,
             self.writer.derived(f"{node.name}.weight.scale", self._weight_scale(node, qparams)),
             self.writer.derived(f"{node.name}.weight.zero_point", qparams.zero_point.astype(np.int8)),
         ]
         return self._dequantize(node, "weight", names, qparams)
 
+    def _scaled_weight(self, node: Node, integers: str, qparams: QParams, rank: int) -> str:
+        """A stored weight as float32, by a Cast and a product, which no runtime takes for a part of an int8 kernel."""
+        shape = [-1 if axis == qparams.axis else 1 for axis in range(rank)] if qparams.axis is not None else []
+        scale = self.writer.derived(f"{node.name}.weight.scale", qparams.scale.reshape(shape))
+        numbers, output = (self.writer.unique(f"{node.name}.weight.{what}") for what in ("numbers", "float"))
+        self.writer.node("Cast", [integers], [numbers], f"{node.name}.weight.Cast", to=self.writer.element("float32"))
+        self.writer.node("Mul", [numbers, scale], [output], f"{node.name}.weight.Mul")
+        return output
+
     def _bias(self, node: Node) -> str:
         qparams = self._weight_parameters(node)
-        steps = np.rint(self._bias_data(node) / (self._input_scale(node) * qparams.scale))
-        stored = np.clip(steps, -_INT32_MAX, _INT32_MAX).astype(np.int32)
+        stored = bias_steps(self._bias_data(node), float(self._input_scale(node)), qparams)
         names = [
             self.writer.derived(f"{node.name}.bias.int32", stored),
             self.writer.derived(f"{node.name}.bias.scale", self._input_scale(node) * self._weight_scale(node, qparams)),
@@ -236,7 +282,7 @@ class _Export:
         return self._dequantize(node, "bias", names, qparams)
 
     def _has_integer_bias(self, node: Node) -> bool:
-        return node.name in self.weights and node.op in _SUMS and len(node.inputs) == 3
+        return node.name in self.weights and node.name in self.int8 and node.op in _SUMS and len(node.inputs) == 3
 
     def _bias_data(self, node: Node) -> np.ndarray:
         """In float64 (C,), in units in which the weights are whole."""
@@ -245,12 +291,15 @@ class _Export:
 
     def _weight_parameters(self, node: Node) -> QParams:
         """Those of the plan; a channel all but dead has a wider scale, so that its int32 bias does not overflow."""
-        quant, weight = self.weights[node.name], self.graph.params[node.inputs[1]].data
+        quant = self.weights[node.name]
+        weight = self.graph.params[node.inputs[quant.index]].data
         if not self._has_integer_bias(node):
             return quant.qparams(weight)
-        bias = np.abs(self._bias_data(node))
-        least = (bias if quant.axis is not None else bias.max()) / (self._input_scale(node) * _INT32_MAX)
-        return quant.qparams(weight, np.maximum(least, SCALE_FLOOR))
+        tail = self.fused.get(node.name)
+        result = self.plan.activations.get(node.output if tail is None else tail.output)
+        output_scale = None if result is None else float(self.qparams[result.group].scale)
+        source_scale, per_tensor = float(self._input_scale(node)), quant.axis is None
+        return quant.qparams(weight, scale_floor(weight, self._bias_data(node), source_scale, output_scale, per_tensor))
 
     def _weight_scale(self, node: Node, qparams: QParams) -> np.ndarray:
         return qparams.scale / np.float32(6) if node.name in self.sixths else qparams.scale

@@ -8,8 +8,11 @@ from __future__ import annotations
 from functools import partial
 from math import prod
 
+import numpy as np
+
 from msqkd.exporters.onnx.calls import Call
 from msqkd.exporters.onnx.table import writes
+from msqkd.quant.uses import resize_flags
 
 _SIZES = {"ScalarAdd": "Add", "ScalarSub": "Sub", "ScalarMul": "Mul", "ScalarFloorDiv": "Div", "ScalarMod": "Mod"}
 
@@ -98,7 +101,46 @@ def _tile(call: Call) -> None:
     call.emit("Tile", call.tensor(0), call.sizes(call.elements(1)))
 
 
-@writes("Pad")
+_PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "edge", "circular": "wrap"}
+
+
+@writes("Pad", "MirrorPad")
 def _pad(call: Call) -> None:
-    begins, ends = zip(*call.attribute("paddings"))
-    call.emit("Pad", call.tensor(0), call.constant((*begins, *ends)))
+    """MirrorPad takes the amounts as a tensor, row by axis; Pad has them as an attribute."""
+    mirrored = call.node.op == "MirrorPad"
+    if mirrored and call.attribute("mode") != "REFLECT":
+        raise call.refusal(f"its mode is {call.attribute('mode')}; allowed: REFLECT")
+    begins, ends = zip(*(np.asarray(call.literal(1)).tolist() if mirrored else call.attribute("paddings")))
+    call.emit("Pad", call.tensor(0), call.constant((*begins, *ends)), mode="reflect" if mirrored else "constant")
+
+
+@writes("PadV3")
+def _pad_v3(call: Call) -> None:
+    """Amounts in pairs, from the last axis backwards, for as many axes as there are pairs."""
+    mode, rank = str(call.attribute("mode")), len(call.shape(0))
+    if mode not in _PAD_MODES or not call.node.attrs.get("paddings_contiguous", True):
+        raise call.refusal(f"its mode is {mode}; allowed: {', '.join(_PAD_MODES)}, with contiguous pairs")
+    flat = [int(amount) for amount in np.asarray(call.literal(1)).reshape(-1)]
+    missing = [0] * (rank - len(flat) // 2)
+    pads = (*missing, *flat[::2][::-1], *missing, *flat[1::2][::-1])
+    filling = call.literal(2) if mode == "constant" and len(call.node.inputs) > 2 else None
+    value = [] if filling is None else [call.number(float(np.reshape(filling, ())))]
+    call.emit("Pad", call.tensor(0), call.constant(pads), *value, mode=_PAD_MODES[mode])
+
+
+_RESIZED = {"ResizeNearestNeighbor": "nearest", "ResizeNearestNeighborV2": "nearest", "ResizeBilinearV2": "linear"}
+
+
+@writes(*_RESIZED)
+def _resize(call: Call) -> None:
+    """To the size of the result; of a neighbour halfway, MindSpore takes the later one."""
+    mode, sizes = _RESIZED[call.node.op], call.output_shape()[2:]
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise call.refusal("the height and width of its result are not known")
+    aligned, half_pixel = resize_flags(call.graph, call.node)
+    coordinates = "align_corners" if aligned else "half_pixel" if half_pixel else "asymmetric"
+    rounding = (
+        {} if mode == "linear" else {"nearest_mode": "floor" if coordinates == "asymmetric" else "round_prefer_ceil"}
+    )
+    attrs = {"axes": [2, 3], "mode": mode, "coordinate_transformation_mode": coordinates, **rounding}
+    call.emit("Resize", call.tensor(0), "", "", call.constant(sizes), **attrs)

@@ -43,6 +43,7 @@ def find(graph: Graph, node: Node) -> Emit:
     known = supported()
     if node.op not in _TABLE:
         raise ExportError(
-            f"{graph.name}: '{node.name}' is a {node.op}, which is not written as ONNX; allowed: {', '.join(known)}"
+            f"{graph.name}: '{node.name}' is a {node.op}, which is not written as ONNX; allowed: {', '.join(known)}; "
+            "the portable MindIR holds any operation"
         )
     return _TABLE[node.op]

@@ -3,12 +3,13 @@
 * Convolution followed by ``BiasAdd`` becomes ``Conv2D(x, weight, bias)``.
 * A matrix product with a parameter as ``nn.Dense`` writes it becomes ``Dense(x, weight, bias)``, weight of shape
   (out, in).
-* An addition or subtraction of "alpha times" with alpha = 1 is a plain one, and so is one (or a comparison) with a
-  number: the special operations lack CPU kernels in PYNATIVE_MODE.
+* An addition or subtraction of "alpha times" with alpha = 1 is a plain one, and so is one (or a comparison, or a mask)
+  with a number: the special operations lack CPU kernels in PYNATIVE_MODE.
 * A shape that is computed from nothing but the batch size is a literal.
 * ``Flatten`` becomes ``Reshape`` (int8 runtimes have no Flatten).
 * ``ops.matmul`` and ``@`` become what they compute: ``BatchMatMul``, ``MatMul``, or ``Dense`` where the second operand
   is the transpose of a parameter; a layer over more than two dimensions is one over rows, between two reshapes.
+* ``Identity`` is gone, but where it makes an input of the network an output.
 * A reshape of a reshape is one, and none where it gives the shape it came from: ``nn.Conv1d`` is then a convolution
   with its BatchNorm beside it.
 """
@@ -25,12 +26,13 @@ from msqkd.graph.passes.reshapes import merge_reshapes
 _WITH_ALPHA = {"AddExt": "Add", "SubExt": "Sub", "AddScalar": "Add", "SubScalar": "Sub"}
 _WITH_NUMBER = {
     "LessScalar": "Less", "GreaterEqualScalar": "GreaterEqual",
-    "FloorDivScalar": "FloorDiv", "RemainderTensorScalar": "FloorMod",
+    "FloorDivScalar": "FloorDiv", "RemainderTensorScalar": "FloorMod", "MaskedFillScalar": "MaskedFill",
 }  # fmt: skip
 
 
 def canonicalize(graph: Graph) -> None:
     """Apply every canonical form, in place."""
+    _drop_identities(graph)
     products(graph)
     for node in graph.nodes:
         if node.op == "MatMul" and _is_dense(graph, node):
@@ -46,6 +48,14 @@ def canonicalize(graph: Graph) -> None:
     _merge_biases(graph)
     merge_reshapes(graph)
     graph.prune()
+
+
+def _drop_identities(graph: Graph) -> None:
+    for node in [node for node in graph.nodes if node.op == "Identity"]:
+        source = node.inputs[0]
+        if graph.values[source].kind == "node" or node.output not in graph.outputs:
+            graph.replace_value(node.output, source)
+            graph.nodes.remove(node)
 
 
 def _is_dense(graph: Graph, node: Node) -> bool:

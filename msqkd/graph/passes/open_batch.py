@@ -113,7 +113,7 @@ def _size(graph: Graph, node: Node, size: int, twin: int, batches: tuple[int, in
     times, rest = divmod(size, batches[0])
     if rest or times * batches[1] != twin:
         raise _fixed(graph, node)
-    batch = _batch(graph)
+    batch = batch_size(graph)
     if times == 1:
         return batch
     output = graph.add_value(Value(graph.unique_value("batch_times"), "node"))
@@ -122,7 +122,7 @@ def _size(graph: Graph, node: Node, size: int, twin: int, batches: tuple[int, in
     return output
 
 
-def _batch(graph: Graph) -> str:
+def batch_size(graph: Graph) -> str:
     """The value of the batch size; what computes it comes first in the graph."""
     source, first = graph.inputs[0], graph.nodes[0]
     if first.op != "Shape" or first.inputs != [source]:

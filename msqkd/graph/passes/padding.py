@@ -43,6 +43,13 @@ def zero_padding(graph: Graph, node: Node) -> Optional[Sides]:
     return (*pairs[2], *pairs[3])
 
 
+def padded_shape(shape: tuple[int, ...], sides: Sides) -> tuple[int, ...]:
+    """The shape of a map (N, C, H, W) with `sides` around it; what is unknown (-1) stays so."""
+    top, bottom, left, right = sides
+    height, width = (s + more if s > 0 else -1 for s, more in zip(shape[2:], (top + bottom, left + right)))
+    return (*shape[:2], height, width)
+
+
 def _pairs(graph: Graph, node: Node) -> Optional[list[tuple[int, int]]]:
     """(before, after) of the last axes, in order, for a padding with the constant zero."""
     if node.op == "Pad":

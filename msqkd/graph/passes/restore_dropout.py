@@ -70,11 +70,14 @@ def find_dropout(net: Any, example: Example, graph: Graph, *, dynamic_batch: boo
     and are not found. The network is as before afterwards.
 
     Raises:
-        CaptureError: a place has no counterpart in `graph`, or a cell's rate is not known.
+        CaptureError: there is none, a place has no counterpart in `graph`, or a cell's rate is not known.
     """
     cells = _dropout_cells(net)
     if not cells:
-        return []
+        raise CaptureError(
+            f"{type(net).__name__}: dropout is asked for, and no cell of it drops anything (known are nn.Dropout, and "
+            "cells called DropPath, StochasticDepth or DropConnect, at a rate above 0); train it without dropout"
+        )
     with _marked({path: cell for path, (cell, *_) in cells.items()}):
         marked = capture(net, example, dynamic_batch=dynamic_batch)
     places = _places(marked, {path: settings for path, (_, *settings) in cells.items()})
@@ -96,8 +99,10 @@ def restore_dropout(graph: Graph, places: Sequence[DropoutPlace]) -> list[Dropou
     """
     missing = []
     for place in places:
-        nodes = {node.name: node for node in graph.nodes}
-        readers = [(nodes[name], index) for name, index in place.readers if name in nodes]
+        nodes = _by_name(graph)
+        found = [(nodes[name], name, index) for name, index in place.readers if name in nodes]
+        # What reads a value inside an operation that stands for several is that operation, by its one input.
+        readers = list(dict.fromkeys((node, index if node.name == name else 0) for node, name, index in found))
         readers = [(node, i) for node, i in readers if i < len(node.inputs) and node.inputs[i] == place.value]
         results = [i for i in place.results if graph.outputs[i] == place.value]
         if place.value not in graph.values or not (readers or results):
@@ -114,6 +119,11 @@ def restore_dropout(graph: Graph, places: Sequence[DropoutPlace]) -> list[Dropou
         for index in results:
             graph.outputs[index] = place.output
     return missing
+
+
+def _by_name(graph: Graph) -> dict[str, Node]:
+    """Every node by its name, and by those of the operations it stands for."""
+    return {part.name: node for node in graph.nodes for part in (*(node.body.nodes if node.body else ()), node)}
 
 
 def _dropout_cells(net: Any) -> dict[str, tuple[Any, float, str, bool]]:

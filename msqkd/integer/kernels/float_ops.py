@@ -192,6 +192,8 @@ _binary("AddFusion", np.add)
 _binary("SubFusion", np.subtract)
 _binary("MulFusion", np.multiply)
 _binary("DivFusion", np.divide)
+_binary("Maximum", np.maximum)
+_binary("Minimum", np.minimum)
 
 
 def _unary(op: str, function: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -204,6 +206,8 @@ def _unary(op: str, function: Callable[[np.ndarray], np.ndarray]) -> None:
 _unary("Sqrt", np.sqrt)
 _unary("Rsqrt", lambda x: 1 / np.sqrt(x))
 _unary("Erf", erf)
+_unary("Abs", np.abs)
+_unary("Log", np.log)
 
 
 @kernel("ExpFusion", kind=FLOAT32)

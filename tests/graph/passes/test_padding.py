@@ -75,6 +75,51 @@ def test_a_pooling_with_padding_is_one_node(network: Network, layer: str, op: st
     compare(net, graph)
 
 
+def test_a_maximum_whose_places_nobody_asks_for(network: Network) -> None:
+    net = network("return ops.max_pool2d(x, (3, 5), (2, 1), padding=(0, 2))")
+    graph = capture(net, X.shape[1:])
+    assert find_padded_pools(graph) == 1
+    (pool,) = graph.nodes
+    assert (pool.op, pool.outputs, pool.attrs["pad"]) == ("MaxPool", graph.outputs, (0, 0, 2, 2))
+    compare(net, graph)
+    asked = network("y, i = ops.max_pool2d(x, 3, 2, padding=1, return_indices=True)\nreturn y + i.astype(ms.float32)")
+    assert find_padded_pools(capture(asked, X.shape[1:])) == 0
+
+
+@pytest.mark.parametrize("options", ["3, 2, padding=1", "2, 2, padding=1, ceil_mode=True", "3, 1, padding=(1, 0)"])
+def test_an_average_that_counts_its_zeros_is_a_padding_and_an_average(network: Network, options: str) -> None:
+    net = network("return self.pool(x)", f"self.pool = nn.AvgPool2d({options}, pad_mode='pad')")
+    graph = capture(net, X.shape[1:])
+    assert find_padded_pools(graph) == 1
+    assert [(node.name, node.op, node.cell_path) for node in graph.nodes] == [
+        ("pool.pad", "Pad", "pool"),
+        ("pool", "AvgPool", "pool"),
+    ]
+    compare(net, graph)
+
+
+def test_pools_of_one_value(network: Network) -> None:
+    layers = (
+        "self.one = nn.AvgPool2d(3, 2, pad_mode='pad', padding=1)\n"
+        "self.two = nn.AvgPool2d(5, 2, pad_mode='pad', padding=2)\n"
+        "self.three = nn.MaxPool2d(3, 2, pad_mode='pad', padding=1)"
+    )
+    net = network("return self.one(x) + self.two(x) + self.three(x)", layers)
+    graph = capture(net, X.shape[1:])
+    assert find_padded_pools(graph) == 3
+    assert [node.name for node in graph.nodes] == ["one.pad", "one", "two.pad", "two", "add", "three", "add_1"]
+    compare(net, graph)
+
+
+def test_an_average_over_windows_beyond_its_zeros_stays_one_node(network: Network) -> None:
+    layer = "self.pool = nn.AvgPool2d(3, 2, pad_mode='pad', padding=1, ceil_mode=True)"
+    net = network("return self.pool(x)", layer)
+    graph = capture(net, X.shape[1:])
+    find_padded_pools(graph)
+    assert [(node.op, node.attrs["count_include_pad"]) for node in graph.nodes] == [("AvgPool", True)]
+    compare(net, graph)
+
+
 def test_zeros_around_a_map_without_negative_numbers(network: Network) -> None:
     layers = "self.pad = nn.ZeroPad2d(1)\nself.pool = nn.MaxPool2d(3, 2)"
     net = network("return self.pool(self.pad(ops.relu(x)))", layers)

@@ -10,8 +10,8 @@ from mindspore import nn, ops
 from msqkd.errors import CaptureError
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import to_cell
-from msqkd.graph.dropout import MaskedDropout
 from msqkd.graph.passes.fold_batchnorm import fold_batchnorm
+from msqkd.graph.passes.patterns import find_patterns
 from msqkd.graph.passes.restore_dropout import find_dropout, restore_dropout
 
 X = ms.Tensor(np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32) + 3.0)
@@ -110,6 +110,29 @@ def test_places_of_another_form_are_given_back() -> None:
     assert [node.op for node in other.nodes] == ["Dense"]
 
 
+class Swish(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.drop = nn.Dense(8, 8), nn.Dropout(p=0.5)
+
+    def construct(self, x: Any) -> Any:
+        x = self.dense(x)
+        y = self.drop(x)
+        return y * ops.sigmoid(y) + x
+
+
+def test_a_place_before_a_function_that_is_spelt_out() -> None:
+    net = Swish()
+    graph = capture(net, X)
+    places = find_dropout(net, X, graph)
+    find_patterns(graph)
+    assert restore_dropout(graph, places) == []
+    graph.check()
+    assert [node.op for node in graph.nodes] == ["Dense", "TrainingDropout", "SiLU", "Add"]
+    assert graph.nodes[2].inputs == graph.nodes[1].outputs
+    np.testing.assert_array_equal(to_cell(graph)(X).asnumpy(), net.set_train(False)(X).asnumpy())
+
+
 def test_a_graph_of_another_network_is_refused() -> None:
     with pytest.raises(CaptureError, match="Dense: the graph is not the capture of this network"):
         find_dropout(Block(), X, capture(nn.Dense(8, 8), X))
@@ -125,13 +148,7 @@ def test_a_rate_nobody_knows_is_refused() -> None:
         find_dropout(net, X, capture(net, X))
 
 
-@pytest.mark.parametrize(("mask", "leading"), [("sample", 1), ("channel", 2)])
-def test_a_mask_drops_wholes_and_keeps_the_mean(mask: str, leading: int) -> None:
-    cell = MaskedDropout(0.25, mask)
-    cell.set_train(True)
-    y = cell(ms.ops.ones((40, 30, 2, 2), ms.float32)).asnumpy().reshape(*(40, 30)[:leading], -1)
-    assert ((y == y[..., :1]).all(-1)).all()
-    assert set(np.unique(y)) == {np.float32(0), np.float32(1 / 0.75)}
-    unscaled = MaskedDropout(0.25, mask, scale=False)
-    unscaled.set_train(True)
-    assert set(np.unique(unscaled(ms.ops.ones((40, 30), ms.float32)).asnumpy())) <= {np.float32(0), np.float32(1)}
+def test_a_network_without_dropout_is_refused() -> None:
+    net = nn.Dense(8, 8)
+    with pytest.raises(CaptureError, match="Dense: dropout is asked for, and no cell of it drops anything"):
+        find_dropout(net, X, capture(net, X))

@@ -64,7 +64,7 @@ def run_island(graph: Graph, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         CaptureError: the graph has a data type msqkd does not know.
     """
     if graph not in _CELLS:
-        cell = to_cell(graph)
+        cell = to_cell(graph, shared=True)
         cell.graph = None  # a cell that held its own key would be kept for good
         _CELLS[graph] = cell
     found = _CELLS[graph](*(ms.Tensor(array) for array in arrays))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from mindspore import nn, ops
 
-from msqkd.exporters import islands
-from msqkd.exporters.islands import cut, is_tensor, run_island
+from msqkd.graph import islands
 from msqkd.graph.capture import capture
 from msqkd.graph.ir import Graph
+from msqkd.graph.islands import cut, is_tensor, run_island
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
@@ -84,7 +84,7 @@ def test_all_nodes_are_the_network(graph: Graph) -> None:
 def test_the_cell_is_built_once_and_goes_with_its_graph(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Any] = []
     original = islands.to_cell
-    monkeypatch.setattr(islands, "to_cell", lambda graph: built.append(1) or original(graph))
+    monkeypatch.setattr(islands, "to_cell", lambda *args, **options: built.append(1) or original(*args, **options))
     island = cut(graph, [graph.node("fc")])
     before = len(islands._CELLS)
     for _ in range(3):
