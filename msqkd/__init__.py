@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from msqkd.distill.losses import DistillLoss
     from msqkd.distill.step import DistillTrainOneStepCell
     from msqkd.quant.config import QuantConfig, Rule, WeightQuantizer
-    from msqkd.train.callbacks import ActQuantDelay
+    from msqkd.train.callbacks import ActQuantDelay, SaveQuantized
     from msqkd.train.step import TrainStep, WithLoss
 
 _avoid_slow_convolutions()
@@ -35,7 +35,7 @@ _HOMES = {
     "msqkd.distill.losses": ("DistillLoss",),
     "msqkd.distill.step": ("DistillTrainOneStepCell",),
     "msqkd.quant.config": ("QuantConfig", "Rule", "WeightQuantizer"),
-    "msqkd.train.callbacks": ("ActQuantDelay",),
+    "msqkd.train.callbacks": ("ActQuantDelay", "SaveQuantized"),
     "msqkd.train.step": ("TrainStep", "WithLoss"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -48,6 +48,7 @@ __all__ = [
     "QuantConfig",
     "QuantizationAwareTraining",
     "Rule",
+    "SaveQuantized",
     "TrainStep",
     "WeightQuantizer",
     "WithLoss",

@@ -26,6 +26,7 @@ from msqkd.quant.plan import QuantPlan
 from msqkd.quant.presets import preset as find_preset
 from msqkd.quant.ptq import Batches, batches_of, calibrate
 from msqkd.quant.qat import QuantCell, deployment_graph, needed_before_training, quantize_cell
+from msqkd.quant.schedule import DIRECT, QatSchedule
 
 _CONFIG = "_msqkd_quant_config"
 
@@ -125,6 +126,7 @@ def prepare_qat(
     preset: Optional[str] = None,
     dropout: bool = False,
     calib_dataset: Optional[Batches] = None,
+    schedule: QatSchedule = DIRECT,
 ) -> QuantCell:
     """The trainable quantised cell of `net`, with the settings recorded by `QuantizationAwareTraining`.
 
@@ -139,6 +141,7 @@ def prepare_qat(
             `msqkd.graph.passes.restore_dropout`).
         calib_dataset: unlabelled batches; needed where activations are quantised from the first step, or by an
             observer that cannot watch while training (percentile, kl, mse).
+        schedule: what of it is in force at which step (`msqkd.quant.schedule`).
 
     Raises:
         PlanError: a rule matches nothing, ranges are needed and `calib_dataset` is not given, or a dropout has no
@@ -165,7 +168,7 @@ def prepare_qat(
         raise PlanError(
             f"value '{early[0].name}' needs a range before training ({why}): give calib_dataset, or set act_quant_delay"
         )
-    return quantize_cell(graph, plan, batchnorm, dropout=places)
+    return quantize_cell(graph, plan, batchnorm, dropout=places, learn=True, schedule=schedule)
 
 
 class PTQNetwork:

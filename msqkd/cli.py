@@ -9,6 +9,8 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Callable, Optional
 
@@ -69,6 +71,38 @@ def run(
 
 
 @app.command()
+def train(
+    recipe: RecipeArgument,
+    rest: RestArgument = None,
+    output: OutputOption = None,
+    settings: SetOption = None,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Do the trainings of a recipe alone: float where asked, then QAT, with distillation where asked.
+
+    Nothing is calibrated or exported; `msqkd run` with the same recipe and folder goes on from there.
+    """
+    from msqkd.recipe import load_recipe
+
+    loaded = load_recipe(recipe, _overrides(settings, rest))
+    folder = output or Path("runs") / loaded.name
+    from msqkd.pipeline.run import train_recipe
+    from msqkd.progress import Reporter
+
+    with _resumable(folder):
+        result = train_recipe(loaded, folder, Reporter(), fresh)
+    if not result:
+        return  # of several workers the first tells
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(_accuracies(result))
+    console.print(f"checkpoints: {folder}; go on with: msqkd run {recipe}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def calibrate(
     recipe: RecipeArgument,
     rest: RestArgument = None,
@@ -89,14 +123,10 @@ def _run(recipe: str, overrides: list[str], output: Optional[Path], fresh: bool,
     from msqkd.pipeline.run import run_recipe
     from msqkd.progress import Reporter
 
-    # While it runs a network MindSpore answers Ctrl-C itself, by sending SIGTERM to the process.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with _resumable(folder):
         result = run_recipe(loaded, folder, Reporter(), fresh, train=train)
-    except KeyboardInterrupt:
-        text = f"\nstopped; everything so far is in {folder}: run the same command again to go on"
-        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
-        raise typer.Exit(130) from None
+    if not result:
+        return  # of several workers the first tells
     if as_json:
         keys = ("metric", "accuracy", "size_bytes", "int8_share", "seed", "versions", "sha256")
         found = {key: result[key] for key in keys}
@@ -107,11 +137,25 @@ def _run(recipe: str, overrides: list[str], output: Optional[Path], fresh: bool,
         raise typer.Exit(1)
 
 
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Ctrl-C ends the command with 130 and says where everything is."""
+    # While it runs a network MindSpore answers Ctrl-C itself, by sending SIGTERM to the process.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        text = f"\nstopped; everything so far is in {folder}: run the same command again to go on"
+        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
 def _without_values(parity: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in parity.items() if key != "values"}
 
 
-def _summary(result: dict[str, Any], folder: Path) -> None:
+def _accuracies(result: dict[str, Any]) -> Table:
+    """What every network of a result reached."""
     from msqkd.train.metric import Scale
 
     scale = Scale.of(result["metric"])
@@ -128,12 +172,16 @@ def _summary(result: dict[str, Any], folder: Path) -> None:
     }  # fmt: skip
     base = result["accuracy"]["float"]
     for key, title in names.items():
-        value = result["accuracy"][key]
+        value = result["accuracy"].get(key)
         if value is not None:
             delta = "" if key == "float" else f"{value - base:+.{scale.digits}f}"
             table.add_row(title, scale.number(value), delta)
+    return table
+
+
+def _summary(result: dict[str, Any], folder: Path) -> None:
     console = Console(highlight=False)
-    console.print(table)
+    console.print(_accuracies(result))
     sizes = result["size_bytes"]
     if sizes.get("int8"):
         console.print(
@@ -361,12 +409,19 @@ def main() -> None:
     sys.exit(code)
 
 
+def _worker() -> str:
+    """Which worker speaks, where msrun has started several."""
+    if "MS_ROLE" not in os.environ:
+        return ""
+    return f"worker {os.environ.get('RANK_ID', '?')}: " if os.environ["MS_ROLE"] == "MS_WORKER" else "scheduler: "
+
+
 def guarded(command: Callable[[], Any]) -> int:
     """Run `command`; what the user can mend is told in one sentence. Returns the exit code."""
     try:
         command()
     except MsqkdError as error:
-        Console(stderr=True, highlight=False).print(f"msqkd: {error}", markup=False, soft_wrap=True)
+        Console(stderr=True, highlight=False).print(f"msqkd: {_worker()}{error}", markup=False, soft_wrap=True)
         return 2
     except OSError as error:  # a full disk, a folder that went away
         place = f"{error.filename}: " if error.filename else ""

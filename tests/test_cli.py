@@ -36,7 +36,7 @@ def test_version(command: Command) -> None:
 def test_help_names_every_verb(command: Command) -> None:
     code, out, _ = command("--help")
     assert code == 0
-    assert all(verb in out for verb in ("run", "calibrate", "verify", "plan", "recipes", "doctor"))
+    assert all(verb in out for verb in ("run", "train", "calibrate", "verify", "plan", "recipes", "doctor"))
 
 
 def test_recipes_as_json(command: Command) -> None:

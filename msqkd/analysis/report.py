@@ -44,6 +44,7 @@ _TRAINING = {
     "float_ft": "Float, fine-tuned",
     "pretrain": "Float, from scratch",
 }
+_WAITED = 0.05  # the part of a training's time spent waiting for data from which it is told
 _FILES = {
     "float": "float",
     "int8": "int8",
@@ -459,6 +460,13 @@ def _one_training(name: str, training: dict[str, Any], mark: str, scale: Scale) 
     if skipped:
         steps = "step" if skipped == 1 else "steps"
         notes.append(f"{skipped} {steps} skipped because of a gradient that was not finite")
+    overflows = training.get("overflow_steps") or 0
+    if overflows:
+        steps = "step" if overflows == 1 else "steps"
+        notes.append(f"{overflows} {steps} skipped by the dynamic loss scale")
+    waited = training.get("data_share") or 0.0
+    if waited >= _WAITED:
+        notes.append(f"{waited:.0%} of the steps' time was spent waiting for data")
     if start is not None:
         line = " (dashed line)" if any(curve.marked is not None for curve in curves) else ""
         notes.append(f"activations are quantised from step {start} on{line}")

@@ -18,7 +18,8 @@ def read_arrays(request: Request) -> DataBundle:
     """A .npz file with train_images, train_labels, test_images, test_labels and, if wanted, classes (names).
 
     Images are uint8 (N, H, W, C), used as p / 255, or float (N, C, H, W), used as they are; both then go through
-    mean and std when given. Labels are integers (N,). Without names the classes are 0 to the greatest label.
+    mean and std when given. Labels are integers (N,). Without names the classes are 0 to the greatest label. Without
+    train_labels the training set has none, which is enough for a training that looks at no labels.
 
     For a network of other inputs than one image there is an array train_NAME and test_NAME for each of them in place of
     the images, used as it is, and labels are whatever the loss takes.
@@ -26,16 +27,19 @@ def read_arrays(request: Request) -> DataBundle:
     if request.inputs:
         return _several(request)
     path = request.file("an .npz file with " + ", ".join(_KEYS))
-    arrays = read_npz(path, _KEYS, ["classes"])
+    optional = ["train_labels", "classes"]
+    arrays = read_npz(path, [key for key in _KEYS if key not in optional], optional)
     if "classes" in arrays:
         classes = [str(name) for name in arrays["classes"].ravel()]
     else:
-        labels = [arrays[key] for key in _KEYS if key.endswith("labels")]
+        labels = [arrays[key] for key in arrays if key.endswith("labels")]
         # Labels of another kind than integers are refused with the rest of what a split checks.
         greatest = max((int(held.max()) for held in labels if held.size and held.dtype.kind in "iu"), default=-1)
         classes = [str(label) for label in range(greatest + 1)]
     train, test = (
-        request.arrays(part, _channels_first(arrays[f"{part}_images"], path.name), arrays[f"{part}_labels"], classes)
+        request.arrays(
+            part, _channels_first(arrays[f"{part}_images"], path.name), arrays.get(f"{part}_labels"), classes
+        )
         for part in ("train", "test")
     )
     return DataBundle(request.name, train, test)

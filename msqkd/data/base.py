@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional, Union
 
 import numpy as np
 
-from msqkd.data.augment import Augmentation
+from msqkd.data.augment import Augmentation, check_colour
 from msqkd.data.images import fit_images
 from msqkd.errors import DataError
 
@@ -79,6 +79,11 @@ class Split(ABC):
         An index outside [0, len) raises IndexError.
         """
 
+    @property
+    def augmented(self) -> bool:
+        """Whether `batch` may give other samples with `rng` than without; assumed where a split does not know."""
+        return True
+
     def labels_of(self, indices: np.ndarray) -> Optional[Arrays]:
         """The labels of the samples at `indices`."""
         return None if self.labels is None else taken(self.labels, indices)
@@ -129,6 +134,11 @@ class ImageSplit(Split):
         if (self._std <= 0).any():
             raise DataError(f"{name}: std is {list(std)}; every value must be greater than 0")
         self._augmentations = tuple(augmentations)
+
+    @property
+    def augmented(self) -> bool:
+        """See `Split.augmented`."""
+        return bool(self._augmentations)
 
     @abstractmethod
     def _fetch(self, indices: np.ndarray, rng: Optional[np.random.Generator]) -> np.ndarray:
@@ -199,6 +209,7 @@ class ArraySplit(ImageSplit):
                 f"{name}: the images have {native[0]} channels ({show_shape(native)}) "
                 f"and cannot be given the {shape[0]} of the input shape {show_shape(shape)}"
             )
+        check_colour(augmentations, shape[0], images.dtype, name)
         super().__init__(name, labels, classes, shape, mean, std, augmentations)
         self._images = images
 
@@ -219,6 +230,11 @@ class Subset(Split):
         self.name = split.name
         self.classes = split.classes
         self.shape = split.shape
+
+    @property
+    def augmented(self) -> bool:
+        """See `Split.augmented`."""
+        return self._split.augmented
 
     @cached_property
     def labels(self) -> Optional[Arrays]:  # type: ignore[override]

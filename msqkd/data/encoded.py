@@ -8,7 +8,7 @@ from typing import Optional, Union
 
 import numpy as np
 
-from msqkd.data.augment import Augmentation
+from msqkd.data.augment import Augmentation, check_colour
 from msqkd.data.base import ImageSplit, Shape
 from msqkd.data.images import encoded_batch
 from msqkd.errors import DataError
@@ -43,9 +43,15 @@ class EncodedSplit(ImageSplit):
             raise DataError(f"{name}: encoded images have 1 or 3 channels, the input shape has {shape[0]}")
         if labels is not None and len(labels) != len(sources):
             raise DataError(f"{name}: there are {len(sources)} images but {len(labels)} labels")
+        check_colour(augmentations, shape[0], np.dtype(np.uint8), name)
         super().__init__(name, labels, classes, shape, mean, std, augmentations)
         self._sources = sources
         self._random_crop = random_crop
+
+    @property
+    def augmented(self) -> bool:
+        """See `Split.augmented`."""
+        return self._random_crop or super().augmented
 
     def __len__(self) -> int:
         return len(self._sources)

@@ -60,7 +60,7 @@ class Request:
         self,
         part: str,
         images: np.ndarray,
-        labels: np.ndarray,
+        labels: Optional[np.ndarray],
         classes: Sequence[str],
         *,
         shape: Optional[Shape] = None,

@@ -133,6 +133,11 @@ class TensorSplit(Split):
             "or an object with __len__ and either batch(indices, rng) or __getitem__"
         )
 
+    @property
+    def augmented(self) -> bool:
+        """See `Split.augmented`: what a source does with `rng` is not known."""
+        return self._source is not None
+
     def __len__(self) -> int:
         return self._length
 

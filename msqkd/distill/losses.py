@@ -6,9 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Any, Callable, Optional, Union
 
+import mindspore as ms
+import numpy as np
 from mindspore import nn, ops
 
+from msqkd.distill.balance import BALANCES, RunningBalance
+from msqkd.distill.layers import Link
+from msqkd.distill.schedule import Schedule
 from msqkd.errors import PlanError, did_you_mean
+
+Scheduled = Union[float, Schedule]
 
 
 class SoftKL(nn.Cell):
@@ -34,7 +41,23 @@ class SoftMSE(nn.Cell):
         return ops.square(student - teacher).mean()
 
 
-SOFT_LOSSES: dict[str, Callable[[], nn.Cell]] = {"kl": SoftKL, "mse": SoftMSE}
+class SoftCosine(nn.Cell):
+    """1 − cosine of the angle between the logits, mean over the batch; the temperature plays no part.
+
+    The term by which DistilBERT aligns the directions of student and teacher (Sanh et al., arXiv:1910.01108, §3), here
+    on the outputs. It leaves the size of the logits to the other terms.
+    """
+
+    def construct(self, student, teacher, temperature):  # type: ignore[no-untyped-def]
+        """Logits of shape (N, classes), float32. Returns a scalar, 0 to 2."""
+        lengths = ops.square(student).sum(-1) * ops.square(teacher).sum(-1)
+        return (1.0 - (student * teacher).sum(-1) / ops.sqrt(lengths + _TINY)).mean()
+
+
+SOFT_LOSSES: dict[str, Callable[[], nn.Cell]] = {"kl": SoftKL, "mse": SoftMSE, "cosine": SoftCosine}
+COMBINES = ("weighted", "best")
+
+_TINY = 1e-12
 
 
 def hard_loss(name: str, label_smoothing: float = 0.1) -> Optional[nn.Cell]:
@@ -49,16 +72,59 @@ def hard_loss(name: str, label_smoothing: float = 0.1) -> Optional[nn.Cell]:
     return losses[name]()
 
 
+class BestTeacher(nn.Cell):
+    """For each sample the outputs of the teacher that knows its label best, by the least cross-entropy.
+
+    Args:
+        judged: number of the output the cross-entropy is computed of.
+        outputs: numbers of the outputs wanted.
+    """
+
+    def __init__(self, judged: int, outputs: Sequence[int]) -> None:
+        super().__init__(auto_prefix=False)
+        self.judged, self.outputs = judged, tuple(outputs)
+
+    def construct(self, teachers, labels):  # type: ignore[no-untyped-def]
+        """A tuple of the teachers' outputs, and labels int32 (N,). Returns a tuple of outputs."""
+        best = self._loss(teachers[0], labels)
+        chosen = ()
+        for index in self.outputs:
+            chosen = (*chosen, _output(teachers[0], index))
+        for teacher in teachers[1:]:
+            loss = self._loss(teacher, labels)
+            better = loss < best
+            best = ops.select(better, loss, best)
+            taken = ()
+            for place, index in enumerate(self.outputs):
+                mine, other = chosen[place], _output(teacher, index)
+                rows = better.reshape((-1,) + (1,) * (mine.ndim - 1))
+                taken = (*taken, ops.where(rows, other, mine))
+            chosen = taken
+        return chosen
+
+    def _loss(self, teacher, labels):  # type: ignore[no-untyped-def]
+        return ops.cross_entropy(_output(teacher, self.judged), labels, reduction="none")
+
+
 class DistillLoss(nn.Cell):
-    """(1 − alpha) · hard(student, labels) + alpha · soft(student, teacher, T).
+    """(1 − alpha) · hard(student, labels) + alpha · soft(student, teacher, T) + Σ weight · feature(student, teacher).
 
     Args:
         hard_loss: loss of (logits, labels), by name that of the first output; ``cross_entropy`` when not given, None
-            or ``none`` leaves the soft loss alone. A cell is called with all outputs of the student, then the labels.
-        soft_loss: ``kl``, ``mse``, or a cell of (student logits, teacher logits, temperature).
-        alpha: share of the soft loss, 0 to 1.
-        temperature: T > 0; higher temperatures show more of what the teacher thinks of wrong classes.
+            or ``none`` leaves it out. A cell is called with all outputs of the student, then the labels.
+        soft_loss: ``kl``, ``mse``, ``cosine``, or a cell of (student logits, teacher logits, temperature).
+        alpha: share of the soft loss, 0 to 1, or a `Schedule` of it.
+        temperature: T > 0, or a `Schedule` of it; higher temperatures show more of what the teacher thinks of wrong
+            classes.
         outputs: numbers of the outputs the soft loss is the mean over, where networks have several.
+        features: losses between values that student and teachers give behind their outputs, as `link_features` finds
+            them: the student one for each, a teacher one for each of its own.
+        balance: ``none``, or ``running`` (`msqkd.distill.balance.RunningBalance`).
+        weights: one number for each of several teachers, whose outputs then come as a tuple; None for a single one.
+        combine: what several teachers are to the soft loss: ``weighted``, the mean of their soft losses by `weights`,
+            or ``best``, for each sample the teacher with the least cross-entropy (needs labels int32 (N,)).
+
+    A scheduled number is a parameter that `set_step` sets; `DistillTrainOneStepCell` calls it.
 
     Raises:
         PlanError: a name or a number is out of range.
@@ -68,41 +134,116 @@ class DistillLoss(nn.Cell):
         self,
         hard_loss: Union[str, nn.Cell, None] = "cross_entropy",
         soft_loss: Union[str, nn.Cell] = "kl",
-        alpha: float = 0.3,
-        temperature: float = 5.0,
+        alpha: Scheduled = 0.3,
+        temperature: Scheduled = 5.0,
         outputs: Sequence[int] = (0,),
+        features: Sequence[Link] = (),
+        balance: str = "none",
+        weights: Optional[Sequence[float]] = None,
+        combine: str = "weighted",
     ) -> None:
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise PlanError(f"DistillLoss.alpha is {alpha}; allowed: 0 to 1")
-        if not 0 < temperature < math.inf:
-            raise PlanError(f"DistillLoss.temperature is {temperature}; allowed: above 0")
-        if isinstance(soft_loss, str) and soft_loss not in SOFT_LOSSES:
-            raise PlanError(
-                f"DistillLoss.soft_loss is '{soft_loss}'; allowed: {', '.join(SOFT_LOSSES)}"
-                f"{did_you_mean(soft_loss, SOFT_LOSSES)}"
-            )
+        if not all(0 <= number <= 1 for number in _ends(alpha)):
+            raise PlanError(f"DistillLoss.alpha is {_show(alpha)}; allowed: 0 to 1")
+        if not all(0 < number < math.inf for number in _ends(temperature)):
+            raise PlanError(f"DistillLoss.temperature is {_show(temperature)}; allowed: above 0")
+        for key, name, options in (
+            ("soft_loss", soft_loss, tuple(SOFT_LOSSES)), ("balance", balance, BALANCES), ("combine", combine, COMBINES)
+        ):  # fmt: skip
+            if isinstance(name, str) and name not in options:
+                raise PlanError(
+                    f"DistillLoss.{key} is '{name}'; allowed: {', '.join(options)}{did_you_mean(name, options)}"
+                )
         if not outputs or min(outputs) < 0:
             raise PlanError(f"DistillLoss.outputs is {list(outputs)}; allowed: at least one number from 0")
+        given = (1.0,) if weights is None else tuple(float(weight) for weight in weights)
+        if not given or not all(0 < weight < math.inf for weight in given):
+            raise PlanError(f"DistillLoss.weights is {list(given)}; allowed: a number above 0 for each teacher")
         self.hard: Any = _named_hard(hard_loss)
         self.soft = SOFT_LOSSES[soft_loss]() if isinstance(soft_loss, str) else soft_loss
-        self.has_hard = self.hard is not None and alpha < 1
-        self.alpha, self.temperature = float(alpha), float(temperature)
+        self.has_hard = self.hard is not None and min(_ends(alpha)) < 1
         self.on_first = isinstance(hard_loss, str)
         self.outputs = tuple(outputs)
+        numbers = {"alpha": alpha, "temperature": temperature}
+        self.schedules = {key: value for key, value in numbers.items() if isinstance(value, Schedule)}
+        self.alpha, self.temperature = (_number(key, value) for key, value in numbers.items())
+        self.several = weights is not None
+        self.weights = tuple(weight / sum(given) for weight in given)
+        self.best = BestTeacher(self.outputs[0], self.outputs) if self.several and combine == "best" else None
+        self._take_features(features)
+        terms = int(self.has_hard) + 1 + len(features)
+        self.balance = RunningBalance(terms) if balance == "running" and terms > 1 else None
+        for path, parameter in self.parameters_and_names():
+            parameter.name = (
+                f"distill.{path}"  # the compiler tells parameters apart by name, and a student may have any
+            )
+
+    def _take_features(self, features: Sequence[Link]) -> None:
+        for link in features:
+            if not 0 <= link.of < len(self.weights):
+                raise PlanError(f"DistillLoss.features: teacher {link.of} of {len(self.weights)}, counted from 0")
+        self.features = nn.CellList([link.loss for link in features])
+        # (which feature, its weight, its teacher, its place among that teacher's values, counted from the end)
+        counts = [sum(link.of == teacher for link in features) for teacher in range(len(self.weights))]
+        self.seen_of = tuple(counts)
+        self.watched = tuple(
+            (index, float(link.weight), link.of, sum(other.of == link.of for other in features[:index]))
+            for index, link in enumerate(features)
+        )
+
+    def set_step(self, step: int) -> None:
+        """Bring what is scheduled to its number at a training step, counted from 0."""
+        for key, schedule in self.schedules.items():
+            getattr(self, key).set_data(ms.Tensor(np.float32(schedule.at(step))))
 
     def construct(self, student, teacher, *labels):  # type: ignore[no-untyped-def]
-        """Student and teacher logits (N, classes) float32, or tuples of outputs, and labels. Returns a scalar."""
-        soft = self._soft(student, ops.stop_gradient(teacher))
-        if not self.has_hard:
-            return self.alpha * soft
-        return (1.0 - self.alpha) * self._hard(student, labels) + self.alpha * soft
+        """Student and teacher logits (N, classes) float32, or tuples of outputs, and labels. Returns a scalar.
 
-    def _soft(self, student, teacher):  # type: ignore[no-untyped-def]
-        """The mean over the outputs chosen."""
-        total = self.soft(_output(student, self.outputs[0]), _output(teacher, self.outputs[0]), self.temperature)
-        for index in self.outputs[1:]:
-            total = total + self.soft(_output(student, index), _output(teacher, index), self.temperature)
+        With `weights` the teacher's is a tuple, one entry a teacher.
+        """
+        teachers = ops.stop_gradient(teacher if self.several else (teacher,))
+        outputs, seen = _split(student, len(self.watched))
+        answers, known = (), ()
+        for index, count in enumerate(self.seen_of):
+            answer, values = _split(teachers[index], count)
+            answers, known = (*answers, answer), (*known, values)
+        terms, shares = (self._soft(outputs, answers, labels),), (self.alpha,)
+        if self.has_hard:
+            terms, shares = (self._hard(outputs, labels), *terms), (1.0 - self.alpha, *shares)
+        for index, weight, of, place in self.watched:
+            terms = (*terms, self.features[index](seen[index], known[of][place]))
+            shares = (*shares, weight)
+        if self.balance is not None:
+            return self._balanced(terms, shares)
+        total = shares[0] * terms[0]
+        for index in range(1, len(terms)):
+            total = total + shares[index] * terms[index]
+        return total
+
+    def _balanced(self, terms, shares):  # type: ignore[no-untyped-def]
+        factors = self.balance(*terms)
+        total = shares[0] * terms[0]
+        for index in range(1, len(terms)):
+            total = total + shares[index] * factors[index] * terms[index]
+        return total
+
+    def _soft(self, student, teachers, labels):  # type: ignore[no-untyped-def]
+        if self.best is not None:
+            return self._mean(student, self.best(teachers, labels[0]), True)
+        total = self._mean(student, teachers[0], False)
+        if not self.several:
+            return total
+        total = self.weights[0] * total
+        for index in range(1, len(self.weights)):
+            total = total + self.weights[index] * self._mean(student, teachers[index], False)
+        return total
+
+    def _mean(self, student, teacher, chosen):  # type: ignore[no-untyped-def]
+        """The mean over the outputs chosen; those of a teacher may be chosen already."""
+        total = 0.0
+        for place, index in enumerate(self.outputs):
+            wanted = teacher[place] if chosen else _output(teacher, index)
+            total = total + self.soft(_output(student, index), wanted, self.temperature)
         return total if len(self.outputs) == 1 else total / len(self.outputs)
 
     def _hard(self, student, labels):  # type: ignore[no-untyped-def]
@@ -116,5 +257,25 @@ def _output(outputs, index):  # type: ignore[no-untyped-def]
     return outputs[index] if isinstance(outputs, tuple) else outputs
 
 
+def _split(outputs, count):  # type: ignore[no-untyped-def]
+    """A network's outputs, and the last `count` of what it gives."""
+    return (outputs[:-count], outputs[-count:]) if count else (outputs, ())
+
+
 def _named_hard(loss: Union[str, nn.Cell, None]) -> Optional[nn.Cell]:
     return hard_loss(loss) if isinstance(loss, str) else loss
+
+
+def _ends(value: Scheduled) -> tuple[float, ...]:
+    return value.ends if isinstance(value, Schedule) else (value,)
+
+
+def _show(value: Scheduled) -> str:
+    return f"scheduled from {value.start} to {value.ends[1]}" if isinstance(value, Schedule) else str(value)
+
+
+def _number(key: str, value: Scheduled) -> Any:
+    """What the compiled loss reads: a constant, or a parameter."""
+    if isinstance(value, Schedule):
+        return ms.Parameter(ms.Tensor(np.float32(value.at(0))), key, requires_grad=False)
+    return float(value)

@@ -58,7 +58,7 @@ def lower_forms(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
         if decision.form == DEPTHWISE:
             _DEPTHWISE_FORMS.get(node.op, _average_to_conv)(graph, plan, node, decision)
         elif decision.form == HARD_SIGMOID:
-            _into_kernel_before(graph, node)
+            _into_kernel_before(graph, plan, node)
         elif node.op == "Conv2D" and is_padded_pointwise(graph, node):
             _embed_pointwise(graph, node)
     graph.prune()
@@ -189,7 +189,7 @@ def _to_depthwise(
     node.attrs = _valid_conv(kernel.shape[2:], channels, strides, group=channels)
 
 
-def _into_kernel_before(graph: Graph, node: Node) -> None:
+def _into_kernel_before(graph: Graph, plan: QuantPlan, node: Node) -> None:
     """clip((x + 3) / 6, 0, 1) as a ReLU of another convolution: the lower clip is the ReLU, the upper one the end of
     int8, as the range of the result is 0 to 1."""
     head = graph.producer(node.inputs[0])
@@ -200,6 +200,8 @@ def _into_kernel_before(graph: Graph, node: Node) -> None:
     offset = np.broadcast_to((offset + np.float32(3)) / np.float32(6), (channels,))
     names = [f"{head.name}.sixth_weight", f"{head.name}.sixth_bias"]
     arrays = [weight / np.float32(6), offset]
+    if head.name in plan.weights:
+        plan.weights[head.name] = plan.weights[head.name].divided(6)
     head.inputs[1:] = [
         graph.add_param(graph.unique_value(name), array.astype(np.float32), trainable=False)
         for name, array in zip(names, arrays)

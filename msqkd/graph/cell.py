@@ -41,17 +41,22 @@ class Hooks:
         values: value name -> cell applied to the value where it is computed (every reader gets the result).
         edges: (node name, input index) -> cell applied to that one input.
         observe: names of values returned beside the outputs, as they are before the cell of `values` is applied.
+        arguments: (node name, input index) -> cell applied to that input last, after the cell of `edges`.
+        results: value name -> cell applied to the value first, before it is observed or quantised.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     edges: Mapping[tuple[str, int], Any] = field(default_factory=dict)
     observe: Sequence[str] = ()
+    arguments: Mapping[tuple[str, int], Any] = field(default_factory=dict)
+    results: Mapping[str, Any] = field(default_factory=dict)
 
 
 def to_cell(graph: Graph, hooks: Optional[Hooks] = None, base: Optional[type] = None, *, shared: bool = False) -> Any:
     """Build an `nn.Cell` (a subclass of `base`, where given) that computes `graph`.
 
-    The cell works in GRAPH_MODE and PYNATIVE_MODE and can be trained (BatchNorm follows `set_train`). It carries its
+    The cell works in GRAPH_MODE and PYNATIVE_MODE and can be trained (BatchNorm follows `set_train`; with
+    `batchnorm_frozen` set, before a compilation, its statistics stand still). It carries its
     `graph` and its `source`. With `hooks.observe` it returns a tuple: the outputs, then the observed values.
 
     Its parameters are copies of the graph's arrays, or with `shared` those arrays themselves, for a cell that is only
@@ -65,7 +70,7 @@ def to_cell(graph: Graph, hooks: Optional[Hooks] = None, base: Optional[type] = 
     cell = load_class(source)()
     for name, value in writer.attributes.items():
         setattr(cell, name, value)
-    cell.graph = graph
+    cell.graph, cell.batchnorm_frozen = graph, False
     cell.source = source
     cell.parameter_names = {attribute: name for (kind, name), attribute in writer.names.items() if kind == "param"}
     cell.set_train(False)
@@ -96,7 +101,8 @@ class _Writer:
 
         graph = self.graph
         parent = base or nn.Cell
-        self.taken = {"self", *dir(parent), *vars(nn.Cell()), "graph", "source", "parameter_names", "gen_ops_prim"}
+        own = {"graph", "source", "parameter_names", "batchnorm_frozen", "gen_ops_prim"}
+        self.taken = {"self", *dir(parent), *vars(nn.Cell()), *own}
         arguments = [self._local(name) for name in graph.inputs]
         observed: dict[str, str] = {}
         for name in graph.inputs:
@@ -118,6 +124,10 @@ class _Writer:
         )
 
     def _produced(self, name: str, observed: dict[str, str]) -> None:
+        result = self.hooks.results.get(name)
+        if result is not None:
+            local = self._local(name)
+            self.lines.append(f"{local} = self.{self._attribute('result_' + local, result)}({local})")
         if name in self.hooks.observe:
             raw = self._local(name)
             if name in self.hooks.values:
@@ -211,7 +221,7 @@ class _Writer:
         train = self._attribute(f"train_{node.name}", ops.BatchNorm(True, epsilon, momentum))
         operands = ", ".join(args[:5])
         self.lines += [
-            "if self.training:",
+            "if self.training and not self.batchnorm_frozen:",
             f"    {target} = self.{train}({operands})[0]",
             "else:",
             f"    {target} = self.{infer}({operands})[0]",
@@ -219,10 +229,11 @@ class _Writer:
 
     def _argument(self, node: Node, index: int) -> str:
         text = self._read(node.inputs[index])
-        cell = self.hooks.edges.get((node.name, index))
-        if cell is None:
-            return text
-        return f"self.{self._attribute(f'quant_{_identifier(node.name)}_input{index}', cell)}({text})"
+        for kind, cells in (("quant", self.hooks.edges), ("argument", self.hooks.arguments)):
+            cell = cells.get((node.name, index))
+            if cell is not None:
+                text = f"self.{self._attribute(f'{kind}_{_identifier(node.name)}_input{index}', cell)}({text})"
+        return text
 
     def _read(self, name: str) -> str:
         value = self.graph.values[name]

@@ -14,6 +14,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
+from msqkd import parallel
+
 MASKS = {"element": None, "channel": 2, "sample": 1}
 """What is dropped as one: how many leading dimensions have a random number of their own; None for all."""
 
@@ -44,6 +46,7 @@ class CountedDropout(nn.Cell):
         self.threshold = _int32(round(rate * 2**32) - 2**31)
         self.step = _int32(_STEP)
         self.shifts = [(_int32(bits), _int32((1 << (32 - bits)) - 1), _int32(factor)) for bits, factor in _MIX]
+        self.rank = parallel.rank()
         self.calls = ms.Parameter(_int32(0), name=f"{name}.dropout_calls", requires_grad=False)
 
     def construct(self, x: Any) -> Any:
@@ -52,13 +55,13 @@ class CountedDropout(nn.Cell):
             return x
         call = ops.assign_add(self.calls, 1)
         shape = x.shape if self.leading is None else x.shape[: self.leading]
-        keep = self.keep(shape, call).reshape(shape + (1,) * (x.ndim - len(shape)))
+        keep = self.keep(shape, call, self.rank * shape[0]).reshape(shape + (1,) * (x.ndim - len(shape)))
         return x * (keep.astype(x.dtype) * self.factor)
 
-    def keep(self, shape: Any, call: Any) -> Any:
-        """Whether each of `shape` is kept at a call: a Tensor of bool (rows, columns)."""
+    def keep(self, shape: Any, call: Any, before: Any = 0) -> Any:
+        """Whether each of `shape` is kept at a call, after `before` rows of other workers: bool (rows, columns)."""
         rows, columns = shape[0], prod_of(shape[1:])
-        first = ops.arange(0, rows, dtype=ms.int32) * columns
+        first = (ops.arange(0, rows, dtype=ms.int32) + before) * columns
         bits = first.reshape(-1, 1) + ops.arange(0, columns, dtype=ms.int32).reshape(1, -1)
         bits = bits + (call * self.step + self.seed)
         for shift, mask, factor in self.shifts:

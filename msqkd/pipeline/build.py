@@ -11,7 +11,7 @@ from mindspore import nn
 
 from msqkd.checkpoints import LoadReport, load_checkpoint
 from msqkd.data import DataBundle, InputSpec, Split, as_tuple, load_data
-from msqkd.distill.losses import DistillLoss, hard_loss
+from msqkd.distill.losses import hard_loss
 from msqkd.errors import DataError, ModelError, did_you_mean
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import read_parameters, to_cell
@@ -22,6 +22,8 @@ from msqkd.quant.config import QuantConfig, Rule, WeightQuantizer
 from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.presets import preset
+from msqkd.quant.qparams import MIN_BITS
+from msqkd.quant.schedule import FRONT, BitStage, QatSchedule
 from msqkd.recipe import Recipe
 from msqkd.recipe.schema import ActivationOverride, ModelSection, TeacherSection, TrainSection, WeightOverride
 from msqkd.recipe.schema import Rule as RuleSection
@@ -162,13 +164,13 @@ def load_bundle(recipe: Recipe) -> DataBundle:
     )
 
 
-def check_classes(bundle: DataBundle, classes: int) -> None:
-    """Labels must be among the network's answers.
+def check_classes(bundle: DataBundle, classes: int, training: bool = True) -> None:
+    """Labels must be among the network's answers; those of the training set only where `training` needs them.
 
     Raises:
         DataError: a label is out of range, or a split has none.
     """
-    for split in (bundle.train, bundle.test):
+    for split in (bundle.train, bundle.test) if training else (bundle.test,):
         if split.labels_of(np.arange(1)) is None:
             raise DataError(f"{split.name} has no labels; training and evaluation need them")
         split.check_labels(classes)
@@ -268,22 +270,48 @@ def quant_settings(recipe: Recipe) -> tuple[QuantConfig, list[Rule]]:
     """The recipe's `quantization` section as default settings and rules, without those of a preset."""
     weight, activation = recipe.quantization.weight, recipe.quantization.activation
     default = QuantConfig(
-        weight_quantizer=WeightQuantizer(weight.bits, weight.per_channel, weight.observer),
+        weight_quantizer=WeightQuantizer(weight.bits, weight.per_channel, weight.observer, weight.learned),
         act_quant_dtype=activation.bits,
-        act_quant_delay=activation.delay,
+        act_quant_delay=activation.delay or 0,
+        act_quant_delay_epochs=activation.delay_epochs or 0,
         act_symmetric=activation.symmetric,
         act_observer=activation.observer,
         act_percentile=activation.percentile or QuantConfig.act_percentile,
+        act_learned=activation.learned,
         precision=recipe.quantization.precision,
     )
     rules = [_rule(i, section) for i, section in enumerate(recipe.quantization.rules)]
     return default, rules
 
 
-_WEIGHT_KEYS = {"bits": "weight.quant_dtype", "per_channel": "weight.per_channel", "observer": "weight.observer"}
+def qat_schedule(recipe: Recipe, steps_per_epoch: int) -> QatSchedule:
+    """What of the plan is in force at which step of the recipe's training."""
+    section = recipe.quantization
+    given, parts = section.schedule, section.schedule.progressive
+    epochs = (given.freeze_ranges_epoch, given.freeze_batchnorm_epoch)
+    bits = [BitStage(item.from_epoch * steps_per_epoch, item.weight, item.activation) for item in given.bits]
+    # The last stage is the plan: a rule may have given a layer fewer bits than the others.
+    bits[-1:] = [BitStage(stage.from_step, MIN_BITS, MIN_BITS) for stage in bits[-1:]]
+    freeze_ranges, freeze_batchnorm = (None if epoch is None else epoch * steps_per_epoch for epoch in epochs)
+    return QatSchedule(
+        stages=1 if parts is None else parts.stages,
+        interval=0 if parts is None else parts.interval or (parts.interval_epochs or 0) * steps_per_epoch,
+        order=FRONT if parts is None else parts.order,
+        bits=tuple(bits),
+        freeze_ranges=freeze_ranges,
+        freeze_batchnorm=freeze_batchnorm,
+        noise=section.noise,
+        pact_decay=section.activation.pact_decay or 0.0,
+    )
+
+
+_WEIGHT_KEYS = {
+    "bits": "weight.quant_dtype", "per_channel": "weight.per_channel", "observer": "weight.observer",
+    "learned": "weight.learned",
+}  # fmt: skip
 _ACTIVATION_KEYS = {
     "bits": "act_quant_dtype", "symmetric": "act_symmetric", "observer": "act_observer", "percentile": "act_percentile",
-    "delay": "act_quant_delay",
+    "delay": "act_quant_delay", "delay_epochs": "act_quant_delay_epochs", "learned": "act_learned",
 }  # fmt: skip
 
 
@@ -300,22 +328,3 @@ def _rule(index: int, section: RuleSection) -> Rule:
 def _renamed(section: WeightOverride | ActivationOverride, names: dict[str, str]) -> dict[str, Any]:
     given = section.model_dump(exclude_none=True)
     return {names[key]: value for key, value in given.items() if key in names}
-
-
-def distill_loss(recipe: Recipe, graph: Graph) -> Optional[DistillLoss]:
-    """The recipe's distillation loss for its captured network, or None without distillation.
-
-    Raises:
-        ModelError: as `training_loss`.
-    """
-    section = recipe.distillation
-    if section is None:
-        return None
-    hard: Any = section.hard_loss
-    if hard == "train_loss":
-        hard = training_loss(recipe.train, graph, "train")
-    elif hard == "label_smoothing":
-        smoothed = hard_loss(hard, section.label_smoothing or 0.0)
-        assert smoothed is not None
-        hard = OnFirst(smoothed)
-    return DistillLoss(hard, section.soft_loss, section.alpha, section.temperature, section.outputs)

@@ -7,21 +7,24 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Literal, Optional
+from typing import Any, Callable, Optional
 
 import mindspore as ms
 import numpy as np
 from mindspore import nn
 
+from msqkd import parallel
 from msqkd.analysis.layers import layer_table
 from msqkd.analysis.report import write_report
 from msqkd.checkpoints import LoadReport, load_checkpoint, save_checkpoint
-from msqkd.data import DataBundle, Split, as_tuple, subset
-from msqkd.distill.step import DistillTrainOneStepCell
+from msqkd.data import DataBundle, Split, subset
+from msqkd.distill.layers import Links
+from msqkd.distill.step import DistillTrainOneStepCell, Learners, Teachers
 from msqkd.errors import ModelError, PlanError
 from msqkd.files import write_json
 from msqkd.graph.capture import capture
-from msqkd.graph.cell import read_parameters, to_cell
+from msqkd.graph.cell import Hooks, read_parameters, to_cell
+from msqkd.graph.half import half_precision
 from msqkd.graph.ir import Graph
 from msqkd.graph.passes.restore_dropout import DropoutPlace, find_dropout
 from msqkd.pipeline.build import (
@@ -30,20 +33,22 @@ from msqkd.pipeline.build import (
     capture_network,
     check_classes,
     check_numbers,
-    distill_loss,
     example_input,
     load_bundle,
     load_network,
     metric_of,
     plan_graph,
+    qat_schedule,
     training_loss,
     try_loss,
 )  # fmt: skip
 from msqkd.pipeline.export import Exported, deviation_words, export_files, preflight
 from msqkd.pipeline.result import assemble, training_only_rows
 from msqkd.pipeline.rundir import RunDirectory
+from msqkd.pipeline.teacher_cache import TeacherCache
+from msqkd.pipeline.teaching import Teaching
 from msqkd.progress import Reporter
-from msqkd.quant.config import INT8
+from msqkd.quant.config import INT8, NONE
 from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.integers import round_biases
 from msqkd.quant.plan import QuantPlan
@@ -56,13 +61,14 @@ from msqkd.quant.qat import (
     training_graph,
     with_dropout,
 )
+from msqkd.quant.schedule import QatSchedule
 from msqkd.recipe import Recipe, TrainSection
+from msqkd.train.ema import AveragingOptimizer
 from msqkd.train.evaluate import input_batches, measured, output_arrays
 from msqkd.train.loop import Training, fit, steps_per_epoch
 from msqkd.train.metric import Metric, Outputs
-from msqkd.train.optimizer import make_optimizer
-from msqkd.train.step import TrainStep, WithLoss
-from msqkd.user_code import reason_of
+from msqkd.train.optimizer import check_decay, make_optimizer
+from msqkd.train.step import LossScale, TrainStep, WithLoss
 
 _SQNR_SAMPLES = 256
 
@@ -97,6 +103,9 @@ def run_recipe(
     Everything is kept in the folder: run again after an interruption, it goes on where it stopped, with the same
     result.
 
+    In a process that msrun started, all workers train together, and the first does the rest alone: for the others this
+    ends with the last training and returns an empty dictionary.
+
     Args:
         recipe: what to do.
         output: the folder; created when it does not exist.
@@ -107,10 +116,43 @@ def run_recipe(
     Raises:
         MsqkdError: whatever the user can mend.
     """
+    begun = _begun(recipe, output, reporter, fresh, train)
+    with begun.folder:
+        return begun.run()
+
+
+def train_recipe(
+    recipe: Recipe, output: Path, reporter: Optional[Reporter] = None, fresh: bool = False
+) -> dict[str, Any]:
+    """Do the trainings of a recipe alone, the float one included, and return what they reached.
+
+    `run_recipe` in the same folder goes on from there and trains nothing again.
+
+    Args:
+        recipe, output, reporter, fresh: as for `run_recipe`.
+
+    Returns:
+        ``name``, ``recipe_sha256``, ``seed``, ``metric``, ``accuracy`` (float, then each training), ``checkpoints``
+        (file by training) and ``training`` (history by training). Empty for all workers but the first.
+
+    Raises:
+        MsqkdError: whatever the user can mend.
+    """
+    begun = _begun(recipe, output, reporter, fresh, True)
+    with begun.folder:
+        return begun.train()
+
+
+def _begun(recipe: Recipe, output: Path, reporter: Optional[Reporter], fresh: bool, train: bool) -> _Run:
+    parallel.join()
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_seed(recipe.seed)
-    folder = RunDirectory(output, recipe, fresh, verb="run" if train else "calibrate")
-    return _Run(recipe, folder, reporter or Reporter(), train).run()
+    if parallel.is_first():
+        folder = RunDirectory(output, recipe, fresh, verb="run" if train else "calibrate")
+        parallel.from_first(folder.state)
+        return _Run(recipe, folder, reporter or Reporter(), train)
+    folder = RunDirectory.of_other_worker(output, parallel.from_first(None))
+    return _Run(recipe, folder, Reporter(quiet=True), train)
 
 
 def reopen(folder: RunDirectory, recipe: Recipe, reporter: Reporter) -> Exported:
@@ -152,10 +194,25 @@ class _Run:
         self._ptq()
         for role in self.trainings:
             self._training_stage(role)
+        if not parallel.is_first():
+            return {}
+        parallel.go_on_alone()
         if self.trainings:
             self._calibration()
         self._export()
         return self._report()
+
+    def train(self) -> dict[str, Any]:
+        """The trainings alone."""
+        self.reporter.stages = 2 + len(self.trainings)
+        for warning in self.recipe.warnings():
+            self.reporter.warn(warning)
+        self._preflight()
+        self._float_network()
+        self._plan_stage()
+        for role in self.trainings:
+            self._training_stage(role)
+        return self._trained() if parallel.is_first() else {}
 
     def _preflight(self) -> None:
         """What must be refused is refused now, not after hours of training."""
@@ -167,14 +224,17 @@ class _Run:
             captured, plan = plan_recipe(self.recipe)
             self._check_network(captured)
             graph = deployment_graph(captured)
-            steps_per_epoch(self.bundle.train, pretrain.batch_size)
+            steps_per_epoch(self.bundle.train, pretrain.samples_a_step)
         self._check_plan(plan)
         if self.trainings and self.recipe.train.dropout:
             with_dropout(training_graph(captured, self.recipe.quantization.batchnorm), self.dropout_places)
         preflight(self.recipe, graph, plan)
+        self._check_trainings(captured)
         self._try_losses(captured)
-        if self.trainings and self.recipe.distillation is not None and self.recipe.teacher.source != "self":
-            _ = self.other_teacher
+        if self.trainings and self.teaching is not None:
+            self.teaching.check(captured, self.bundle.train.batch(np.arange(1))[0])
+        if self.teacher_cache is not None:
+            self.teacher_cache.decide(captured)
 
     def _stage(self, name: str, title: str, work: Callable[[], Any], tell: Callable[[Any], str]) -> Any:
         self.reporter.stage(title)
@@ -186,6 +246,7 @@ class _Run:
         result = work()
         if isinstance(result, dict):
             result.setdefault("seconds", time.monotonic() - begin)
+        result = parallel.from_first(result)
         self.folder.finish(name, result)
         self.reporter.say(tell(result))
         return result
@@ -209,7 +270,8 @@ class _Run:
     def _plan_stage(self) -> None:
         def work() -> dict[str, Any]:
             rows = training_only_rows(self.captured)
-            write_json(self.folder.file("plan.json"), {**self.plan.to_dict(), "training_only": rows})
+            if parallel.is_first():
+                write_json(self.folder.file("plan.json"), {**self.plan.to_dict(), "training_only": rows})
             return {"int8_share": self.plan.int8_share()}
 
         self._stage(
@@ -255,7 +317,8 @@ class _Run:
             lambda: self._train(role),
             lambda r: self.metric.words(r["accuracy"]),
         )
-        untrained = self.folder.result("ptq" if quantised else "float")["accuracy"]
+        before = "ptq" if quantised and self.folder.done("ptq") else "float"
+        untrained = self.folder.result(before)["accuracy"]
         if self.metric.is_collapse(untrained, result["accuracy"]):
             scale = self.metric.scale
             self.warnings.append(
@@ -272,7 +335,9 @@ class _Run:
             cell = self._trained_cell(self.main)
             graph, plan = cell.sync()
             reference = self._reference()
-            found = self._calibrate(graph, plan).ranges()
+            # A step size that was trained is not measured anew: the weights have grown together with it.
+            trained = {name: span for name, span in plan.ranges().items() if plan.groups[name].learned != NONE}
+            found = {**self._calibrate(graph, plan).ranges(), **trained}
             candidates = {"trained": plan.ranges(), "calibrated": found}
             loss = {}
             for name, ranges in candidates.items():
@@ -333,7 +398,9 @@ class _Run:
             net = build_network(section, "model")
             load_checkpoint(net, str(self.folder.file("float.ckpt")))
         else:
-            net = self._loaded_network("model")
+            net, report = load_network(recipe.model, "model")
+            if report is not None:
+                self.loaded["model"] = report
         graph = capture_network(recipe, net)
         self._check_network(graph)
         return graph
@@ -351,46 +418,36 @@ class _Run:
 
     @cached_property
     def plan(self) -> QuantPlan:
-        return plan_graph(self.recipe, self.deployed)
+        return self._in_steps(plan_graph(self.recipe, self.deployed))
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.bundle.train, self.recipe.train.samples_a_step)
+
+    def _in_steps(self, plan: QuantPlan) -> QuantPlan:
+        """The plan with its delays in steps of the training, if there is one."""
+        return plan.in_steps(self._steps_per_epoch) if self.trainings else plan
 
     @cached_property
-    def teacher(self) -> Any:
-        return to_cell(self.captured) if self.recipe.teacher.source == "self" else self.other_teacher
-
-    def _loaded_network(self, role: Literal["model", "teacher"]) -> Any:
-        """The network of a section; what its checkpoint gave it is noted."""
-        net, report = load_network(self.recipe.model if role == "model" else self.recipe.teacher, role)
-        if report is not None:
-            self.loaded[role] = report
-        return net
+    def schedule(self) -> QatSchedule:
+        return qat_schedule(self.recipe, self._steps_per_epoch)
 
     @cached_property
-    def other_teacher(self) -> Any:
-        """A teacher that is not the float network itself, found to answer what the student is asked."""
-        net = self._loaded_network("teacher")
-        sample = [ms.Tensor(array) for array in as_tuple(self.bundle.train.batch(np.arange(1))[0])]
-        try:
-            found = net(*sample)
-        except Exception as error:  # MindSpore raises whatever its compiler met
-            shapes = " and ".join(str(tuple(item.shape)) for item in sample)
-            raise ModelError(
-                f"teacher: it cannot take the student's input of shape {shapes}: {reason_of(error)}"
-            ) from error
-        outputs = found if isinstance(found, tuple) else (found,)
-        assert self.recipe.distillation is not None
-        for number in self.recipe.distillation.outputs:
-            if number >= len(outputs):
-                raise ModelError(
-                    f"teacher: it has {len(outputs)} outputs, and no output {number} for distillation.outputs"
-                )
-            shape, wanted = tuple(outputs[number].shape), self.output_shapes[number]
-            wanted = tuple(1 if size < 0 else size for size in wanted[:1]) + wanted[1:]
-            if len(shape) != len(wanted) or any(b not in (a, -1) for a, b in zip(shape, wanted)):
-                which = "answers have" if number == 0 else f"output {number} has"
-                raise ModelError(
-                    f"teacher: its {which} shape {shape}, the student's {wanted}; they must have the same classes"
-                )
-        return net
+    def teaching(self) -> Optional[Teaching]:
+        return Teaching(self.recipe, self.loaded) if self.recipe.distillation is not None else None
+
+    @cached_property
+    def teachers(self) -> list[nn.Cell]:
+        return self.teaching.cells(self.captured) if self.teaching is not None else []
+
+    @cached_property
+    def teacher_cache(self) -> Optional[TeacherCache]:
+        """For the trainings with distillation, if one is still to be done."""
+        taught = [role for role in self.trainings if _ROLES[role][2]]
+        if all(self.folder.done(role) for role in taught):
+            return None
+        epochs = self.recipe.train.epoch_size * len(taught)
+        return TeacherCache(self.recipe, self.bundle.train, epochs, self.folder.path, self.reporter)
 
     # -- work -----------------------------------------------------------------------------------------------------
     def _check_network(self, graph: Graph) -> None:
@@ -413,16 +470,35 @@ class _Run:
                 f"{graph.name}: output {self.deployed_outputs[0]} has shape {shape}; top-1 accuracy is for classifiers "
                 "(N, classes); name another metric with evaluation.metric, and a loss with train.loss"
             )
-        check_classes(self.bundle, shape[1])
+        check_classes(self.bundle, shape[1], self._training_needs_labels)
+
+    @property
+    def _training_needs_labels(self) -> bool:
+        """Whether anything is trained that looks at the labels of the training set."""
+        if self.recipe.pretrain is not None or self.teaching is None:
+            return True
+        return self.teaching.needs_labels or not all(_ROLES[role][2] for role in self.trainings)
+
+    def _sections(self) -> dict[str, TrainSection]:
+        """The settings of the trainings still to be done, by their keys."""
+        pretrain = None if self.folder.done("float") else self.recipe.pretrain
+        sections = {"pretrain": pretrain, "train": self.recipe.train if self.trainings else None}
+        return {where: section for where, section in sections.items() if section is not None}
+
+    def _check_trainings(self, graph: Graph) -> None:
+        names = [name for name, parameter in graph.params.items() if parameter.trainable]
+        for where, section in self._sections().items():
+            check_decay(section, names, where)
+            if section.amp_level != "O0" and ms.get_context("device_target") == "CPU":
+                text = f"{where}.amp_level: {section.amp_level} computes in float16, which saves no time on CPU"
+                self.reporter.warn(text)
 
     def _try_losses(self, graph: Graph) -> None:
         """Losses against the labels that may not fit are computed once, before anything is trained."""
         recipe = self.recipe
-        sections = {"pretrain": None if self.folder.done("float") else recipe.pretrain}
-        sections["train"] = recipe.train if self.trainings else None
         tried: list[Any] = []
-        for where, section in sections.items():
-            if section is None or (self.metric.is_accuracy and section.loss is None):
+        for where, section in self._sections().items():
+            if self.metric.is_accuracy and section.loss is None:
                 continue
             named = recipe.distillation is not None and recipe.distillation.hard_loss != "train_loss"
             unused = where == "train" and section.loss is None and named and self.trainings == [self.main]
@@ -436,8 +512,8 @@ class _Run:
             raise PlanError(f"no layer of {plan.network} can be quantised on {self.recipe.target} ({share})")
         if not self.trainings:
             return
-        train = self.recipe.train
-        steps = train.epoch_size * steps_per_epoch(self.bundle.train, train.batch_size)
+        plan = self._in_steps(plan)
+        steps = self.recipe.train.epoch_size * self._steps_per_epoch
         delays = [(group.delay, group.name) for group in plan.groups.values()]
         delays += [(quant.delay, f"the input of {quant.node}") for quant in plan.dynamic.values()]
         late = next(((delay, name) for delay, name in delays if delay >= steps), None)
@@ -446,9 +522,20 @@ class _Run:
                 f"quantization.activation.delay is {late[0]} steps, but the training has {steps}: "
                 f"'{late[1]}' would never be quantised; choose a smaller delay or more epochs"
             )
+        if self.schedule.last_change() >= steps:
+            raise PlanError(
+                f"quantization.schedule changes something at step {self.schedule.last_change()}, counted from 0, but "
+                f"the training has {steps}; choose shorter intervals or more epochs"
+            )
 
     def _save_graph(self, graph: Graph, name: str) -> None:
-        save_checkpoint({key: param.data for key, param in graph.params.items()}, self.folder.file(name))
+        self._save({key: param.data for key, param in graph.params.items()}, name)
+
+    def _save(self, weights: dict[str, np.ndarray], name: str) -> None:
+        """Write a checkpoint, which is there for every worker when this ends."""
+        if parallel.is_first():
+            save_checkpoint(weights, self.folder.file(name))
+        parallel.wait()
 
     def _calibration_batch(self) -> int:
         return min(self.recipe.calibration.batch_size, len(self.calibration))
@@ -456,17 +543,18 @@ class _Run:
     def _measured(self, network: Any) -> float:
         """The metric of a network with all outputs on the test set."""
         size = self.recipe.data.eval_batch_size
-        return measured(network, self.bundle.test, size, self.metric, self.deployed_outputs)
+        return measured(network, self.bundle.test, size, self.metric, self.deployed_outputs, together=True)
 
     def _calibration_outputs(self, network: Any) -> Outputs:
         return output_arrays(network, self.calibration, self._calibration_batch(), self.deployed_outputs)
 
     def _reference(self) -> Outputs:
-        """What the trained network is to answer: what its teacher does, or the float network where that is no pattern
-        for all that is deployed."""
+        """What the trained network is to answer: what its only teacher does, or the float network where there are
+        several or that is no pattern for all that is deployed."""
         section = self.recipe.distillation
         taught = section is not None and self.deployed_outputs[0] in section.outputs
-        return self._calibration_outputs(self.teacher if taught and self._is_classifier else to_cell(self.captured))
+        alone = taught and self._is_classifier and len(self.teachers) == 1
+        return self._calibration_outputs(self.teachers[0] if alone else to_cell(self.captured))
 
     @property
     def _is_classifier(self) -> bool:
@@ -501,26 +589,36 @@ class _Run:
         ms.set_seed(self.recipe.seed)
         graph = capture_network(self.recipe, build_network(section, "model"))
         self._check_network(graph)
-        network = to_cell(with_dropout(graph, self._dropout(settings)))
+        network = self._float_cell(graph, settings)
         step = TrainStep(
             WithLoss(network, training_loss(settings, graph, "pretrain"), len(graph.inputs)),
-            self._optimizer(network, settings),
-            settings.clip_grad,
+            self._optimizer(network, settings, network),
+            **_step_options(settings),
         )
         history = self._fit("pretrain", "training from scratch", network, step, settings)
         read_parameters(network, graph)
         self._save_graph(graph, "float.ckpt")
         return history
 
-    def _optimizer(self, network: nn.Cell, settings: TrainSection) -> nn.Optimizer:
-        return make_optimizer(network, settings, steps_per_epoch(self.bundle.train, settings.batch_size))
+    def _optimizer(self, learners: nn.Cell, settings: TrainSection, network: nn.Cell) -> Any:
+        """Over what `learners` train, with an average of the network's weights where one is wanted."""
+        optimizer = make_optimizer(learners, settings, steps_per_epoch(self.bundle.train, settings.samples_a_step))
+        return optimizer if settings.ema is None else AveragingOptimizer(optimizer, network, settings.ema)
 
     def _fit(
-        self, key: str, title: str, network: Any, step: TrainStep, settings: TrainSection, delay: Optional[int] = None
+        self,
+        key: str,
+        title: str,
+        network: Any,
+        step: TrainStep,
+        settings: TrainSection,
+        delay: Optional[int] = None,
+        train: Optional[Split] = None,
     ) -> dict[str, Any]:
+        workers = f"/{parallel.size()} workers" if parallel.size() > 1 else ""  # their number decides what a step is
         training = Training(
-            title=title, key=f"{self.recipe.sha()}/{key}", network=network, step=step, settings=settings,
-            train=self.bundle.train,
+            title=title, key=f"{self.recipe.sha()}/{key}{workers}", network=network, step=step, settings=settings,
+            train=self.bundle.train if train is None else train,
             test=self.bundle.test, seed=self.recipe.seed, state_file=self.folder.file(f"{key}.state.npz"),
             eval_batch_size=self.recipe.data.eval_batch_size, activation_delay=delay,
             metric=self.metric, outputs=self.deployed_outputs,
@@ -530,42 +628,63 @@ class _Run:
     def _train(self, role: str) -> dict[str, Any]:
         title, quantised, distilled = _ROLES[role]
         settings = self.recipe.train
-        dropout = self._dropout(settings)
-        network = self._quantised_cell(dropout) if quantised else to_cell(with_dropout(self.captured, dropout))
-        optimizer = self._optimizer(network, settings)
-        graph, clip = self.captured, settings.clip_grad
-        inputs = len(graph.inputs)
-        loss = distill_loss(self.recipe, graph) if distilled else None
-        if loss is not None:
-            step: TrainStep = DistillTrainOneStepCell(network, self.teacher, loss, optimizer, clip, inputs)
+        graph = self.captured
+        inputs, options = len(graph.inputs), _step_options(settings)
+        teaching = self.teaching if distilled else None
+        links = teaching.links(graph) if teaching is not None else Links()
+        train = self.bundle.train
+        if quantised:
+            network = self._quantised_cell(settings, links.student)
         else:
-            step = TrainStep(WithLoss(network, training_loss(settings, graph, "train"), inputs), optimizer, clip)
+            network = self._float_cell(graph, settings, links.student)
+        if teaching is not None:
+            steps = settings.epoch_size * steps_per_epoch(self.bundle.train, settings.samples_a_step)
+            loss = teaching.loss(graph, links, steps)
+            optimizer = self._optimizer(Learners(network, loss), settings, network)
+            teachers: Teachers = self.teachers if loss.several else self.teachers[0]
+            if self.teacher_cache is not None and self.teacher_cache.used:
+                train, teachers = self.teacher_cache.split(self.teachers), self.teacher_cache.teachers
+            step: TrainStep = DistillTrainOneStepCell(network, teachers, loss, optimizer, inputs=inputs, **options)
+        else:
+            optimizer = self._optimizer(network, settings, network)
+            step = TrainStep(WithLoss(network, training_loss(settings, graph, "train"), inputs), optimizer, **options)
         delay = min((g.delay for g in self.plan.groups.values() if not g.fixed), default=None) if quantised else None
-        history = self._fit(role, title, network, step, settings, delay)
+        history = self._fit(role, title, network, step, settings, delay, train)
         result: dict[str, Any] = {"history": history}
         if quantised:
             network.set_phase(QUANTIZE)
             result["ranges"] = network.ranges()
+            scales = network.scales().items()
+            result["scales"] = {kind: {name: s.tolist() for name, s in found.items()} for kind, found in scales}
         result["accuracy"] = self._measured(network)
         weights = {p.name: p.asnumpy() for p in network.get_parameters() if p.name in network.graph.params}
-        save_checkpoint(weights, self.folder.file(f"{role}.ckpt"))
+        self._save(weights, f"{role}.ckpt")
         return result
 
     def _dropout(self, settings: TrainSection) -> Sequence[DropoutPlace]:
         return self.dropout_places if settings.dropout else ()
 
-    def _quantised_cell(self, dropout: Sequence[DropoutPlace]) -> QuantCell:
+    def _float_cell(self, graph: Graph, settings: TrainSection, observe: Sequence[str] = ()) -> Any:
+        trained = with_dropout(graph, self._dropout(settings))
+        return to_cell(trained, half_precision(trained, settings.amp_level, Hooks(observe=observe)))
+
+    def _quantised_cell(self, settings: TrainSection, observe: Sequence[str]) -> QuantCell:
         """The cell to train; where a range is needed before training it is calibrated with the layer's own observer."""
         plan = self.plan
         early = {group.name for group in needed_before_training(plan)}
         if early:
             found = self._observe(self.deployed, plan, "ranges before training", None, 99.99).ranges()
             plan = plan.with_ranges({name: span for name, span in found.items() if name in early})
-        return quantize_cell(self.captured, plan, self.recipe.quantization.batchnorm, dropout=dropout)
+        dropout, amp_level = self._dropout(settings), settings.amp_level
+        return quantize_cell(
+            self.captured, plan, self.recipe.quantization.batchnorm,
+            observe=observe, dropout=dropout, amp_level=amp_level, learn=True, schedule=self.schedule,
+        )  # fmt: skip
 
     def _trained_cell(self, role: str) -> QuantCell:
         ranges = {name: tuple(span) for name, span in self.folder.result(role)["ranges"].items()}
-        cell = quantize_cell(self.captured, self.plan.with_ranges(ranges), self.recipe.quantization.batchnorm)
+        plan = self.plan.with_ranges(ranges).with_scales(**self.folder.result(role)["scales"])
+        cell = quantize_cell(self.captured, plan, self.recipe.quantization.batchnorm)
         load_weights(cell, self.folder.file(f"{role}.ckpt"))
         cell.set_phase(QUANTIZE)
         return cell
@@ -585,6 +704,26 @@ class _Run:
         if self.recipe.target == "lite_arm":
             graph = round_biases(graph, plan)
         return Exported(self.recipe, self.captured, graph, plan, self.bundle.test, self.calibration)
+
+    def _trained(self) -> dict[str, Any]:
+        """What `train_recipe` returns."""
+        results = {role: self.folder.result(role) for role in ("float", *self.trainings)}
+        self._forget_states()
+        return {
+            "name": self.recipe.name,
+            "recipe_sha256": self.recipe.sha(),
+            "seed": self.recipe.seed,
+            "metric": self.metric.to_dict(),
+            "accuracy": {role: result["accuracy"] for role, result in results.items()},
+            "checkpoints": {role: f"{role}.ckpt" for role in results},
+            "training": {role: result["history"] for role, result in results.items() if result["history"]},
+        }
+
+    def _forget_states(self) -> None:
+        """Every training is done: what would continue it is of no more use."""
+        for pattern in ("*.state.npz", "*.state.*.npz", "teacher*.logits.*"):
+            for state in self.folder.path.glob(pattern):
+                state.unlink()
 
     # -- the report -----------------------------------------------------------------------------------------------
     def _report(self) -> dict[str, Any]:
@@ -606,10 +745,15 @@ class _Run:
             training_only_rows(self.captured),
         )
         write_report(result, folder.path)
-        for state in folder.path.glob("*.state.npz"):
-            state.unlink()
+        self._forget_states()
         self.reporter.say(f"{folder.file('report.html')}")
         return result
+
+
+def _step_options(settings: TrainSection) -> dict[str, Any]:
+    """What of a training's settings its step takes."""
+    scale = LossScale.of(settings.loss_scale)
+    return {"clip_grad": settings.clip_grad, "accumulate": settings.accumulate, "loss_scale": scale}
 
 
 def load_weights(cell: QuantCell, file: Path) -> None:

@@ -8,9 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from msqkd import parallel
 from msqkd.errors import ExportError, RecipeError
 from msqkd.exporters import FORMATS, Format
 from msqkd.files import sha256, write_json, write_text
+from msqkd.pipeline.lock import lock, release
 from msqkd.recipe import Recipe, dump_recipe
 
 _STATE = "state.json"
@@ -24,8 +26,8 @@ def export_name(recipe_name: str, form: Format) -> str:
 _TRAINED = "float|float_ft|float_kd|qat|qat_kd|pretrain"
 _EXPORTED = "|".join(".+" + re.escape(export_name("", form)) for form in FORMATS.values())
 _OURS = re.compile(
-    rf"state\.json|recipe\.yaml|plan\.json|(report|verify)\.(json|html)|bench\.(json|md)|({_TRAINED})\.(ckpt|state\.npz)|float\.mindir"
-    rf"|{_EXPORTED}"
+    rf"state\.json|recipe\.yaml|plan\.json|(report|verify)\.(json|html)|bench\.(json|md)|({_TRAINED})\.(ckpt|state(\.\d+)?\.npz)|float\.mindir"
+    rf"|teacher\d+\.logits\.(npy|npy\.part|json)|{_EXPORTED}"
 )
 _KEYS = ("verb", "recipe_sha256", "recipe", "stages")
 _BEGUN = {_STATE, "recipe.yaml"}
@@ -48,7 +50,7 @@ def writable_folder(path: Path) -> Path:
 
 
 class RunDirectory:
-    """The output folder of one recipe.
+    """The output folder of one recipe; a context manager that lets other processes have it afterwards.
 
     Args:
         path: created when it does not exist.
@@ -57,7 +59,7 @@ class RunDirectory:
         verb: the command that fills it, ``run`` or ``calibrate``.
 
     Raises:
-        ExportError: the folder cannot be written.
+        ExportError: the folder cannot be written, or another run is at work in it.
         RecipeError: it holds the run of another recipe; names the settings that differ.
     """
 
@@ -66,6 +68,21 @@ class RunDirectory:
         values: tuple[Any, ...] = (verb, recipe.sha(), recipe.to_dict(), {})
         self.state: dict[str, Any] = dict(zip(_KEYS, values))
         writable_folder(path)
+        lock(path)
+        try:
+            self._take(recipe, fresh)
+        except BaseException:
+            release(path)
+            raise
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        release(self.path)
+
+    def _take(self, recipe: Recipe, fresh: bool) -> None:
+        path = self.path
         strangers = [child.name for child in path.iterdir() if not self._is_ours(child)]
         if strangers and (fresh or not (path / _STATE).exists()):
             raise ExportError(
@@ -81,6 +98,26 @@ class RunDirectory:
         self._remove_temporaries()
         self._write()
         write_text(path / "recipe.yaml", dump_recipe(recipe))
+
+    @classmethod
+    def of_other_worker(cls, path: Path, state: dict[str, Any]) -> RunDirectory:
+        """The folder as a worker sees it that writes nothing there: the first one does.
+
+        Args:
+            path: the folder.
+            state: the first worker's.
+
+        Raises:
+            ExportError: this worker does not see the folder.
+        """
+        if not (path / _STATE).is_file():
+            raise ExportError(
+                f"output folder {path} is not the first worker's, whose {_STATE} is not there; "
+                "all workers need it on one file system: choose a shared folder with --output"
+            )
+        folder = cls.__new__(cls)
+        folder.path, folder.state = path, state
+        return folder
 
     @classmethod
     def finished(cls, path: Path) -> RunDirectory:
@@ -176,7 +213,8 @@ class RunDirectory:
     def finish(self, stage: str, result: Any) -> None:
         """Record a finished stage with its JSON-able result; its files are already written."""
         self.state["stages"][stage] = result
-        self._write()
+        if parallel.is_first():
+            self._write()
 
     def file(self, name: str) -> Path:
         """A file in the folder."""

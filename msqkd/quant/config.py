@@ -10,6 +10,11 @@ from msqkd.errors import PlanError, did_you_mean
 
 WEIGHT_OBSERVERS = ("minmax", "mse")
 ACTIVATION_OBSERVERS = ("minmax", "ema", "percentile", "kl", "mse")
+NONE, LSQ, PACT = "none", "lsq", "pact"
+WEIGHT_RULES = (NONE, LSQ)
+ACTIVATION_RULES = (NONE, LSQ, PACT)
+"""By which rule step sizes are trained (see `msqkd.quant.learned`), if any."""
+
 INT8, WEIGHT_ONLY, DYNAMIC, FLOAT_PRECISION = "int8", "weight-only", "dynamic", "float"
 PRECISIONS = (INT8, WEIGHT_ONLY, DYNAMIC, FLOAT_PRECISION)
 """How a layer is computed: in int8 with ranges known beforehand; in float with weights stored as integers; with weights
@@ -18,6 +23,7 @@ stored as integers and an input that is quantised by the range it has at each ca
 STORING = (WEIGHT_ONLY, DYNAMIC)
 """The precisions of layers that store integers and compute in float."""
 
+_DELAYS = ("act_quant_delay", "act_quant_delay_epochs")
 _DTYPE_BITS = {"int8": 8, "qint4x2": 4, "int4": 4}
 
 
@@ -41,7 +47,7 @@ def bits_of(dtype: Any, where: str) -> int:
     return bits
 
 
-def _check_observer(name: str, allowed: tuple[str, ...], where: str) -> None:
+def _check_name(name: str, allowed: tuple[str, ...], where: str) -> None:
     if name not in allowed:
         raise PlanError(f"{where} is '{name}'; allowed: {', '.join(allowed)}{did_you_mean(name, allowed)}")
 
@@ -54,15 +60,19 @@ class WeightQuantizer:
         quant_dtype: ``mindspore.int8``, 'int2' … 'int8', or the number of bits (2–8).
         per_channel: one scale per output channel instead of one per tensor.
         observer: ``minmax`` (scale from max|w|) or ``mse`` (the clipped maximum with the least squared error).
+        learned: ``lsq`` trains the scale (see `msqkd.quant.learned`), from 2 · mean|w| / √(2^(b−1)−1) on, or from the
+            least squared error with the observer ``mse``; ``none`` takes it from the weight at each step.
     """
 
     quant_dtype: Any = "int8"
     per_channel: bool = False
     observer: str = "minmax"
+    learned: str = NONE
 
     def __post_init__(self) -> None:
         bits_of(self.quant_dtype, "WeightQuantizer.quant_dtype")
-        _check_observer(self.observer, WEIGHT_OBSERVERS, "WeightQuantizer.observer")
+        _check_name(self.observer, WEIGHT_OBSERVERS, "WeightQuantizer.observer")
+        _check_name(self.learned, WEIGHT_RULES, "WeightQuantizer.learned")
 
     @property
     def bits(self) -> int:
@@ -79,9 +89,12 @@ class QuantConfig:
         act_quant_dtype: dtype of activations, as `WeightQuantizer.quant_dtype`; None is short for
             ``precision="float"``, and is not kept.
         act_quant_delay: training steps before activations are quantised; ranges are collected meanwhile.
+        act_quant_delay_epochs: the same in epochs, in place of `act_quant_delay`.
         act_symmetric: symmetric activations (zero point 0); None lets the target decide.
         act_observer: minmax, ema, percentile, kl or mse.
         act_percentile: share in percent kept by the percentile observer (90–100).
+        act_learned: ``lsq`` trains the scales from the observed range on, ``pact`` the upper ends of what is never
+            negative (see `msqkd.quant.learned`); ``none`` keeps the range.
         precision: one of `PRECISIONS`. ``weight-only`` uses the settings of weights alone, ``dynamic`` those and dtype,
             symmetry and delay of activations.
     """
@@ -93,6 +106,8 @@ class QuantConfig:
     act_observer: str = "ema"
     act_percentile: float = 99.99
     precision: str = INT8
+    act_quant_delay_epochs: int = 0
+    act_learned: str = NONE
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -114,14 +129,16 @@ class QuantConfig:
                 "WeightQuantizer(quant_dtype='int8', per_channel=True)"
             )
         bits_of(self.act_quant_dtype, "QuantConfig.act_quant_dtype")
-        _check_observer(self.act_observer, ACTIVATION_OBSERVERS, "QuantConfig.act_observer")
-        if (
-            isinstance(self.act_quant_delay, bool)
-            or not isinstance(self.act_quant_delay, int)
-            or self.act_quant_delay < 0
-        ):
+        _check_name(self.act_observer, ACTIVATION_OBSERVERS, "QuantConfig.act_observer")
+        _check_name(self.act_learned, ACTIVATION_RULES, "QuantConfig.act_learned")
+        for key, unit in (("act_quant_delay", "steps"), ("act_quant_delay_epochs", "epochs")):
+            delay = getattr(self, key)
+            if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
+                raise PlanError(f"QuantConfig.{key} is {delay!r}; allowed: a number of {unit}, 0 or more")
+        if self.act_quant_delay and self.act_quant_delay_epochs:
             raise PlanError(
-                f"QuantConfig.act_quant_delay is {self.act_quant_delay!r}; allowed: a number of steps, 0 or more"
+                f"QuantConfig.act_quant_delay is {self.act_quant_delay} and act_quant_delay_epochs "
+                f"{self.act_quant_delay_epochs}; give one of them"
             )
         if not 90 <= self.act_percentile <= 100:
             raise PlanError(f"QuantConfig.act_percentile is {self.act_percentile}; allowed: 90 to 100")
@@ -142,8 +159,8 @@ class QuantConfig:
         """A copy with some settings changed; keys are field names of QuantConfig and, for weights,
         ``weight.<field>``.
 
-        An `act_quant_dtype` without a `precision` says whether the layer is float: None makes it so, and a dtype
-        quantises a float layer again.
+        A delay in one unit takes the place of one in the other. An `act_quant_dtype` without a `precision` says
+        whether the layer is float: None makes it so, and a dtype quantises a float layer again.
         """
         allowed = self.as_changes()
         for key in changes:
@@ -153,6 +170,9 @@ class QuantConfig:
                 )
         weight = {key[7:]: value for key, value in changes.items() if key.startswith("weight.")}
         own = {key: value for key, value in changes.items() if not key.startswith("weight.")}
+        for key, other in (_DELAYS, _DELAYS[::-1]):
+            if key in own and other not in own:
+                own = {**own, other: 0}
         if "act_quant_dtype" in own and "precision" not in own:
             if own["act_quant_dtype"] is None:
                 own = {**own, "act_quant_dtype": self.act_quant_dtype, "precision": FLOAT_PRECISION}

@@ -8,8 +8,9 @@ from typing import Optional
 
 from msqkd.errors import PlanError
 from msqkd.graph.ir import Graph, Node
+from msqkd.graph.passes.padded_pools import NON_NEGATIVE
 from msqkd.quant import uses
-from msqkd.quant.config import DYNAMIC, FLOAT_PRECISION, INT8, STORING, WEIGHT_ONLY, QuantConfig, Rule
+from msqkd.quant.config import DYNAMIC, FLOAT_PRECISION, INT8, NONE, PACT, STORING, WEIGHT_ONLY, QuantConfig, Rule
 from msqkd.quant.plan import ActivationQuant, DynamicQuant, Group, NodePlan, QuantPlan, WeightQuant
 from msqkd.quant.rules import RuleBook
 from msqkd.targets import RESCALED, SHARED, SHARED_ROUNDED, WEIGHTED, Int8Op, Target, get_target
@@ -350,12 +351,21 @@ class _Placement:
                 f"{owner.name}: {self.target.name} clamps activations to 8 bits; "
                 f"{bits}-bit ranges are simulated in training only"
             )
-        group = Group(value, bits, symmetric, config.act_observer, config.act_percentile, config.act_quant_delay, rule)
+        group = Group(
+            value, bits, symmetric, config.act_observer, config.act_percentile, config.act_quant_delay, rule,
+            delay_epochs=config.act_quant_delay_epochs, learned=self._learned(config, source),
+        )  # fmt: skip
         fixed = self._fixed_range(source) if source is not None and not edges and self._gives_int8(source) else None
         if fixed is not None:
-            group = replace(group, bits=8, symmetric=False, range=fixed, fixed=True, delay=0)
+            group = replace(group, bits=8, symmetric=False, range=fixed, fixed=True)
+            group = replace(group, delay=0, delay_epochs=0, learned=NONE)
         self.plan.groups[value] = group
         self.plan.activations[value] = ActivationQuant(value, value, edges=edges)
+
+    def _learned(self, config: QuantConfig, source: Optional[Node]) -> str:
+        """By which rule the step size of what `source` gives is trained: PACT is for what is never negative."""
+        clipped = source is not None and source.op in NON_NEGATIVE
+        return NONE if config.act_learned == PACT and not clipped else config.act_learned
 
     def _symmetric(self, config: QuantConfig) -> bool:
         return self.target.act_symmetric if config.act_symmetric is None else config.act_symmetric
@@ -383,7 +393,9 @@ class _Placement:
                 axis = None
                 self._avoid(node, self.target.grouped_per_channel)
                 self._warn(f"{node.name}: {self.target.defects[self.target.grouped_per_channel]}")
-            self.plan.weights[node.name] = WeightQuant(node.name, quantizer.bits, axis, quantizer.observer, rule)
+            self.plan.weights[node.name] = WeightQuant(
+                node.name, quantizer.bits, axis, quantizer.observer, rule, learned=quantizer.learned
+            )
 
     def _stored_weights(self) -> None:
         """The weights of layers that compute in float, and the inputs of those that are dynamic."""
@@ -398,15 +410,16 @@ class _Placement:
                 self._warn(f"{node.name}: its weight has no axis of output channels or rows; it has one scale")
             axis = use.axis if quantizer.per_channel else None
             self.plan.weights[node.name] = WeightQuant(
-                node.name, quantizer.bits, axis, quantizer.observer, rule, index=use.index
+                node.name, quantizer.bits, axis, quantizer.observer, rule, index=use.index, learned=quantizer.learned
             )
             if precision == DYNAMIC:
                 bits, rule = config.act_bits, self.book.author(node, "act_", "precision")
                 assert bits is not None
                 self.effective.add(rule)
                 self.plan.dynamic[node.name] = DynamicQuant(
-                    node.name, bits, self._symmetric(config), config.act_quant_delay, rule
-                )
+                    node.name, bits, self._symmetric(config), config.act_quant_delay, rule,
+                    config.act_quant_delay_epochs,
+                )  # fmt: skip
 
     def _check_storing_rules(self) -> None:
         """A rule that asks for stored weights must match a layer that can have them so.

@@ -5,6 +5,7 @@ Training, calibration, the report and the exporters read it; none of them decide
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Optional
 
@@ -12,8 +13,15 @@ import numpy as np
 
 from msqkd.errors import PlanError
 from msqkd.graph.ir import Graph
-from msqkd.quant.config import INT8
-from msqkd.quant.qparams import SCALE_FLOOR, QParams, activation_qparams, weight_clip_ratio, weight_qparams
+from msqkd.quant.config import INT8, NONE
+from msqkd.quant.qparams import (
+    SCALE_FLOOR,
+    QParams,
+    activation_qparams,
+    quant_limits,
+    weight_clip_ratio,
+    weight_qparams,
+)
 from msqkd.targets import get_target
 
 
@@ -49,7 +57,8 @@ class WeightQuant:
     """How the weight of one node is quantised (symmetric, zero point 0).
 
     `axis` is the channel axis, or None per tensor; `clip_ratio` the part of max|w| that is kept (array of shape (C,)
-    or ()); `index` the input of the node that the weight is.
+    or ()); `index` the input of the node that the weight is. With `learned` the scale is trained; `scale` is the one
+    that training found (float32 (C,) or ()), in place of that of the weight.
     """
 
     node: str
@@ -59,6 +68,12 @@ class WeightQuant:
     rule: str
     clip_ratio: Any = None
     index: int = 1
+    learned: str = NONE
+    scale: Any = None
+
+    def divided(self, factor: float) -> WeightQuant:
+        """For a weight that is `factor` times smaller."""
+        return self if self.scale is None else replace(self, scale=np.float32(self.scale) / np.float32(factor))
 
     @property
     def kept_part(self) -> Any:
@@ -67,6 +82,9 @@ class WeightQuant:
 
     def qparams(self, weight: np.ndarray, min_scale: Any = SCALE_FLOOR) -> QParams:
         """Scale and zero point for the current `weight`; `min_scale` as in `weight_qparams`."""
+        if self.scale is not None:
+            scale = np.maximum(np.asarray(self.scale, np.float32), np.asarray(min_scale, np.float32))
+            return QParams(scale, np.zeros(scale.shape), *quant_limits(self.bits, narrow=True), self.axis)
         return weight_qparams(weight, self.bits, self.axis, self.kept_part, min_scale, where=self.node)
 
 
@@ -77,7 +95,7 @@ class DynamicQuant:
 
     Attributes:
         node: whose input it is.
-        bits, symmetric, delay: settings, as in `msqkd.quant.config.QuantConfig`.
+        bits, symmetric, delay, delay_epochs: settings, as in `msqkd.quant.config.QuantConfig`.
         rule: who made them.
     """
 
@@ -86,6 +104,7 @@ class DynamicQuant:
     symmetric: bool
     delay: int
     rule: str
+    delay_epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,12 +113,15 @@ class Group:
 
     Attributes:
         name: of the value they come from.
-        bits, symmetric, observer, percentile, delay: settings, as in `msqkd.quant.config.QuantConfig`.
+        bits, symmetric, observer, percentile, delay, delay_epochs, learned: settings, as in
+            `msqkd.quant.config.QuantConfig`.
         rule: who made them.
         range: (lo, hi) once it is known.
         fixed: the range is given by the operation, it is neither observed nor trained.
         source: the group whose integers these values have, where their scale is only `factor` times its.
         factor: see `source`; positive.
+        scale: the scale that training found, in place of that of the range; of a group that follows another, the
+            other's.
     """
 
     name: str
@@ -113,6 +135,14 @@ class Group:
     fixed: bool = False
     source: str = ""
     factor: float = 1.0
+    delay_epochs: int = 0
+    learned: str = NONE
+    scale: Optional[float] = None
+
+    def with_range(self, span: Optional[tuple[float, float]]) -> Group:
+        """A copy with another range; a trained scale belongs to the range it came with."""
+        same = span is not None and self.range is not None and np.allclose(span, self.range, rtol=2.0**-24, atol=0)
+        return replace(self, range=span, scale=self.scale if same else None)
 
     def qparams(self) -> QParams:
         """Scale and zero point.
@@ -125,6 +155,8 @@ class Group:
         # In float32, as a training cell holds it: a tie in the zero point must not depend on who computes it.
         low, high = (float(np.float32(end / self.factor)) for end in self.range)
         found = activation_qparams(low, high, bits=self.bits, symmetric=self.symmetric, where=self.name)
+        if self.scale is not None:
+            found = replace(found, scale=np.asarray(self.scale, np.float32))
         return replace(found, scale=found.scale * np.float32(self.factor)) if self.source else found
 
 
@@ -176,7 +208,7 @@ class QuantPlan:
                 span = (span[0] * group.factor, span[1] * group.factor) if span is not None else None
             else:
                 span = group.range if group.fixed else ranges.get(name, group.range)
-            groups[name] = replace(group, range=span)
+            groups[name] = group.with_range(span)
         return replace(self, groups=groups)
 
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -187,11 +219,31 @@ class QuantPlan:
         """A copy whose ``mse`` weights have clip ratios: those chosen before, else the best for `graph`."""
         weights = {}
         for name, quant in self.weights.items():
-            if quant.observer == "mse" and quant.clip_ratio is None:
+            if quant.observer == "mse" and quant.clip_ratio is None and quant.scale is None:
                 weight = graph.params[graph.node(name).inputs[quant.index]].data
                 quant = replace(quant, clip_ratio=weight_clip_ratio(weight, quant.bits, quant.axis, where=name))
             weights[name] = quant
         return replace(self, weights=weights)
+
+    def with_scales(self, weights: Mapping[str, Any], groups: Mapping[str, Any]) -> QuantPlan:
+        """A copy with trained scales: of weights by node (numbers or lists), and of groups, whose ranges are set
+        already."""
+        held = {name: replace(self.weights[name], scale=np.asarray(s, np.float32)) for name, s in weights.items()}
+        spans = {
+            name: replace(group, scale=float(groups[group.source or name]))
+            for name, group in self.groups.items()
+            if (group.source or name) in groups
+        }
+        return replace(self, weights={**self.weights, **held}, groups={**self.groups, **spans})
+
+    def in_steps(self, steps_per_epoch: int) -> QuantPlan:
+        """A copy whose delays are all in steps, where an epoch has so many."""
+
+        def steps(item: Any) -> Any:
+            return replace(item, delay=item.delay + item.delay_epochs * steps_per_epoch, delay_epochs=0)
+
+        groups = {name: steps(group) for name, group in self.groups.items()}
+        return replace(self, groups=groups, dynamic={name: steps(quant) for name, quant in self.dynamic.items()})
 
     def int8_weights(self) -> dict[str, WeightQuant]:
         """Those of `weights` whose layers compute in int8."""
@@ -222,6 +274,7 @@ class QuantPlan:
         for quant in self.weights.values():
             entry = asdict(quant)
             entry["clip_ratio"] = np.asarray(quant.kept_part).tolist()
+            entry["scale"] = None if quant.scale is None else np.asarray(quant.scale).tolist()
             weights.append(entry)
         return {
             "target": self.target,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from mindspore import nn
 
 from msqkd.errors import PlanError
 from msqkd.graph.cell import Hooks, read_parameters, to_cell
+from msqkd.graph.half import half_precision
 from msqkd.graph.ir import Graph
 from msqkd.graph.passes.computed_weights import settle_weights
 from msqkd.graph.passes.fold_batchnorm import fold_batchnorm
@@ -15,7 +17,9 @@ from msqkd.graph.passes.padded_pools import NON_NEGATIVE
 from msqkd.graph.passes.patterns import find_patterns
 from msqkd.graph.passes.restore_dropout import DropoutPlace, restore_dropout
 from msqkd.graph.passes.shortcut_to_conv import shortcut_to_conv
+from msqkd.quant.config import NONE, PACT
 from msqkd.quant.fake_quant import (
+    FOLLOW,
     IN_GRAPH_OBSERVERS,
     OBSERVE,
     OFF,
@@ -24,7 +28,9 @@ from msqkd.quant.fake_quant import (
     FakeQuantDynamic,
     FakeQuantWeight,
 )
+from msqkd.quant.learned import LearnedScale
 from msqkd.quant.plan import Group, QuantPlan
+from msqkd.quant.schedule import DIRECT, QatSchedule
 
 
 def deployment_graph(graph: Graph) -> Graph:
@@ -75,13 +81,15 @@ class QuantCell(nn.Cell):
         source_graph: a copy of the captured graph, whose parameters `sync` brings up to date.
         plan: the plan it was built from, with the ranges it started with.
         batchnorm: fold, freeze or live.
-        folded_graph: in mode fold, the graph the cell was built from, without dropout.
+        folded_graph: the graph the cell was built from, without dropout.
+        schedule: what is in force at which step.
     """
 
     source_graph: Graph
     plan: QuantPlan
     batchnorm: str
     folded_graph: Graph
+    batchnorm_frozen: bool
 
     def setup(
         self,
@@ -91,31 +99,93 @@ class QuantCell(nn.Cell):
         quantizers: Mapping[str, FakeQuantActivation],
         trained: Graph,
         dynamic: Mapping[str, FakeQuantDynamic],
+        weights: Mapping[str, FakeQuantWeight],
+        schedule: QatSchedule,
     ) -> None:
         """Attach what the generated class does not know of."""
         self.source_graph, self.plan, self.batchnorm = source, plan, batchnorm
         self.folded_graph = trained
         self.quantizers, self.dynamic_quantizers = dict(quantizers), dict(dynamic)
+        self.weight_quantizers, self.schedule = dict(weights), schedule
+        self.starts = _starts(trained, plan, schedule)
 
     def group_quantizers(self) -> dict[str, FakeQuantActivation]:
         """The quantiser that holds each group's range."""
         return {name: cell for name, cell in self.quantizers.items() if name in self.plan.groups}
 
     def set_step(self, step: int) -> bool:
-        """Bring every quantiser to its phase at training step `step` (0-based); True when a compilation is due.
+        """Bring every quantiser to its phase and its bits at training step `step` (0-based); True when a compilation is
+        due.
 
-        A quantiser observes before its delay is over and quantises from then on.
+        An activation is observed before its delay and its part of the schedule have come, and quantised from then on.
 
         Raises:
             PlanError: a quantiser is due whose range nobody has seen.
         """
-        phases = {n: QUANTIZE if step >= q.group.delay else OBSERVE for n, q in self.quantizers.items()}
-        dynamic = {n: QUANTIZE if step >= q.quant.delay else OFF for n, q in self.dynamic_quantizers.items()}
-        return self._set_phases(phases, dynamic)
+        schedule, starts = self.schedule, self.starts
+        frozen = schedule.freeze_ranges is None or step >= schedule.freeze_ranges
+
+        def phase(quantizer: FakeQuantActivation) -> str:
+            group = quantizer.group
+            if step < max(group.delay, starts.get(group.source or group.name, 0)):
+                return OBSERVE
+            watched = group.observer in IN_GRAPH_OBSERVERS and not group.fixed and not quantizer.is_learned
+            return QUANTIZE if frozen or not watched else FOLLOW
+
+        phases = {name: phase(quantizer) for name, quantizer in self.quantizers.items()}
+        dynamic = {
+            name: QUANTIZE if step >= max(cell.quant.delay, starts.get(name, 0)) else OFF
+            for name, cell in self.dynamic_quantizers.items()
+        }
+        on = {name: step >= starts.get(name, 0) for name in self.weight_quantizers}
+        least_weight, least_activation = schedule.bits_at(step)
+        for quantizer in self.quantizers.values():
+            group = quantizer.group
+            quantizer.set_bits(group.bits if group.fixed else max(group.bits, least_activation))
+        changed = self._set_weights(on, least_weight) | self._set_phases(phases, dynamic)
+        from_step = schedule.freeze_batchnorm
+        return changed | self._set_batchnorm(from_step is not None and step >= from_step)
 
     def set_phase(self, phase: str) -> bool:
-        """Bring every quantiser to one phase: ``off``, ``observe`` or ``quantize``; True when one changed."""
-        return self._set_phases(dict.fromkeys(self.quantizers, phase), dict.fromkeys(self.dynamic_quantizers, phase))
+        """Bring every activation to one phase: ``off``, ``observe`` or ``quantize``, and weights to what is deployed;
+        True when something changed."""
+        for quantizer in self.quantizers.values():
+            quantizer.set_bits(quantizer.group.bits)
+        changed = self._set_weights(dict.fromkeys(self.weight_quantizers, True), 0)
+        return changed | self._set_phases(
+            dict.fromkeys(self.quantizers, phase), dict.fromkeys(self.dynamic_quantizers, phase)
+        )
+
+    def _set_weights(self, on: Mapping[str, bool], least_bits: int) -> bool:
+        """Quantise the weights of the nodes that are `on`, to no fewer bits than given and planned."""
+        changed = False
+        for name, cell in self.weight_quantizers.items():
+            phase = QUANTIZE if on[name] else OFF
+            changed |= cell.set_bits(max(cell.quant.bits, least_bits)) | (phase != cell.phase_of_quant)
+            cell.phase_of_quant = phase
+        if changed:
+            self.start_weights()
+            self.compile_cache.clear()
+        return changed
+
+    def start_weights(self) -> None:
+        """Start the trained scales that are due for the weights as they are now."""
+        learned = [cell for cell in self.weight_quantizers.values() if cell.is_learned]
+        for cell in learned:
+            if cell.phase_of_quant == OFF:
+                cell.learned.stop()
+        due = [cell for cell in learned if cell.phase_of_quant == QUANTIZE and cell.learned.started() != cell.bits]
+        graph = self._deployed_now() if due else None
+        for cell in due:
+            assert graph is not None
+            cell.start(graph.params[graph.node(cell.quant.node).inputs[cell.quant.index]].data)
+
+    def _set_batchnorm(self, frozen: bool) -> bool:
+        """Let BatchNorm compute with its running statistics in training too, or not."""
+        changed, self.batchnorm_frozen = frozen != self.batchnorm_frozen, frozen
+        if changed:
+            self.compile_cache.clear()
+        return bool(changed)
 
     def _set_phases(self, phases: Mapping[str, str], dynamic: Mapping[str, str]) -> bool:
         groups = self.group_quantizers()
@@ -127,15 +197,21 @@ class QuantCell(nn.Cell):
             phase = phases[name]
             if phase == OBSERVE and (quantizer.group.observer not in IN_GRAPH_OBSERVERS or name not in groups):
                 phase = OFF  # its range came from calibration, or comes from its group
-            if phase == quantizer.phase_of_quant:
+            new_bits = phase in (QUANTIZE, FOLLOW) and quantizer.bits != quantizer.bits_in_force
+            if phase == quantizer.phase_of_quant and not new_bits:
                 continue
-            if phase == QUANTIZE:
-                quantizer.set_qparams(groups[quantizer.group.name].qparams())
+            if phase in (QUANTIZE, FOLLOW):
+                quantizer.start(self._head(quantizer))
             quantizer.phase_of_quant = phase
             changed = True
         if changed:
             self.compile_cache.clear()
         return changed
+
+    def _head(self, quantizer: FakeQuantActivation) -> FakeQuantActivation:
+        """The quantiser whose parameters this one has."""
+        group = quantizer.group
+        return self.quantizers[(quantizer.is_learned and group.source) or group.name]
 
     def ranges(self) -> dict[str, tuple[float, float]]:
         """The range of every group that has one."""
@@ -147,19 +223,51 @@ class QuantCell(nn.Cell):
         for name, (low, high) in ranges.items():
             self.quantizers[name].set_range(low, high)
         for quantizer in self.quantizers.values():
-            if quantizer.phase_of_quant == QUANTIZE:
-                quantizer.set_qparams(self.quantizers[quantizer.group.name].qparams())
+            if quantizer.phase_of_quant in (QUANTIZE, FOLLOW):
+                quantizer.start(self._head(quantizer))
+
+    def scales(self) -> dict[str, dict[str, np.ndarray]]:
+        """The trained scales as `QuantPlan.with_scales` takes them: ``weights`` (float32 (C,) or ()) and ``groups``."""
+        weights = {name: cell.learned for name, cell in self.weight_quantizers.items() if cell.is_learned}
+        groups = {
+            name: cell.learned
+            for name, cell in self.group_quantizers().items()
+            if cell.is_learned and not cell.group.source
+        }
+        return {
+            kind: {name: scale.value() for name, scale in found.items() if scale.started()}
+            for kind, found in (("weights", weights), ("groups", groups))
+        }
 
     def sync(self) -> tuple[Graph, QuantPlan]:
-        """The captured graph with the trained parameters, and the plan with the current ranges."""
+        """The captured graph with the trained parameters, and the plan with the current ranges and trained scales."""
+        return self._deployed_now(), self.plan.with_ranges(self.ranges()).with_scales(**self.scales())
+
+    def _deployed_now(self) -> Graph:
         if self.batchnorm == "fold":
             read_parameters(self, self.folded_graph)
-            deployed = _deployed(self.folded_graph)
-        else:
-            read_parameters(self, self.source_graph)
-            deployed = deployment_graph(self.source_graph)
-        plan = self.plan.with_ranges(self.ranges())
-        return deployed, plan
+            return _deployed(self.folded_graph)
+        read_parameters(self, self.source_graph)
+        return deployment_graph(self.source_graph)
+
+
+def _starts(graph: Graph, plan: QuantPlan, schedule: QatSchedule) -> dict[str, int]:
+    """The step from which nodes and groups are quantised, where not all begin at once; a value begins with the layer
+    before it."""
+    if schedule.stages == 1:
+        return {}
+    layers = [node.name for node in graph.nodes if node.name in plan.weights]
+    starts: dict[str, int] = {}
+    place = 0
+    for name in graph.inputs:
+        starts[name] = schedule.start_of(0, len(layers))
+    for node in graph.nodes:
+        if node.name in plan.weights:
+            starts[node.name] = schedule.start_of(place, len(layers))
+            place += 1
+        for output in node.outputs:
+            starts[output] = schedule.start_of(max(place - 1, 0), len(layers))
+    return starts
 
 
 def quantize_cell(
@@ -169,6 +277,9 @@ def quantize_cell(
     *,
     observe: Sequence[str] = (),
     dropout: Sequence[DropoutPlace] = (),
+    amp_level: str = "O0",
+    learn: bool = False,
+    schedule: QatSchedule = DIRECT,
 ) -> QuantCell:
     """Build the trainable fake-quantised cell of a captured graph.
 
@@ -178,39 +289,71 @@ def quantize_cell(
         batchnorm: fold, freeze or live.
         observe: values returned beside the outputs, as they are before they are quantised themselves.
         dropout: where the cell drops values in training mode; what `find_dropout` found in the original network.
+        amp_level: which operations compute in float16 in training mode (`msqkd.graph.half`); quantisers never do.
+        learn: train the step sizes the plan says are learned; else they are what the plan has, or are found as for the
+            others.
+        schedule: what is in force at which step.
 
     Returns:
         A cell in evaluation mode, its quantisers in the phase of step 0; off where one that is due has no range yet.
 
     Raises:
-        PlanError: as `with_dropout`.
+        PlanError: as `with_dropout`; or a delay is in epochs (see `QuantPlan.in_steps`).
     """
+    if learn:
+        _check_delays(plan)
     graph = training_graph(source, batchnorm)
     plan = plan.with_weight_observers(deployment_graph(source))
     producers = {output: node for node in graph.nodes for output in node.outputs}
     quantizers: dict[str, FakeQuantActivation] = {}
+    scales: dict[str, LearnedScale] = {}
     hooks = Hooks(values={}, edges={}, observe=observe)
     for value, quant in plan.activations.items():
         if quant.exact:
             continue
         node = producers.get(value)
-        cell = FakeQuantActivation(plan.groups[quant.group], non_negative=node is not None and node.op in NON_NEGATIVE)
+        group = plan.groups[quant.group]
+        root = group.source or group.name
+        if learn and group.learned != NONE and root not in scales:
+            scales[root] = LearnedScale(root, decay=schedule.pact_decay if group.learned == PACT else 0.0)
+        follows = schedule.freeze_ranges is not None and value != root
+        cell = FakeQuantActivation(
+            group,
+            non_negative=node is not None and node.op in NON_NEGATIVE,
+            learned=scales.get(root),
+            head=quantizers[root] if follows else None,
+        )
         quantizers[value] = cell
         if quant.edges:
             hooks.edges.update(dict.fromkeys(quant.edges, cell))  # type: ignore[attr-defined]
         else:
             hooks.values[value] = cell  # type: ignore[index]
+    weights: dict[str, FakeQuantWeight] = {}
     for name, weight in plan.weights.items():
         node = graph.node(name)
         shape = graph.shape(node.inputs[weight.index])
-        hooks.edges[(name, weight.index)] = FakeQuantWeight(weight, shape)  # type: ignore[index]
+        weights[name] = FakeQuantWeight(weight, shape, learn, schedule.noise)
+        hooks.edges[(name, weight.index)] = weights[name]  # type: ignore[index]
     dynamic = {name: FakeQuantDynamic(quant) for name, quant in plan.dynamic.items()}
     hooks.edges.update({(name, 0): quantizer for name, quantizer in dynamic.items()})  # type: ignore[attr-defined]
-    cell = to_cell(with_dropout(graph, dropout), hooks, base=QuantCell)
-    cell.setup(source.copy(), plan, batchnorm, quantizers, graph, dynamic)
+    trained = with_dropout(graph, dropout)
+    cell = to_cell(trained, half_precision(trained, amp_level, hooks), base=QuantCell)
+    cell.setup(source.copy(), plan, batchnorm, quantizers, graph, dynamic, weights, schedule)
+    cell.start_weights()
     if all(group.range is not None for group in plan.groups.values() if group.delay == 0):
         cell.set_step(0)
     return cell
+
+
+def _check_delays(plan: QuantPlan) -> None:
+    delays = {group.name: group.delay_epochs for group in plan.groups.values()}
+    delays.update({quant.node: quant.delay_epochs for quant in plan.dynamic.values()})
+    late = next((name for name, epochs in delays.items() if epochs), None)
+    if late is not None:
+        raise PlanError(
+            f"the delay of '{late}' is {delays[late]} epochs, and how many steps those are is not known; give "
+            "act_quant_delay in steps, or the plan by plan.in_steps"
+        )
 
 
 def needed_before_training(plan: QuantPlan) -> list[Group]:
@@ -219,7 +362,7 @@ def needed_before_training(plan: QuantPlan) -> list[Group]:
     return [
         group
         for group in plan.groups.values()
-        if group.range is None and (group.delay == 0 or group.observer not in IN_GRAPH_OBSERVERS)
+        if group.range is None and (group.delay + group.delay_epochs == 0 or group.observer not in IN_GRAPH_OBSERVERS)
     ]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from msqkd.recipe.problems import allowed, section_of, show
+from msqkd.recipe.problems import Allowed, allowed, section_of, show
 from msqkd.recipe.schema import Recipe
 
 _INTRODUCTION = """\
@@ -86,7 +86,7 @@ def _table(model: type[BaseModel]) -> str:
 
 
 def _allowed(field: FieldInfo) -> str:
-    if section_of(field.annotation) is not None:
+    if section_of(field.annotation) is not None and not any(isinstance(note, Allowed) for note in field.metadata):
         return "a list of sections" if field.default == [] else "a section"
     return allowed(field.annotation, field.metadata).replace("'", "`")
 

@@ -31,7 +31,9 @@ FILE_KEYS = (
 """The keys that name a file or folder."""
 
 
-LISTS: tuple[KeyPath, ...] = (("quantization", "rules"), ("model", "inputs"))
+LISTS: tuple[KeyPath, ...] = (
+    ("quantization", "rules"), ("quantization", "schedule", "bits"), ("model", "inputs"), ("distillation", "features"),
+)  # fmt: skip
 """The lists of sections."""
 
 
@@ -229,15 +231,16 @@ def _resolve_files(values: dict[str, Any], folder: Path) -> None:
     A name found neither there nor in the recipe's folder stays as it is, for the reader of the file to report.
     """
     for section, key in FILE_KEYS:
-        holder = values.get(section)
-        value = holder.get(key) if isinstance(holder, dict) else None
-        if not isinstance(holder, dict) or not isinstance(value, str) or not value:
-            continue
-        file, factory = _split_target(value) if (section, key) in FACTORY_KEYS else (value, "")
-        name = os.path.expanduser(file)
-        beside = os.path.join(folder, name)
-        found_beside = bool(name) and not os.path.exists(name) and os.path.exists(beside)
-        holder[key] = (beside if found_beside else name) + factory
+        held = values.get(section)
+        for holder in held if isinstance(held, list) else [held]:
+            value = holder.get(key) if isinstance(holder, dict) else None
+            if not isinstance(holder, dict) or not isinstance(value, str) or not value:
+                continue
+            file, factory = _split_target(value) if (section, key) in FACTORY_KEYS else (value, "")
+            name = os.path.expanduser(file)
+            beside = os.path.join(folder, name)
+            found_beside = bool(name) and not os.path.exists(name) and os.path.exists(beside)
+            holder[key] = (beside if found_beside else name) + factory
 
 
 def _split_target(target: str) -> tuple[str, str]:

@@ -14,6 +14,9 @@ from msqkd.errors import did_you_mean
 
 KeyPath = tuple[Union[str, int], ...]
 
+ONE, SEVERAL = "<one>", "<several>"
+"""The tags of a key that takes a section or a list of them; pydantic puts them into its paths."""
+
 
 @dataclass(frozen=True)
 class Allowed:
@@ -114,7 +117,7 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
     """Every problem in pydantic's `error` about `model`, in words, the paths counted from `model`."""
     problems: list[Problem] = []
     for detail in error.errors(include_url=False):
-        path = tuple(detail["loc"])
+        path = tuple(key for key in detail["loc"] if key not in (ONE, SEVERAL))
         if detail["type"] == "msqkd":
             problems += [Problem((*path, *tail), text) for tail, text in detail["ctx"]["problems"]]
         else:
@@ -125,8 +128,8 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
 def _sentence(detail: ErrorDetails, path: KeyPath, model: type[BaseModel]) -> str:
     kind, value = detail["type"], detail["input"]
     if kind in ("extra_forbidden", "invalid_key"):
-        section, _ = _at(model, path[:-1])
-        keys = list(getattr(section, "model_fields", ()))
+        section = section_of(_at(model, path[:-1])[0])
+        keys = list(section.model_fields) if section is not None else []
         where = f"in {dotted(path[:-1])}" if path[:-1] else "at the top"
         name = str(path[-1])
         return f"unknown key {show(path[-1])}, allowed {where}: {', '.join(keys)}{did_you_mean(name, keys)}"

@@ -14,14 +14,25 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Callable, Literal, Optional, Union, get_args
 
-from annotated_types import Ge, Gt, Le
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
+from msqkd.distill.schedule import SCHEDULES, default_alpha, default_temperature
+from msqkd.errors import did_you_mean
 from msqkd.exporters import FORMATS
 from msqkd.quant.presets import PRESETS
-from msqkd.recipe.problems import Allowed, Problem, dotted, listing, refuse, refuse_value, show
+from msqkd.recipe.problems import ONE, SEVERAL, Allowed, Problem, dotted, listing, refuse, refuse_value, show
 
 TargetName = Literal["lite_arm", "ascend"]
 TARGETS: tuple[str, ...] = get_args(TargetName)
@@ -33,6 +44,7 @@ COMPARISONS: tuple[Comparison, ...] = get_args(Comparison)
 """The trainings that can be reported beside the main one."""
 
 DEFAULT_PERCENTILE = 99.99
+DEFAULT_DELAY, DEFAULT_PACT_DECAY = 100, 2e-4
 METRIC_DEVIATION = 0.01
 LOW_BITS, HIGH_TEMPERATURE = 4, 2.0
 
@@ -90,9 +102,63 @@ def _symmetric(value: Any) -> Any:
     return value
 
 
+def _switch(value: Any) -> Any:
+    """YAML 1.1 reads on and off as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 def _samples(value: Any) -> Any:
     if value == 0 and not isinstance(value, bool):
         refuse_value("found 0, but calibration needs at least 1 sample to see a range of values")
+    return value
+
+
+def _scheduled(words: str, fits: Callable[[float], bool]) -> Callable[[Any], Any]:
+    """The validator of a number that may change over the training; `words` say which numbers it `fits`."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and fits(value)
+
+    def problems(given: dict[Any, Any]) -> Iterator[Problem]:
+        keys = ("schedule", "from", "to")
+        for key in given:
+            if key not in keys:
+                yield Problem((), f"unknown key {show(key)}, allowed: {listing(keys)}{did_you_mean(str(key), keys)}")
+        kind = given.get("schedule")
+        if kind not in SCHEDULES:
+            found = "is missing" if kind is None else f"found {show(kind)}"
+            hint = did_you_mean(kind, SCHEDULES) if isinstance(kind, str) else ""
+            yield Problem(("schedule",), f"{found}, allowed: {listing(SCHEDULES)}{hint}")
+        for key in ("from",) if kind == "constant" else ("from", "to"):
+            if not number(given.get(key)):
+                found = "is missing" if given.get(key) is None else f"found {show(given[key])}"
+                yield Problem((key,), f"{found}, allowed: {words}")
+        if kind == "constant" and "to" in given:
+            yield Problem(("to",), f"found {show(given['to'])}, not allowed with schedule: constant")
+
+    def validate(value: Any) -> Any:
+        if isinstance(value, dict):
+            given = {key: _number(item) for key, item in value.items() if item is not None}
+            refuse(problems(given))
+            return {key: item if key == "schedule" else float(item) for key, item in given.items()}
+        value = _number(value)
+        if not number(value):
+            refuse_value(f"found {show(value)}, allowed: {words}, or a mapping {_SCHEDULE_WORDS}")
+        return float(value)
+
+    return validate
+
+
+_SCHEDULE_WORDS = "{schedule: constant, linear or cosine, from: a number, to: a number}"
+
+
+def _loss_scale(value: Any) -> Any:
+    """A positive number, or the one word."""
+    number = _number(value)
+    if isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf:
+        return float(number)
+    if value != "dynamic":
+        refuse_value(f"found {show(value)}, allowed: a number above 0, or 'dynamic'")
     return value
 
 
@@ -125,6 +191,7 @@ Fraction = Annotated[Number, Ge(0), Le(1)]
 Percentile = Annotated[Number, Ge(90), Le(100)]
 Count = Annotated[int, Ge(1)]
 Bits = Annotated[int, Ge(2), Le(8)]
+LossScaleValue = Annotated[Any, AfterValidator(_loss_scale), Allowed("a number above 0, or 'dynamic'")]
 SymmetricWeight = Annotated[
     bool, BeforeValidator(_symmetric), Allowed("true (every target has symmetric weights only)")
 ]
@@ -137,6 +204,19 @@ Outputs = Annotated[
     AfterValidator(_distinct),
     Allowed("a list of numbers of outputs, counted from 0, at least one"),
 ]
+Share = Annotated[
+    Union[float, dict[str, Any]],
+    BeforeValidator(_scheduled("a number from 0 to 1", lambda number: 0 <= number <= 1)),
+    Allowed(f"a number from 0 to 1, or a mapping {_SCHEDULE_WORDS}"),
+]
+Temperature = Annotated[
+    Union[float, dict[str, Any]],
+    BeforeValidator(_scheduled("a number above 0", lambda number: number > 0)),
+    Allowed(f"a number above 0, or a mapping {_SCHEDULE_WORDS}"),
+]
+Steps = Annotated[int, Ge(0)]
+WeightLearning = Literal["none", "lsq"]
+ActivationLearning = Literal["none", "lsq", "pact"]
 WeightObserver = Literal["minmax", "mse"]
 ActivationObserver = Literal["minmax", "ema", "percentile", "kl", "mse"]
 
@@ -174,6 +254,21 @@ def _with_own_loss(values: Any) -> Any:
     if _get(values, "distillation") is not None:
         values = _filled_below(values, "distillation", "hard_loss", "train_loss")
     return values
+
+
+def _with_distillation_defaults(values: Any) -> Any:
+    """`values` with the share and the temperature of the teacher that fit the fewest bits."""
+    section = _get(values, "distillation")
+    if not isinstance(section, dict):
+        return values
+    quantization = _get(values, "quantization")
+    parts = ("weight",) if _get(quantization, "precision") == "weight-only" else ("weight", "activation")
+    given = [_get(_get(quantization, part), "bits", 8) for part in parts]
+    bits = min((number for number in given if isinstance(number, int) and 2 <= number <= 8), default=8)
+    alpha = 1.0 if _get(section, "hard_loss") == "none" else default_alpha(bits)
+    values = _filled_below(values, "distillation", "alpha", alpha)
+    temperature = default_temperature(bits) if _get(section, "soft_loss", "kl") == "kl" else None
+    return _filled_below(values, "distillation", "temperature", temperature)
 
 
 class Section(BaseModel):
@@ -301,10 +396,13 @@ class ModelSection(_Network):
 
 
 class TeacherSection(_Network):
-    """The float network whose outputs the student imitates; used by `distillation` only."""
+    """The float network whose outputs the student imitates, or a list of several; used by `distillation` only."""
 
     source: Literal["self", "msqkd", "mindcv", "python", "mindir"] = Field(
         default="self", description="Where the teacher comes from; self is the trained float model itself."
+    )
+    weight: Positive = Field(
+        default=1.0, description="What its soft loss counts among those of several teachers; combine weighted only."
     )
 
     def _conflicts(self) -> Iterator[Problem]:
@@ -321,6 +419,20 @@ class TeacherSection(_Network):
             )
 
 
+def _one_or_several(value: Any) -> str:
+    return SEVERAL if isinstance(value, list) else ONE
+
+
+Teachers = Annotated[
+    Union[
+        Annotated[TeacherSection, Tag(ONE)],
+        Annotated[list[TeacherSection], Field(min_length=1), Tag(SEVERAL)],
+    ],
+    Discriminator(_one_or_several),
+    Allowed("a section, or a list of sections, at least one"),
+]
+
+
 class DataSection(Section):
     """The samples for training, calibration and evaluation."""
 
@@ -329,7 +441,9 @@ class DataSection(Section):
     )
     root: Optional[Text] = Field(default=None, description="Its folder (arrays: its .npz file); digits has none.")
     augment: Annotated[list[Text], AfterValidator(_distinct)] = Field(
-        default=[], description="Augmentations of the training images by name, in this order: flip, crop, …"
+        default=[],
+        description="Augmentations of the training images by name, in this order: flip, crop, color_jitter, … "
+        "(docs/training.md has all of them).",
     )
     eval_batch_size: Count = Field(default=256, description="Samples a batch in evaluation.")
     mean: Optional[list[Number]] = Field(
@@ -381,18 +495,33 @@ class TrainSection(Section):
     use_nesterov: bool = Field(default=False, description="Nesterov's form of momentum; opt momentum and sgd only.")
     weight_decay: NotNegative = Field(default=1e-4, description="Weight decay.")
     filter_bias_and_bn: bool = Field(default=True, description="No weight decay on biases and BatchNorm parameters.")
-    scheduler: Literal["cosine_decay", "constant", "step_decay"] = Field(
-        default="cosine_decay", description="Learning-rate schedule, step by step."
+    no_weight_decay: list[PathPattern] = Field(
+        default=[], description="More parameters without weight decay, by patterns of their names."
     )
+    scheduler: Literal[
+        "cosine_decay", "constant", "step_decay", "multi_step_decay", "polynomial_decay", "exponential_decay"
+    ] = Field(default="cosine_decay", description="Learning-rate schedule, step by step.")
     warmup_epochs: NotNegative = Field(
         default=0.0, description="Epochs, a part of epoch_size, in which the learning rate rises linearly from 0."
     )
-    min_lr: NotNegative = Field(default=0.0, description="Learning rate at the end; scheduler cosine_decay only.")
+    min_lr: NotNegative = Field(
+        default=0.0, description="Learning rate at the end; scheduler cosine_decay and polynomial_decay only."
+    )
     decay_epochs: Optional[Count] = Field(
         default=None, description="Epochs between two decays; scheduler step_decay only, required there."
     )
+    milestones: list[Count] = Field(
+        default=[],
+        description="Epochs after which the learning rate decays, rising; scheduler multi_step_decay only, required "
+        "there.",
+    )
     decay_rate: Optional[Annotated[Number, Gt(0), Le(1)]] = Field(
-        default=None, description="Factor of each decay; scheduler step_decay only, 0.1 there."
+        default=None,
+        description="Factor of each decay; scheduler step_decay and multi_step_decay, 0.1 there, and "
+        "exponential_decay, 0.9 an epoch there.",
+    )
+    power: Optional[Positive] = Field(
+        default=None, description="Exponent of the decay; scheduler polynomial_decay only, 1 there."
     )
     label_smoothing: Fraction = Field(
         default=0.0, description="Label smoothing of the cross-entropy, in the trainings without distillation."
@@ -401,9 +530,30 @@ class TrainSection(Section):
     max_bad_steps: Count = Field(
         default=10, description="Consecutive non-finite steps that are skipped before it stops."
     )
+    ema: Optional[Annotated[Number, Gt(0), Lt(1)]] = Field(
+        default=None,
+        description="Share of the old value an average of the weights keeps at each step (less in the first steps); "
+        "the average is what is measured and kept. null keeps no average.",
+    )
     clip_grad: Optional[Positive] = Field(
         default=None, description="Largest global norm of the gradient; null does not clip."
     )
+    accumulate: Count = Field(
+        default=1, description="Batches computed one after the other for one step, with the mean of their gradients."
+    )
+    amp_level: Literal["O0", "O1", "O2", "O3"] = Field(
+        default="O0",
+        description="What computes in float16 in training: nothing; convolutions and matrix products; also what is "
+        "element by element; also normalisation. Weights, quantisers, BatchNorm statistics and the loss stay float32.",
+    )
+    loss_scale: Optional[LossScaleValue] = Field(
+        default=None,
+        description="What the loss is multiplied by in the backward pass; amp_level O1 to O3 only, dynamic there.",
+    )
+    keep: Count = Field(
+        default=2, description="States kept of a training that is not finished; where the last is damaged, the one "
+        "before it is used."
+    )  # fmt: skip
     dropout: bool = Field(
         default=False, description="Drop in training what the network's dropout and drop-path cells drop."
     )
@@ -412,7 +562,16 @@ class TrainSection(Section):
     @classmethod
     def _fill(cls, values: Any) -> Any:
         values = _filled(values, "momentum", 0.9, _get(values, "opt", "momentum") in ("momentum", "sgd"))
-        return _filled(values, "decay_rate", 0.1, _get(values, "scheduler") == "step_decay")
+        scheduler = _get(values, "scheduler")
+        values = _filled(values, "decay_rate", 0.1, scheduler in ("step_decay", "multi_step_decay"))
+        values = _filled(values, "decay_rate", 0.9, scheduler == "exponential_decay")
+        values = _filled(values, "power", 1.0, scheduler == "polynomial_decay")
+        return _filled(values, "loss_scale", "dynamic", _get(values, "amp_level", "O0") != "O0")
+
+    @property
+    def samples_a_step(self) -> int:
+        """How many samples one update of the weights sees."""
+        return self.batch_size * self.accumulate
 
     def _conflicts(self) -> Iterator[Problem]:
         if self.loss is None and self.loss_args:
@@ -426,20 +585,44 @@ class TrainSection(Section):
                 yield _only_with("use_nesterov", True, "opt", "momentum or sgd")
         if self.use_nesterov and self.momentum == 0:
             yield Problem(("use_nesterov",), "found true, not allowed with momentum: 0")
-        if self.scheduler == "step_decay" and self.decay_epochs is None:
-            yield Problem(("decay_epochs",), "is missing, required by scheduler: step_decay")
-        if self.scheduler != "step_decay":
-            for key in ("decay_epochs", "decay_rate"):
-                if getattr(self, key) is not None:
-                    yield _only_with(key, getattr(self, key), "scheduler", "step_decay")
-        if self.min_lr > 0 and self.scheduler != "cosine_decay":
-            yield _only_with("min_lr", self.min_lr, "scheduler", "cosine_decay")
+        if self.no_weight_decay and self.weight_decay == 0:
+            yield Problem(("no_weight_decay",), "found a list, not allowed with weight_decay: 0, which decays nothing")
+        if self.loss_scale is not None and self.amp_level == "O0":
+            yield _only_with("loss_scale", self.loss_scale, "amp_level", "O1, O2 or O3")
+        yield from self._schedule_conflicts()
         if self.min_lr > self.lr:
             yield Problem(("min_lr",), f"found {self.min_lr}, allowed: at most lr, {self.lr}")
         if self.warmup_epochs > self.epoch_size:
             yield Problem(
                 ("warmup_epochs",), f"found {self.warmup_epochs}, allowed: at most epoch_size, {self.epoch_size}"
             )
+
+    def _schedule_conflicts(self) -> Iterator[Problem]:
+        """Settings of another schedule, and what would come after the end."""
+        for key, owners in _SCHEDULE_KEYS.items():
+            value = getattr(self, key)
+            if value and self.scheduler not in owners:
+                yield _only_with(key, value, "scheduler", " or ".join(owners))
+        for key, owner in (("decay_epochs", "step_decay"), ("milestones", "multi_step_decay")):
+            if self.scheduler == owner and not getattr(self, key):
+                yield Problem((key,), f"is missing, required by scheduler: {owner}")
+        if self.milestones != sorted(set(self.milestones)):
+            yield Problem(("milestones",), f"found {self.milestones}, allowed: numbers that rise")
+        last = max([self.decay_epochs or 0, *self.milestones])
+        if last >= self.epoch_size:
+            key = "milestones" if self.milestones else "decay_epochs"
+            text = f"found {last}, allowed: less than epoch_size, {self.epoch_size}: nothing would decay after the end"
+            yield Problem((key,), text)
+
+
+_SCHEDULE_KEYS = {
+    "decay_epochs": ("step_decay",),
+    "milestones": ("multi_step_decay",),
+    "decay_rate": ("step_decay", "multi_step_decay", "exponential_decay"),
+    "power": ("polynomial_decay",),
+    "min_lr": ("cosine_decay", "polynomial_decay"),
+}
+"""The schedules each of these keys belongs to."""
 
 
 class WeightSection(Section):
@@ -450,6 +633,11 @@ class WeightSection(Section):
     symmetric: SymmetricWeight = Field(default=True, description="Zero point 0.")
     observer: WeightObserver = Field(
         default="minmax", description="How the range is chosen: the largest magnitude, or the least squared error."
+    )
+    learned: WeightLearning = Field(
+        default="none",
+        description="lsq trains the scale (arXiv:1902.08153), from 2·mean|w|/√(2^(bits-1)-1) on, or from the least "
+        "squared error with observer mse.",
     )
 
     def overridden(self, by: Optional[WeightOverride]) -> WeightSection:
@@ -466,6 +654,7 @@ class WeightOverride(Section):
     )
     symmetric: Optional[SymmetricWeight] = Field(default=None, description="Zero point 0.")
     observer: Optional[WeightObserver] = Field(default=None, description="How the range is chosen.")
+    learned: Optional[WeightLearning] = Field(default=None, description="Whether the scale is trained.")
 
 
 class _RangeSection(Section):
@@ -495,15 +684,41 @@ class ActivationSection(_RangeSection):
     percentile: Optional[Percentile] = Field(
         default=None, description="Part of the values inside the range, in %; observer percentile only, 99.99 there."
     )
-    delay: Annotated[int, Ge(0)] = Field(
-        default=100, description="Training steps that only observe the ranges before activations are quantised."
+    delay: Optional[Steps] = Field(
+        default=None,
+        description="Training steps that only observe the ranges before activations are quantised; 100 where neither "
+        "it nor delay_epochs is given.",
     )
+    delay_epochs: Optional[Steps] = Field(default=None, description="The same in epochs, in place of delay.")
+    learned: ActivationLearning = Field(
+        default="none",
+        description="lsq trains the scale (arXiv:1902.08153), pact the upper end of what is never negative "
+        "(arXiv:1805.06085), from the range on that the observer has found.",
+    )
+    pact_decay: Optional[NotNegative] = Field(
+        default=None, description="L2 regularisation of the trained ends; learned pact only, 0.0002 there."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_delay(cls, values: Any) -> Any:
+        values = _filled(values, "delay", DEFAULT_DELAY, _get(values, "delay_epochs") is None)
+        return _filled(values, "pact_decay", DEFAULT_PACT_DECAY, _get(values, "learned") == "pact")
+
+    def _conflicts(self) -> Iterator[Problem]:
+        yield from super()._conflicts()
+        yield from _two_delays(self)
+        if self.pact_decay is not None and self.learned != "pact":
+            yield _only_with("pact_decay", self.pact_decay, "learned", "pact")
 
     def overridden(self, by: Optional[ActivationOverride]) -> ActivationSection:
         """These settings with those that `by` gives in their place; a new observer drops the old one's percentile."""
         if by is None:
             return self
-        values = self.model_dump(exclude={"percentile"} if by.observer is not None else None)
+        own = {"percentile"} if by.observer is not None else set()
+        own |= {"delay", "delay_epochs"} if by.delay is not None or by.delay_epochs is not None else set()
+        own |= {"pact_decay"} if by.learned is not None else set()
+        values = self.model_dump(exclude=own)
         return ActivationSection(**{**values, **by.model_dump(exclude_none=True)})
 
 
@@ -517,7 +732,18 @@ class ActivationOverride(_RangeSection):
         default=None,
         description="Part of the values inside the range, in %; observer percentile only, which the rule has to name.",
     )
-    delay: Optional[Annotated[int, Ge(0)]] = Field(default=None, description="Training steps that only observe.")
+    delay: Optional[Steps] = Field(default=None, description="Training steps that only observe.")
+    delay_epochs: Optional[Steps] = Field(default=None, description="The same in epochs, in place of delay.")
+    learned: Optional[ActivationLearning] = Field(default=None, description="Whether the scale is trained.")
+
+    def _conflicts(self) -> Iterator[Problem]:
+        yield from super()._conflicts()
+        yield from _two_delays(self)
+
+
+def _two_delays(section: ActivationSection | ActivationOverride) -> Iterator[Problem]:
+    if section.delay is not None and section.delay_epochs is not None:
+        yield Problem(("delay_epochs",), "two delays, this one and delay; keep one")
 
 
 class Match(Section):
@@ -561,10 +787,83 @@ class Rule(Section):
                 yield Problem((key,), "not allowed with precision: float, which quantises nothing")
         if self.precision == "weight-only" and "activation" in changed:
             yield Problem(("activation",), "not allowed with precision: weight-only, which quantises weights alone")
-        if self.precision == "dynamic" and self.activation.observer is not None:
-            yield Problem(
-                ("activation", "observer"), "not allowed with precision: dynamic, which takes ranges at each call"
-            )
+        if self.precision == "dynamic":
+            for key in ("observer", "learned"):
+                if getattr(self.activation, key) is not None:
+                    text = "not allowed with precision: dynamic, which takes ranges at each call"
+                    yield Problem(("activation", key), text)
+
+
+class BitStageSection(Section):
+    """Bits from an epoch on; layers that a rule gives more keep them."""
+
+    from_epoch: Steps = Field(description="The first epoch of the stage, counted from 0.")
+    weight: Bits = Field(description="Bits of weights.")
+    activation: Bits = Field(description="Bits of activations.")
+
+
+class ProgressiveSection(Section):
+    """Layers are quantised in parts, one after the other."""
+
+    order: Literal["front", "back"] = Field(
+        default="front", description="Begin with the layers at the input, or with those at the output."
+    )
+    stages: Annotated[int, Ge(2)] = Field(default=3, description="Parts; each costs a compilation.")
+    interval: Optional[Count] = Field(default=None, description="Steps from one part to the next.")
+    interval_epochs: Optional[Count] = Field(
+        default=None, description="The same in epochs; exactly one of the two is given."
+    )
+
+    def _conflicts(self) -> Iterator[Problem]:
+        if (self.interval is None) == (self.interval_epochs is None):
+            found = "both" if self.interval is not None else "none"
+            yield Problem((), f"found {found}, allowed: exactly one of interval or interval_epochs")
+
+
+class ScheduleSection(Section):
+    """What of the quantisation is in force when, in the quantisation-aware training."""
+
+    progressive: Optional[ProgressiveSection] = Field(
+        default=None, description="Quantise layer after layer; null quantises all from the beginning."
+    )
+    bits: list[BitStageSection] = Field(
+        default=[],
+        description="Stages of falling bits. The first begins at epoch 0, the last has the bits of quantization.weight "
+        "and quantization.activation, which are exported.",
+    )
+    freeze_ranges_epoch: Optional[Count] = Field(
+        default=None,
+        description="Until this epoch the ranges of quantised activations go on to follow what is observed; null "
+        "freezes them when they are quantised. Observers ema and minmax only.",
+    )
+    freeze_batchnorm_epoch: Optional[Count] = Field(
+        default=None,
+        description="From this epoch on BatchNorm keeps its statistics; batchnorm live only, null never.",
+    )
+
+    def epochs(self) -> Iterator[tuple[tuple[Any, ...], int]]:
+        """Every key that names an epoch in which something begins, with it."""
+        for index, stage in enumerate(self.bits):
+            yield ("bits", index, "from_epoch"), stage.from_epoch
+        if self.progressive is not None and self.progressive.interval_epochs is not None:
+            last = self.progressive.interval_epochs * (self.progressive.stages - 1)
+            yield ("progressive", "interval_epochs"), last
+        for key in ("freeze_ranges_epoch", "freeze_batchnorm_epoch"):
+            if getattr(self, key) is not None:
+                yield (key,), getattr(self, key)
+
+    def _conflicts(self) -> Iterator[Problem]:
+        if self.bits and self.bits[0].from_epoch != 0:
+            text = f"found {self.bits[0].from_epoch}, allowed: 0, where the first stage begins"
+            yield Problem(("bits", 0, "from_epoch"), text)
+        for index, (before, stage) in enumerate(zip(self.bits, self.bits[1:]), start=1):
+            if stage.from_epoch <= before.from_epoch:
+                text = f"found {stage.from_epoch}, allowed: above {before.from_epoch}, where the stage before begins"
+                yield Problem(("bits", index, "from_epoch"), text)
+            for key in ("weight", "activation"):
+                if getattr(stage, key) > getattr(before, key):
+                    text = f"found {getattr(stage, key)}, allowed: at most {getattr(before, key)}, since bits only fall"
+                    yield Problem(("bits", index, key), text)
 
 
 class QuantizationSection(Section):
@@ -588,6 +887,36 @@ class QuantizationSection(Section):
         description="BatchNorm in training: folded into the convolutions, kept with frozen statistics, or kept live.",
     )
     rules: list[Rule] = Field(default=[], description="Exceptions, in order.")
+    schedule: ScheduleSection = Field(
+        default=ScheduleSection(), description="What of it is in force when, in the training."
+    )
+    noise: Optional[Annotated[Number, Gt(0), Lt(1)]] = Field(
+        default=None,
+        description="Share of every weight that is quantised in a step of the training, another random share each time "
+        "(arXiv:2004.07320); null quantises all.",
+    )
+
+    def _conflicts(self) -> Iterator[Problem]:
+        learned, observer = self.activation.learned, self.activation.observer
+        if self.precision != "int8" and learned != "none":
+            yield Problem(("activation", "learned"), f"found '{learned}', allowed only with precision: int8")
+        schedule = self.schedule
+        if schedule.bits:
+            if self.precision != "int8":
+                yield Problem(("schedule", "bits"), "found a list, allowed only with precision: int8")
+            for key in ("weight", "activation"):
+                last, planned = getattr(schedule.bits[-1], key), getattr(self, key).bits
+                if last != planned:
+                    text = f"found {last} in the last stage, allowed: {planned}, the bits of quantization.{key}"
+                    yield Problem(("schedule", "bits", len(schedule.bits) - 1, key), text)
+        if schedule.freeze_ranges_epoch is not None:
+            place = ("schedule", "freeze_ranges_epoch")
+            if learned == "lsq":
+                yield Problem(place, "not allowed with activation.learned: lsq, whose scales are trained")
+            if observer not in ("ema", "minmax"):
+                yield Problem(place, f"not allowed with activation.observer: {observer}; allowed with ema and minmax")
+        if schedule.freeze_batchnorm_epoch is not None and self.batchnorm != "live":
+            yield Problem(("schedule", "freeze_batchnorm_epoch"), "allowed only with batchnorm: live")
 
     @model_validator(mode="before")
     @classmethod
@@ -601,13 +930,41 @@ class QuantizationSection(Section):
         return values
 
 
+class FeatureSection(Section):
+    """A loss between what a layer of the student and a layer of the teacher compute."""
+
+    student: Text = Field(description="A layer of the student: the path of a cell, or the name of an operation.")
+    teacher: Optional[Text] = Field(
+        default=None, description="The layer of the teacher; null takes the one of the same name."
+    )
+    loss: Literal["mse", "attention", "similarity", "relational"] = Field(
+        default="mse",
+        description="mse of the values, through a trained 1x1 convolution where channels differ (FitNets); distance "
+        "of the attention maps; of the similarities between samples; of the distances and angles between samples.",
+    )
+    weight: Positive = Field(default=1.0, description="What the loss is multiplied by.")
+    of: Annotated[int, Ge(0)] = Field(default=0, description="Which of several teachers, counted from 0.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        return _filled(values, "teacher", _get(values, "student"), _get(values, "student") is not None)
+
+
 class DistillationSection(Section):
     """The loss by which the student also imitates the teacher (Hinton et al. 2015, arXiv:1503.02531)."""
 
-    alpha: Fraction = Field(
-        default=0.3, description="Weight of the soft loss (teacher); the hard loss (labels) has 1 - alpha."
+    alpha: Share = Field(
+        default=0.3,
+        description="Weight of the soft loss (teacher); the hard loss (labels) has 1 - alpha. It may change from step "
+        "to step over the training. Where not given, 0.3 with 8 bits and 0.1 more for each bit less (of weights or "
+        "activations, whichever have fewer), and 1 with hard_loss: none.",
     )
-    temperature: Positive = Field(default=5.0, description="Divides the logits of both networks in the soft loss.")
+    temperature: Optional[Temperature] = Field(
+        default=None,
+        description="Divides the logits of both networks in the soft loss; soft_loss kl only. It may change as alpha. "
+        "null: 5 with 8 bits, falling evenly to 2 with 4 bits, and 2 below.",
+    )
     hard_loss: Literal["cross_entropy", "label_smoothing", "train_loss", "none"] = Field(
         default="cross_entropy",
         description="Loss against the labels, of the first output; train_loss is that of train.loss, of all outputs, "
@@ -616,17 +973,69 @@ class DistillationSection(Section):
     label_smoothing: Optional[Fraction] = Field(
         default=None, description="Smoothing; hard_loss label_smoothing only, 0.1 there."
     )
-    soft_loss: Literal["kl", "mse"] = Field(default="kl", description="Loss against the teacher's outputs.")
+    soft_loss: Literal["kl", "mse", "cosine"] = Field(
+        default="kl", description="Loss against the teacher's outputs."
+    )
     outputs: Outputs = Field(default=[0], description="The outputs, by their numbers, the soft loss is the mean over.")
+    combine: Literal["weighted", "best"] = Field(
+        default="weighted",
+        description="Several teachers: the mean of their soft losses by weight, or for each sample the teacher whose "
+        "cross-entropy with the label is least.",
+    )
+    features: list[FeatureSection] = Field(default=[], description="Losses between layers, added to the others.")
+    balance: Literal["none", "running"] = Field(
+        default="none",
+        description="running brings every term of the loss to the mean size the first has had so far; weights are "
+        "shares then.",
+    )
+    cache: Annotated[Literal["off", "auto", "on"], BeforeValidator(_switch)] = Field(
+        default="off",
+        description="The teacher's answers to the training set are computed once and kept in the run's folder while it "
+        "trains, in place of the teacher in every step; without features only. auto does so where that saves time and "
+        "changes nothing, and says why not elsewhere.",
+    )
+    cache_view: Optional[Literal["same", "clean"]] = Field(
+        default=None,
+        description="What the teacher has seen: same is what the student sees, so nothing may be augmented; clean is "
+        "the sample as it is, whose answer then stands for every augmented form. cache on or auto only, same there.",
+    )
+    cache_top_k: Optional[Annotated[int, Ge(1)]] = Field(
+        default=None,
+        description="Keep the K largest logits of an answer only, and the probability of all other classes together, "
+        "which is spread evenly; for many classes. cache on or auto, and soft_loss kl only.",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
+        values = _filled(values, "temperature", default_temperature(8), _get(values, "soft_loss", "kl") == "kl")
+        values = _filled(values, "cache_view", "same", _switch(_get(values, "cache", "off")) != "off")
         return _filled(values, "label_smoothing", 0.1, _get(values, "hard_loss") == "label_smoothing")
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the training needs to know what is right."""
+        return self.hard_loss != "none" or self.combine == "best"
 
     def _conflicts(self) -> Iterator[Problem]:
         if self.label_smoothing is not None and self.hard_loss != "label_smoothing":
             yield _only_with("label_smoothing", self.label_smoothing, "hard_loss", "label_smoothing")
+        if self.temperature is not None and self.soft_loss != "kl":
+            yield _only_with("temperature", self.temperature, "soft_loss", "kl")
+        alone = self.hard_loss == "none" or self.alpha == 1
+        if self.balance != "none" and alone and not self.features:
+            yield Problem(("balance",), f"found '{self.balance}', not allowed where the soft loss is the only term")
+        yield from self._cache_conflicts()
+
+    def _cache_conflicts(self) -> Iterator[Problem]:
+        for key, value in (("cache_view", self.cache_view), ("cache_top_k", self.cache_top_k)):
+            if value is not None and self.cache == "off":
+                yield Problem((key,), f"found {show(value)}, allowed only with cache: on or cache: auto")
+        if self.cache_top_k is not None and self.soft_loss != "kl":
+            yield _only_with("cache_top_k", self.cache_top_k, "soft_loss", "kl")
+        if self.cache == "on" and self.features:
+            text = "found 'on', not allowed with features, which watch the teacher's layers in every step"
+            yield Problem(("cache",), text)
 
 
 class EvaluationSection(Section):
@@ -731,7 +1140,7 @@ class Recipe(Section):
     seed: Annotated[int, Ge(0), Le(2**32 - 1)] = Field(default=0, description="Seed of every random choice.")
     target: TargetName = Field(default="lite_arm", description="The runtime that will execute the model.")
     model: ModelSection = Field(description="The network to be quantised.")
-    teacher: TeacherSection = Field(default=TeacherSection(), description="The network that teaches it.")
+    teacher: Teachers = Field(default=TeacherSection(), description="The network, or the networks, that teach it.")
     data: DataSection = Field(description="The dataset.")
     pretrain: Optional[TrainSection] = Field(
         default=None, description="Float training from scratch, in place of model.checkpoint; null does none."
@@ -758,6 +1167,7 @@ class Recipe(Section):
         alone = _get(values, "distillation") is None
         values = _filled(values, "compare", ["float"] if alone else list(COMPARISONS), True)
         values = _with_own_loss(values)
+        values = _with_distillation_defaults(values)
         metric = _get(_get(values, "evaluation"), "metric")
         values = _filled_below(values, "verify", "max_deviation", None if metric is None else METRIC_DEVIATION)
         target = _get(values, "target", "lite_arm")
@@ -770,12 +1180,25 @@ class Recipe(Section):
         yield from self._distillation_conflicts()
         yield from self._target_conflicts()
         yield from self._input_conflicts()
+        yield from self._schedule_conflicts()
         if self.model.source == "mindir" and self.train.dropout:
             yield Problem(("train", "dropout"), "found true, not allowed with model.source: mindir, a file without it")
         shape, mean = self.model.input_shape, self.data.mean
         if shape is not None and mean is not None and len(mean) != shape[0]:
             text = f"found {len(mean)} values, allowed: {shape[0]}, the channels of model.input_shape"
             yield Problem(("data", "mean"), text)
+
+    def _schedule_conflicts(self) -> Iterator[Problem]:
+        """What would begin when the training is over."""
+        section, epochs = self.quantization, self.train.epoch_size
+        begins = [(("schedule", *path), epoch) for path, epoch in section.schedule.epochs()]
+        begins.append((("activation", "delay_epochs"), section.activation.delay_epochs or 0))
+        for index, rule in enumerate(section.rules):
+            begins.append((("rules", index, "activation", "delay_epochs"), rule.activation.delay_epochs or 0))
+        for path, epoch in begins:
+            if epoch >= epochs:
+                text = f"begins at epoch {epoch}, counted from 0, but the training (train.epoch_size) has {epochs}"
+                yield Problem(("quantization", *path), text)
 
     def _input_conflicts(self) -> Iterator[Problem]:
         """What only images have."""
@@ -826,7 +1249,36 @@ class Recipe(Section):
                     ("pretrain",), f"two origins of the weights, training from scratch and model.{other}; keep one"
                 )
 
+    @property
+    def teachers(self) -> list[TeacherSection]:
+        """The teacher, or the teachers, in a list."""
+        return self.teacher if isinstance(self.teacher, list) else [self.teacher]
+
+    def _teacher_conflicts(self, distillation: DistillationSection) -> Iterator[Problem]:
+        """What needs several teachers, and what several teachers need."""
+        count = len(self.teachers)
+        weighed = count > 1 and distillation.combine == "weighted"
+        for index, section in enumerate(self.teachers):
+            if section.weight != 1 and not weighed:
+                where = ("teacher", index, "weight") if isinstance(self.teacher, list) else ("teacher", "weight")
+                reason = "with several teachers" if count == 1 else "with combine: weighted"
+                yield Problem(where, f"found {section.weight}, allowed only {reason}")
+        for index, feature in enumerate(distillation.features):
+            if feature.of >= count:
+                text = f"found {feature.of}, allowed: 0 to {count - 1}, the numbers of the teachers"
+                yield Problem(("distillation", "features", index, "of"), text)
+        if distillation.combine == "best":
+            where = ("distillation", "combine")
+            if count == 1:
+                yield Problem(where, "found 'best', allowed only with several teachers, a list of sections")
+            for key, value in (("train.loss", self.train.loss), ("evaluation.metric", self.evaluation.metric)):
+                if value is not None:
+                    text = f"found 'best', not allowed with {key}: it needs labels that are the numbers of classes"
+                    yield Problem(where, text)
+
     def _distillation_conflicts(self) -> Iterator[Problem]:
+        if self.distillation is not None:
+            yield from self._teacher_conflicts(self.distillation)
         if self.distillation is None:
             if self.teacher != TeacherSection():
                 text = "not used without distillation; add 'distillation: {}', or drop it with --set teacher=null"
@@ -843,6 +1295,12 @@ class Recipe(Section):
         if self.distillation.hard_loss == "train_loss" and self.train.loss is None:
             text = "found 'train_loss', allowed only with train.loss"
             yield Problem(("distillation", "hard_loss"), text)
+        if self.distillation.cache == "on" and self.distillation.cache_view == "same" and self.data.augment:
+            text = (
+                f"found 'on', not allowed with data.augment: {show(self.data.augment)}, by which the teacher would see "
+                "other samples than the student; use cache_view: clean, or cache: off"
+            )
+            yield Problem(("distillation", "cache"), text)
         undistilled = {"qat", "float"} & set(self.compare)
         if self.train.loss is not None and self.distillation.hard_loss != "train_loss" and not undistilled:
             text = (
@@ -859,13 +1317,15 @@ class Recipe(Section):
 
     def warnings(self) -> list[str]:
         """Sentences about settings that are possible but known to cost accuracy."""
-        if self.distillation is None or self.distillation.temperature <= HIGH_TEMPERATURE:
+        given = None if self.distillation is None else self.distillation.temperature
+        highest = max(given["from"], given.get("to", 0.0)) if isinstance(given, dict) else given or 0.0
+        if highest <= HIGH_TEMPERATURE:
             return []
         low = [place for place, bits in self._bits() if bits <= LOW_BITS]
         if not low:
             return []
         return [
-            f"distillation.temperature: {self.distillation.temperature:g} above {HIGH_TEMPERATURE:g} together with "
+            f"distillation.temperature: {highest:g} above {HIGH_TEMPERATURE:g} together with "
             f"{LOW_BITS} bits or fewer ({', '.join(low)}); published result: T=5 costs 12 points at W3A8 from scratch"
         ]
 

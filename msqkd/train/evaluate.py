@@ -8,7 +8,8 @@ from typing import Any, Callable, Optional
 import mindspore as ms
 import numpy as np
 
-from msqkd.data import Arrays, Split, as_tuple
+from msqkd import parallel
+from msqkd.data import Arrays, Split, as_tuple, subset
 from msqkd.errors import ModelError
 from msqkd.train.metric import ACCURACY, Metric, Outputs
 
@@ -87,14 +88,32 @@ def measured(
     batch_size: int,
     metric: Metric = ACCURACY,
     chosen: Optional[Sequence[int]] = None,
+    *,
+    together: bool = False,
 ) -> float:
     """What `metric` says of the outputs `chosen` (all by default) on a labelled split.
+
+    With `together` every worker of a training computes a part of the outputs, and all get the same answer.
 
     Raises:
         DataError: no labels, or no finite number.
         ModelError: as `output_arrays`.
     """
-    return metric(output_arrays(network, split, batch_size, chosen), split.labels, split.name)
+    outputs = (_outputs_together if together else output_arrays)(network, split, batch_size, chosen)
+    return metric(outputs, split.labels, split.name)
+
+
+def _outputs_together(
+    network: Callable[..., Any], split: Split, batch_size: int, chosen: Optional[Sequence[int]]
+) -> Outputs:
+    """`output_arrays` of a split that is divided among the workers; the last begin again at its start."""
+    workers, count = parallel.size(), len(split)
+    if workers == 1:
+        return output_arrays(network, split, batch_size, chosen)
+    each = -(-count // workers)
+    own = np.arange(parallel.rank() * each, (parallel.rank() + 1) * each) % count
+    found = (parallel.gather_rows(array) for array in output_arrays(network, subset(split, own), batch_size, chosen))
+    return tuple(array[: len(array) // (each * workers) * count] for array in found)
 
 
 def accuracy(network: Callable[..., Any], split: Split, batch_size: int) -> float:

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -14,15 +14,18 @@ from typing import Any, Callable, Optional
 import mindspore as ms
 import numpy as np
 
-from msqkd.data import Split, as_tuple
+from msqkd import parallel
+from msqkd.data import Arrays, Split, as_tuple
 from msqkd.errors import DataError, TrainingError
 from msqkd.graph.cell import Hooks, read_parameters, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.progress import Reporter, Task
+from msqkd.train.ema import AveragingOptimizer
 from msqkd.train.evaluate import measured
 from msqkd.train.metric import ACCURACY, Metric
 from msqkd.train.optimizer import TrainSettings, learning_rates
-from msqkd.train.state import History, load_state, save_state
+from msqkd.train.prefetch import ahead
+from msqkd.train.state import History, keep_previous, load_newest, save_state, share_state
 from msqkd.train.step import TrainStep
 
 _SAVE_SECONDS = 120.0  # between two saves within an epoch
@@ -62,21 +65,29 @@ class Training:
     outputs: Optional[Sequence[int]] = None
 
 
-def steps_per_epoch(split: Split, batch_size: int) -> int:
-    """Whole batches in an epoch (the rest is left out, other samples each epoch).
+def steps_per_epoch(split: Split, samples: int) -> int:
+    """Whole steps of so many samples a worker in an epoch (the rest is left out, other samples each epoch).
 
     Raises:
-        DataError: the split is smaller than one batch.
+        DataError: the split has fewer samples than one step.
     """
-    if len(split) < batch_size:
+    workers = parallel.size()
+    if workers > 1 and len(split) < samples * workers:
         raise DataError(
-            f"{split.name} has {len(split)} samples, fewer than one batch of {batch_size}; choose a smaller batch_size"
+            f"{split.name} has {len(split)} samples, fewer than one batch of {samples} for each of {workers} workers; "
+            "choose a smaller batch_size or accumulate, or fewer workers"
         )
-    return len(split) // batch_size
+    samples *= workers
+    if len(split) < samples:
+        raise DataError(
+            f"{split.name} has {len(split)} samples, fewer than one batch of {samples}; choose a smaller batch_size or "
+            "accumulate"
+        )
+    return len(split) // samples
 
 
 def fit(training: Training, reporter: Reporter) -> History:
-    """Run (or continue) a training; the network holds the last weights afterwards.
+    """Run (or continue) a training; the network holds the last weights afterwards, or their average where one is kept.
 
     A KeyboardInterrupt saves the state before it goes on; the next call continues at the same step.
 
@@ -84,10 +95,13 @@ def fit(training: Training, reporter: Reporter) -> History:
         TrainingError: the loss stayed NaN or infinite for `max_bad_steps` steps in a row; says where it arose.
         DataError: too few samples.
     """
-    per_epoch = steps_per_epoch(training.train, training.settings.batch_size)
+    per_epoch = steps_per_epoch(training.train, training.settings.samples_a_step)
     history = History(start_of_activation_quantisation=training.activation_delay)
-    if training.state_file.exists():
-        history = load_state(training.step, training.network, training.key, training.state_file)
+    if parallel.is_first():
+        keep = training.settings.keep
+        held = load_newest(training.step, training.network, training.key, training.state_file, keep, reporter.warn)
+        history = history if held is None else held
+    history = share_state(training.step, training.network, history)
     total = training.settings.epoch_size * per_epoch
     with (
         reporter.task(training.title, total, training.step.steps_done) as task,
@@ -98,6 +112,8 @@ def fit(training: Training, reporter: Reporter) -> History:
             while True:
                 run.measure()
                 if training.step.steps_done >= total:
+                    if run.average is not None:
+                        run.average.take()
                     return history
                 run.epoch(task)
         except KeyboardInterrupt:
@@ -109,17 +125,19 @@ def fit(training: Training, reporter: Reporter) -> History:
 @contextmanager
 def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
     """Ctrl-C waits until the function given is called: half a step could not be continued. A second one does not wait.
+    All workers of a training call it together, and stop together.
 
     So does SIGTERM, for while it runs a network MindSpore answers Ctrl-C itself, by sending SIGTERM to the process.
     """
     pressed: list[int] = []
 
     def check() -> None:
-        if pressed:
+        if parallel.any_worker(bool(pressed)):
             raise KeyboardInterrupt
 
     def note(number: int, frame: Any) -> None:
-        check()
+        if pressed:
+            raise KeyboardInterrupt
         pressed.append(number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -144,6 +162,8 @@ class _Run:
     ) -> None:
         self.training, self.history, self.per_epoch, self.reporter = training, history, per_epoch, reporter
         self.check_interrupt = check_interrupt
+        optimizer = training.step.optimizer
+        self.average = optimizer if isinstance(optimizer, AveragingOptimizer) else None
         self.rates = learning_rates(training.settings, per_epoch)
         self.in_step = False
         self.bad = 0
@@ -153,25 +173,46 @@ class _Run:
         training, step = self.training, self.training.step
         epoch, first = divmod(step.steps_done, self.per_epoch)
         order = np.random.default_rng([training.seed, epoch]).permutation(len(training.train))
-        size = training.settings.batch_size
+        size = training.settings.samples_a_step * parallel.size()
+        # What is augmented is drawn a batch at a time, by every worker for itself.
+        worker = [parallel.rank()] if parallel.size() > 1 else []
+
+        def batch(index: int) -> tuple[Arrays, Arrays]:
+            rng = np.random.default_rng([training.seed, epoch, index, *worker])
+            chosen = order[index * size : (index + 1) * size]
+            return training.train.batch(parallel.share_of_batch(chosen, training.settings.accumulate), rng)
+
         step.set_train()
-        for index in range(first, self.per_epoch):
-            self.check_interrupt()
-            rng = np.random.default_rng([training.seed, epoch, index])
-            inputs, labels = training.train.batch(order[index * size : (index + 1) * size], rng)
-            loss = self._step(as_tuple(inputs), as_tuple(labels))
-            task.update(
-                step.steps_done, epoch=f"{epoch + 1}/{training.settings.epoch_size}", loss=loss, **self._last_measured()
-            )
-            if time.monotonic() - self.saved > _SAVE_SECONDS:
-                self.save()
+        with ahead(batch, range(first, self.per_epoch)) as batches:
+            while True:
+                begin = time.monotonic()
+                self.check_interrupt()
+                following = next(batches, None)
+                self.history.data_seconds += time.monotonic() - begin
+                if following is None:
+                    return
+                inputs, labels = following
+                loss = self._step(as_tuple(inputs), as_tuple(labels))
+                self.history.step_seconds += time.monotonic() - begin
+                task.update(
+                    step.steps_done,
+                    epoch=f"{epoch + 1}/{training.settings.epoch_size}",
+                    loss=loss,
+                    **self._last_measured(),
+                )
+                if time.monotonic() - self.saved > _SAVE_SECONDS:
+                    self.save()
 
     def measure(self) -> None:
         """The metric after a whole epoch, unless it is known."""
         training, (epochs, rest) = self.training, divmod(self.training.step.steps_done, self.per_epoch)
         if rest or len(self.history.accuracy) == epochs:
             return
-        found = measured(training.network, training.test, training.eval_batch_size, training.metric, training.outputs)
+        with self.average.in_use() if self.average is not None else nullcontext():
+            found = measured(
+                training.network, training.test, training.eval_batch_size, training.metric, training.outputs,
+                together=True,
+            )  # fmt: skip
         self.history.accuracy.append((epochs, found))
         self.save()
         self.check_interrupt()
@@ -184,7 +225,7 @@ class _Run:
     def _step(self, inputs: tuple[np.ndarray, ...], labels: tuple[np.ndarray, ...]) -> float:
         training, number = self.training, self.training.step.steps_done
         self.in_step = True
-        if all(np.isfinite(array).all() for array in inputs):
+        if not parallel.any_worker(not all(np.isfinite(array).all() for array in inputs)):
             loss = float(training.step(*map(ms.Tensor, (*inputs, *labels))).asnumpy())
         else:
             loss = float("nan")
@@ -218,9 +259,13 @@ class _Run:
             pending.clear()
 
     def save(self) -> None:
+        if not parallel.is_first():
+            return
         now = time.monotonic()
+        self.history.overflow_steps = self.training.step.overflow_steps()
         self.history.seconds += now - self.clock
         self.clock = self.saved = now
+        keep_previous(self.training.state_file, self.training.settings.keep)
         save_state(self.training.step, self.training.network, self.history, self.training.key, self.training.state_file)
 
 

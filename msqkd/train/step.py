@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from dataclasses import dataclass
+from typing import Any, Optional, Union
 
+import mindspore as ms
+import numpy as np
 from mindspore import nn, ops
 
+from msqkd import parallel
+from msqkd.errors import TrainingError
 from msqkd.quant.qat import advance, forget_compilations
+from msqkd.train.statistics import SharedStatistics
+
+_gathered = ops.MultitypeFuncGraph("gathered_gradient")
+
+
+@_gathered.register("Tensor", "Tensor", "Tensor")
+def _gather(first, held, gradient):  # type: ignore[no-untyped-def]
+    """The sum so far, begun anew with the first part (what was held may be NaN)."""
+    return ops.assign(held, ops.where(first, gradient, held + gradient))
+
+
+_multiplied = ops.MultitypeFuncGraph("multiplied_gradient")
+
+
+@_multiplied.register("Tensor", "Tensor")
+def _multiply(factor, gradient):  # type: ignore[no-untyped-def]
+    return gradient * factor
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """What the loss is multiplied by before the backward pass, so that float16 gradients do not vanish.
+
+    A dynamic scale is halved at a step whose gradients overflow, which is skipped, and doubled after `window` steps
+    without one, between 1 and 2²⁴ (Micikevicius et al., arXiv:1710.03740).
+    """
+
+    value: float = 1.0
+    dynamic: bool = False
+    window: int = 2000
+
+    @classmethod
+    def of(cls, given: Union[float, str, None]) -> LossScale:
+        """From a recipe's ``loss_scale``: a number, ``dynamic`` (from 2¹⁶ on), or None for none."""
+        return cls(2.0**16, True) if given == "dynamic" else cls(float(given or 1.0))
 
 
 class TrainStep(nn.TrainOneStepCell):
@@ -20,42 +60,131 @@ class TrainStep(nn.TrainOneStepCell):
         network: computes the loss.
         optimizer: over the trainable parameters.
         clip_grad: largest global norm of the gradient; None does not clip.
+        accumulate: parts a batch is computed in, one after the other, for one update with the mean of their gradients:
+            the memory is that of one part. A batch needs a multiple of as many samples.
+        loss_scale: for a network that computes in float16.
 
     Attributes:
         steps_done: number of calls so far; set it when a training is resumed.
+
+    Raises:
+        TrainingError: at a call, where a batch cannot be cut into equal parts.
     """
 
-    def __init__(self, network: nn.Cell, optimizer: nn.Optimizer, clip_grad: Optional[float] = None) -> None:
+    def __init__(
+        self,
+        network: nn.Cell,
+        optimizer: nn.Optimizer,
+        clip_grad: Optional[float] = None,
+        accumulate: int = 1,
+        loss_scale: LossScale = LossScale(),
+    ) -> None:
         super().__init__(network, optimizer)
         self.steps_done = 0
         self.clip_grad = clip_grad
         self.not_a_number = float("nan")
+        self.has_others = parallel.size() > 1
+        if self.has_others:
+            self.mean = parallel.Mean()
+            self.statistics = SharedStatistics(self.quantized_part(), optimizer)
+        self.parts = accumulate
+        self.map_gradients = ops.HyperMap()
+        if accumulate > 1:
+            self.part = _counter("part")
+            self.loss_sum = _state("loss_sum", 0.0)
+            self.gradient_sums = self.weights.clone(prefix="gathered", init="zeros")
+        self.scales = loss_scale.dynamic or loss_scale.value != 1.0
+        self.dynamic, self.window = loss_scale.dynamic, loss_scale.window
+        if self.scales:
+            self.loss_scale = _state("loss_scale", loss_scale.value)
+        if loss_scale.dynamic:
+            self.steps_of_scale, self.overflows = _counter("steps_of_scale"), _counter("overflows")
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run one step and return the loss (scalar Tensor)."""
+        """Run one step and return the loss (scalar Tensor), the mean over the parts of the batch."""
         if advance(self.quantized_part(), self.steps_done):
             forget_compilations(self)
-        loss = super().__call__(*inputs)
+        loss = super().__call__(*inputs) if self.parts == 1 else self._in_parts(inputs)
+        if self.has_others:
+            self.statistics.share()
         self.steps_done += 1
+        return loss
+
+    def _in_parts(self, inputs: tuple[Any, ...]) -> Any:
+        size, rest = divmod(len(inputs[0]), self.parts)
+        if rest or not size:
+            raise TrainingError(f"a batch of {len(inputs[0])} samples cannot be cut into {self.parts} equal parts")
+        self.part.set_data(ms.Tensor(np.int32(0)))  # an interrupted step may have left it elsewhere
+        for start in range(0, size * self.parts, size):
+            loss = super().__call__(*(item[start : start + size] for item in inputs))
         return loss
 
     def quantized_part(self) -> nn.Cell:
         """The cell whose quantisers follow the steps."""
         return self.network
 
+    def state_parameters(self) -> list[Any]:
+        """What changes from step to step beside the network: the optimiser's parameters, and the loss scale."""
+        own = [self.loss_scale, self.steps_of_scale, self.overflows] if self.dynamic else []
+        return [*self.optimizer.get_parameters(), *own]
+
+    def overflow_steps(self) -> int:
+        """How many steps a dynamic loss scale has skipped so far."""
+        return int(self.overflows.asnumpy()) if self.dynamic else 0
+
     def construct(self, *inputs):  # type: ignore[no-untyped-def]
-        """Forward, backward and update; returns the loss."""
+        """Forward, backward and, at the end of a batch, update; returns the loss."""
         loss = self.network(*inputs)
         sens = ops.fill(loss.dtype, loss.shape, self.sens)
-        gradients = self.grad_reducer(self.grad(self.network, self.weights)(*inputs, sens))
+        if self.scales:
+            sens = sens * self.loss_scale
+        gradients = self.grad(self.network, self.weights)(*inputs, sens)
+        if self.parts == 1:
+            return self._update(loss, gradients, 1.0)
+        first = self.part == 0
+        loss = ops.assign(self.loss_sum, ops.where(first, loss, self.loss_sum + loss))
+        gradients = self.map_gradients(ops.partial(_gathered, first), self.gradient_sums, gradients)
+        part = ops.assign_add(self.part, 1)
+        mean = loss / self.parts
+        if part == self.parts:
+            mean = self._update(mean, gradients, 1.0 / self.parts)
+        return mean
+
+    def _update(self, loss, gradients, share):  # type: ignore[no-untyped-def]
+        """Change the weights, unless something is not finite; `share` is what a gradient counts."""
+        gradients = self.grad_reducer(gradients)
+        if self.has_others:
+            loss = self.mean(loss)
+        if self.scales:
+            gradients = self.map_gradients(ops.partial(_multiplied, share / self.loss_scale), gradients)
+        elif self.parts > 1:
+            gradients = self.map_gradients(ops.partial(_multiplied, ops.fill(loss.dtype, (), share)), gradients)
         finite = ops.isfinite(self._sum(loss, gradients))
         if self.clip_grad is not None:
             gradients = ops.clip_by_global_norm(gradients, self.clip_grad)
         if finite:
             loss = ops.depend(loss, self.optimizer(gradients))
         else:
-            loss = loss * self.not_a_number
+            loss = self._skipped(loss)
+        if self.dynamic:
+            loss = ops.depend(loss, self._rescale(finite))
         return loss
+
+    def _skipped(self, loss):  # type: ignore[no-untyped-def]
+        """NaN, unless a smaller scale may help: then it is an overflow, which is counted by itself."""
+        if self.dynamic:
+            overflow = self.loss_scale > 1.0
+            counted = ops.assign_add(self.overflows, ops.cast(overflow, ms.int32))
+            return ops.depend(ops.where(overflow, loss, loss * self.not_a_number), counted)
+        return loss * self.not_a_number
+
+    def _rescale(self, finite):  # type: ignore[no-untyped-def]
+        scale = self.loss_scale
+        steps = ops.where(finite, self.steps_of_scale + 1, 0)
+        grown = steps >= self.window
+        wider = ops.where(grown, ops.minimum(scale * 2.0, 2.0**24), scale)
+        after = ops.assign(self.loss_scale, ops.where(finite, wider, ops.maximum(scale * 0.5, 1.0)))
+        return ops.depend(after, ops.assign(self.steps_of_scale, ops.where(grown, 0, steps)))
 
     def _sum(self, loss, gradients):  # type: ignore[no-untyped-def]
         """Not finite where anything is: a ReLU hides a NaN from the loss, but not from the gradients."""
@@ -63,6 +192,14 @@ class TrainStep(nn.TrainOneStepCell):
         for gradient in gradients:
             total = total + gradient.sum()
         return total
+
+
+def _state(name: str, value: float) -> Any:
+    return ms.Parameter(ms.Tensor(np.float32(value)), name=f"train_step.{name}", requires_grad=False)
+
+
+def _counter(name: str) -> Any:
+    return ms.Parameter(ms.Tensor(np.int32(0)), name=f"train_step.{name}", requires_grad=False)
 
 
 class WithLoss(nn.Cell):

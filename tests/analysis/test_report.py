@@ -444,6 +444,16 @@ def test_values_in_float_and_values_of_one_layer_stand_in_the_table(result: dict
     assert "conv1 (2) Conv2D 0.012" in text
 
 
+def test_what_slowed_a_training_is_told(summary: dict[str, Any]) -> None:
+    told = {**training(), "overflow_steps": 3, "data_share": 0.25}
+    page = render_html({**summary, "training": {"qat": told}})
+    assert "3 steps skipped by the dynamic loss scale" in page
+    assert "25% of the steps&#39; time was spent waiting for data" in page
+    quiet = render_html({**summary, "training": {"qat": {**training(), "overflow_steps": 0, "data_share": 0.01}}})
+    assert "loss scale" not in quiet
+    assert "waiting for data" not in quiet
+
+
 def test_warnings_are_shown_once(summary: dict[str, Any]) -> None:
     text = Page(render_html(summary)).text
     assert text.count("a warning of the plan") == text.count("a warning of the run") == 1

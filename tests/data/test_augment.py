@@ -1,7 +1,10 @@
+import random
+
 import numpy as np
 import pytest
 
-from msqkd.data.augment import flip, make_augmentations, translate
+from msqkd.data import ArraySplit
+from msqkd.data.augment import AUGMENTATIONS, cutout, flip, make_augmentations, random_erasing, translate
 from msqkd.errors import DataError
 
 
@@ -54,12 +57,76 @@ def test_amount_follows_the_colon() -> None:
         ("crop:-1", "from 1 to 64"),
         ("shift:65", "from 1 to 64"),
         ("random_resized_crop", "unknown"),
+        ("cutout:513", "the pixels must be a whole number from 1 to 512"),
+        ("random_erasing:1.5", "the part of the images must be a number above 0, and at most 1"),
+        ("color_jitter:much", "the part must be a number above 0, and at most 1"),
+        ("auto_augment:cifar", "the policy must be one of imagenet, cifar10, svhn; did you mean 'cifar10'"),
+        ("rand_augment:31", "the magnitude must be a whole number from 1 to 30"),
+        ("trivial_augment:2", "takes no number"),
     ],
 )
 def test_wrong_names_are_refused(spec: str, said: str) -> None:
     with pytest.raises(DataError, match=said) as error:
         make_augmentations([spec], "digits train")
     assert str(error.value).startswith("digits train: augmentation '")
+
+
+COLOURS = np.random.default_rng(3).integers(0, 256, (12, 3, 16, 16)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_every_augmentation_follows_its_generator_alone(name: str) -> None:
+    (augment,) = make_augmentations([name], "x")
+    before = COLOURS.copy()
+    np.random.seed(4)
+    expected = (np.random.get_state()[1], random.getstate())
+    one, same, other = (augment(COLOURS, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(COLOURS, before)
+    assert (one.shape, one.dtype) == (COLOURS.shape, np.uint8)
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+    changed = (one != COLOURS).any((1, 2, 3))
+    assert changed.sum() >= 3
+    alike = augment(np.repeat(COLOURS[:1], 12, 0), np.random.default_rng(0))
+    assert len({image.tobytes() for image in alike}) > 1, "each image has its own randomness"
+    np.testing.assert_array_equal(np.random.get_state()[1], expected[0])
+    assert random.getstate() == expected[1]
+
+
+def test_cutout_blackens_a_square_cut_off_at_the_border() -> None:
+    images = np.ones((300, 2, 9, 7), np.float32)
+    black = cutout(images, np.random.default_rng(0), 3) == 0
+    assert (black[:, 0] == black[:, 1]).all()
+    for image in black[:, 0]:
+        rows, columns = np.flatnonzero(image.any(1)), np.flatnonzero(image.any(0))
+        assert image.sum() == len(rows) * len(columns)
+        assert len(rows) == 3 or rows[0] == 0 or rows[-1] == 8
+        assert len(columns) == 3 or columns[0] == 0 or columns[-1] == 6
+    assert {int(image.sum()) for image in black[:, 0]} == {4, 6, 9}
+    assert black[:, 0].any(0).all(), "every pixel is reached"
+
+
+def test_random_erasing_covers_a_rectangle_with_the_mean() -> None:
+    images = np.random.default_rng(0).normal(size=(400, 2, 20, 20)).astype(np.float32)
+    result = random_erasing(images, np.random.default_rng(0), 0.25)
+    covered = (result != images).any(1)
+    shares = covered.mean((1, 2))
+    assert 60 < (shares > 0).sum() < 140
+    assert shares[shares > 0].min() > 0.01
+    assert 0.25 < shares.max() < 0.36
+    for index in np.flatnonzero(shares)[:20]:
+        assert covered[index].sum() == covered[index].any(1).sum() * covered[index].any(0).sum()
+        for channel in range(2):
+            values = np.unique(result[index, channel][covered[index]])
+            np.testing.assert_allclose(values, images[index, channel].mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("images", [np.zeros((2, 1, 8, 8), np.uint8), np.zeros((2, 3, 8, 8), np.float32)])
+def test_colour_is_needed_for_some(images: np.ndarray) -> None:
+    with pytest.raises(
+        DataError, match=r"toy train: augmentation 'rand_augment' is for colour images of 8 bits; these"
+    ):
+        ArraySplit(images, None, (), augmentations=make_augmentations(["rand_augment"], "x"), name="toy train")
 
 
 def test_names_of_the_caller_are_skipped() -> None:

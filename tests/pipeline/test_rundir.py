@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +134,35 @@ def test_fresh_never_deletes_what_is_not_a_runs(tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=r"holds other files \(thesis.txt\)"):
             RunDirectory(tmp_path, recipe(), fresh=fresh)
     assert [child.name for child in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    hold = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print('x', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, tmp_path], stdout=subprocess.PIPE, stdin=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ExportError, match=r"another run is at work in .*; wait for its end, or choose another"):
+            RunDirectory(tmp_path, recipe())
+        other.kill()
+    assert names(tmp_path) == set()
+    with RunDirectory(tmp_path, recipe()) as folder:  # what a kill leaves is no lock
+        folder.finish("float", {})
+        assert RunDirectory(tmp_path, recipe()).done("float")
+        assert not can_be_locked(tmp_path)
+    assert can_be_locked(tmp_path)
+
+
+def can_be_locked(folder: Path) -> bool:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
 
 
 def test_fresh_refuses_a_run_with_strangers_beside_it(tmp_path: Path) -> None:

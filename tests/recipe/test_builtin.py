@@ -8,7 +8,8 @@ import msqkd
 from msqkd.errors import RecipeError
 from msqkd.recipe import builtin, list_builtin, load_recipe, recipe_folders
 
-NEEDED = {"cifar10_resnet20_w8a8": ["model.checkpoint=resnet20.ckpt", "data.root=cifar10"]}
+_CIFAR10 = ["model.checkpoint=resnet20.ckpt", "data.root=cifar10"]
+NEEDED = {f"cifar10_resnet20_{bits}": _CIFAR10 for bits in ("w8a8", "w4a8", "w4a4")}
 
 
 def test_the_expected_recipes_are_found() -> None:

@@ -273,7 +273,7 @@ def test_dump_loads_back_equal(write: Write) -> None:
         "model.args={norm: null, widths: [1, 2.5], note: '1e-3', flag: 'yes'}",
         "description='Größe: 10 %  # not a comment'",
         "result={accuracy: 0.884, date: '2024-01-01'}",
-        "train={scheduler: step_decay, decay_epochs: 3, weight_decay: 1e-10}",
+        "train={scheduler: step_decay, decay_epochs: 3, weight_decay: 1e-10, epoch_size: 4}",
     ]
     recipe = load_recipe(write(TEXT), overrides)
     again = load_recipe(write(dump_recipe(recipe), "again.yaml"))

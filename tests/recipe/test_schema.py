@@ -54,7 +54,14 @@ def test_defaults(minimal: dict[str, Any]) -> None:
 def test_defaults_that_depend_on_another_setting(minimal: dict[str, Any]) -> None:
     assert make_recipe(minimal, ["train.opt=adamw"]).train.momentum is None
     assert make_recipe(minimal, ["train.opt=null", "train.momentum=null"]).train.momentum == 0.9
-    step = make_recipe(minimal, ["train.scheduler=step_decay", "train.decay_epochs=2"]).train
+    exponential = make_recipe(minimal, ["train.scheduler=exponential_decay"]).train
+    assert exponential.decay_rate == 0.9
+    polynomial = make_recipe(minimal, ["train.scheduler=polynomial_decay"]).train
+    assert (polynomial.power, polynomial.decay_rate) == (1.0, None)
+    mixed = make_recipe(minimal, ["train.amp_level=O2", "train.accumulate=4", "train.batch_size=8"]).train
+    assert (mixed.loss_scale, mixed.samples_a_step) == ("dynamic", 32)
+    assert make_recipe(minimal, ["train.amp_level=O1", "train.loss_scale=1e3"]).train.loss_scale == 1000.0
+    step = make_recipe(minimal, ["train.scheduler=step_decay", "train.decay_epochs=2", "train.epoch_size=3"]).train
     assert (step.decay_rate, step.decay_epochs) == (0.1, 2)
     assert make_recipe(minimal, ["calibration.observer=kl"]).calibration.percentile is None
     assert make_recipe(minimal, ["quantization.activation.observer=percentile"]).quantization.activation.percentile
@@ -178,9 +185,39 @@ def test_a_wrong_value_is_refused_in_words(minimal: dict[str, Any], override: st
         (["train.opt=adam", "train.use_nesterov=true"], "found true, allowed only with opt: momentum or sgd"),
         (["train.momentum=0", "train.use_nesterov=true"], "not allowed with momentum: 0"),
         (["train.scheduler=step_decay"], "train.decay_epochs: is missing, required by scheduler: step_decay"),
-        (["train.decay_rate=0.5"], "found 0.5, allowed only with scheduler: step_decay"),
-        (["train.scheduler=constant", "train.min_lr=0.001"], "found 0.001, allowed only with scheduler: cosine_decay"),
+        (
+            ["train.decay_rate=0.5"],
+            "found 0.5, allowed only with scheduler: step_decay or multi_step_decay or exponential_decay",
+        ),
+        (
+            ["train.scheduler=constant", "train.min_lr=0.001"],
+            "found 0.001, allowed only with scheduler: cosine_decay or polynomial_decay",
+        ),
         (["train.min_lr=0.1"], "found 0.1, allowed: at most lr, 0.01"),
+        (["train.scheduler=multi_step_decay"], "train.milestones: is missing, required by scheduler: multi_step_decay"),
+        (
+            ["train.scheduler=multi_step_decay", "train.epoch_size=9", "train.milestones=[4, 2]"],
+            "found [4, 2], allowed: numbers that rise",
+        ),
+        (
+            ["train.scheduler=multi_step_decay", "train.epoch_size=9", "train.milestones=[4, 9]"],
+            "found 9, allowed: less than epoch_size, 9: nothing would decay after the end",
+        ),
+        (
+            ["train.scheduler=step_decay", "train.decay_epochs=3", "train.epoch_size=2"],
+            "found 3, allowed: less than epoch_size, 2: nothing would decay after the end",
+        ),
+        (["train.power=2"], "found 2.0, allowed only with scheduler: polynomial_decay"),
+        (["train.amp_level=O4"], "found 'O4', allowed: 'O0', 'O1', 'O2' or 'O3'"),
+        (["train.loss_scale=dynamic"], "found 'dynamic', allowed only with amp_level: O1, O2 or O3"),
+        (["train.amp_level=O1", "train.loss_scale=high"], "found 'high', allowed: a number above 0, or 'dynamic'"),
+        (["train.amp_level=O1", "train.loss_scale=0"], "found 0, allowed: a number above 0, or 'dynamic'"),
+        (["train.accumulate=0"], "found 0, allowed: an integer of 1 or more"),
+        (
+            ["train.weight_decay=0", "train.no_weight_decay=[fc.weight]"],
+            "found a list, not allowed with weight_decay: 0, which decays nothing",
+        ),
+        (["train.no_weight_decay=['re:(']"], "found 're:(', which is not a regular expression"),
         (["train.warmup_epochs=2"], "found 2.0, allowed: at most epoch_size, 1"),
         (["distillation.label_smoothing=0.1"], "found 0.1, allowed only with hard_loss: label_smoothing"),
         (

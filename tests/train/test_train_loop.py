@@ -13,7 +13,8 @@ from msqkd.api import plan_network
 from msqkd.data import ArraySplit
 from msqkd.errors import CheckpointError, DataError, TrainingError
 from msqkd.graph.capture import capture
-from msqkd.graph.cell import to_cell
+from msqkd.graph.cell import Hooks, to_cell
+from msqkd.graph.half import half_precision
 from msqkd.progress import Reporter
 from msqkd.quant.config import QuantConfig
 from msqkd.quant.qat import quantize_cell
@@ -22,7 +23,7 @@ from msqkd.train import loop
 from msqkd.train.loop import Training, fit, non_finite_place, steps_per_epoch
 from msqkd.train.optimizer import make_optimizer
 from msqkd.train.state import History
-from msqkd.train.step import TrainStep, WithLoss
+from msqkd.train.step import LossScale, TrainStep, WithLoss
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
@@ -72,11 +73,15 @@ def training(folder: Path, data: Watched, settings: TrainSection = SETTINGS, del
     ms.set_seed(7)
     net = Net()
     if delay is None:
-        network: Any = to_cell(capture(net, (1, 6, 6)))
+        graph = capture(net, (1, 6, 6))
+        network: Any = to_cell(graph, half_precision(graph, settings.amp_level, Hooks()))
     else:
         graph, plan = plan_network(net, (1, 6, 6), QuantConfig(act_quant_delay=delay))
-        network = quantize_cell(graph, plan, "live")
-    step = TrainStep(WithLoss(network, nn.CrossEntropyLoss()), make_optimizer(network, settings, PER_EPOCH))
+        network = quantize_cell(graph, plan, "live", amp_level=settings.amp_level)
+    step = TrainStep(
+        WithLoss(network, nn.CrossEntropyLoss()), make_optimizer(network, settings, PER_EPOCH),
+        accumulate=settings.accumulate, loss_scale=LossScale.of(settings.loss_scale),
+    )  # fmt: skip
     return Training("toy", "key", network, step, settings, data, split(), 3, folder / "toy.state.npz", 10)
 
 
@@ -91,7 +96,7 @@ def everything(made: Training) -> dict[str, np.ndarray]:
 def told(history: History) -> dict[str, Any]:
     """What a history says; losses to six digits, since MindSpore divides a sum among threads by how often the kernel
     ran."""
-    said = {key: value for key, value in history.to_dict().items() if key != "seconds"}
+    said = {key: value for key, value in history.to_dict().items() if key not in ("seconds", "data_share")}
     return {**said, "loss": [(number, float(f"{loss:.6g}")) for number, loss in said["loss"]]}
 
 
@@ -108,7 +113,9 @@ def test_history_of_a_training(whole: tuple[dict[str, np.ndarray], dict[str, Any
     assert [number for number, _ in history["loss"]] == [5, 10, 12]
     assert [number for number, _ in history["accuracy"]] == [1, 2, 3]
     assert history["skipped_steps"] == 0
-    assert set(history) == {"loss", "learning_rate", "accuracy", "skipped_steps", "start_of_activation_quantisation"}
+    assert set(history) == {
+        "loss", "learning_rate", "accuracy", "skipped_steps", "overflow_steps", "start_of_activation_quantisation",
+    }  # fmt: skip
     assert history["loss"][-1][1] < history["loss"][0][1]
 
 
@@ -137,6 +144,39 @@ def test_an_interrupted_training_ends_equal_to_the_bit(
     for name, data in found.items():
         np.testing.assert_array_equal(data, expected[name], err_msg=name)
     assert told(history) == expected_history
+
+
+def test_a_training_in_float16_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
+    """In two parts a step, with AdamW: everything a step has of its own comes back."""
+    settings = TrainSection(epoch_size=2, batch_size=3, accumulate=2, amp_level="O2", opt="adamw", lr=0.05)
+    (tmp_path / "whole").mkdir()
+    whole = training(tmp_path / "whole", split(), settings, delay=None)
+    step: Any = whole.step
+    step.loss_scale.set_data(ms.Tensor(np.float32(2.0**20)))  # the first steps overflow
+    expected_history = run(whole)
+    assert 0 < expected_history.overflow_steps < 2 * PER_EPOCH
+    assert expected_history.skipped_steps == 0
+
+    def interrupt(number: int) -> None:
+        if number == 3:
+            raise KeyboardInterrupt
+
+    data = split()
+    data.before = interrupt  # type: ignore[method-assign]
+    stopped: Any = training(tmp_path, data, settings, delay=None)
+    stopped.step.loss_scale.set_data(ms.Tensor(np.float32(2.0**20)))
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped)
+    again: Any = training(tmp_path, split(), settings, delay=None)
+    history = run(again)
+    assert told(history) == told(expected_history)
+    own = {p.name: p.asnumpy() for p in step.state_parameters()}
+    assert {"train_step.loss_scale", "train_step.overflows", "beta1_power"} <= set(own)
+    for parameter in again.step.state_parameters():
+        np.testing.assert_array_equal(parameter.asnumpy(), own[parameter.name], err_msg=parameter.name)
+    for name, value in everything(again).items():
+        if not name.startswith("gathered"):
+            np.testing.assert_array_equal(value, everything(whole)[name], err_msg=name)
 
 
 def test_ctrl_c_in_the_middle_of_a_step_ends_at_its_end(
@@ -170,7 +210,7 @@ def test_a_kill_between_the_last_step_and_its_evaluation_loses_no_accuracy(
     class Killed(BaseException):
         pass
 
-    def killed(*_: Any) -> float:
+    def killed(*_: Any, **__: Any) -> float:
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -250,7 +290,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path: Path, bad: float,
 def test_too_few_samples_for_a_batch(tmp_path: Path) -> None:
     assert steps_per_epoch(split(), 6) == PER_EPOCH
     with pytest.raises(
-        DataError, match="toy train has 26 samples, fewer than one batch of 27; choose a smaller batch_size"
+        DataError, match="toy train has 26 samples, fewer than one batch of 27; choose a smaller batch_size or acc"
     ):
         run(training(tmp_path, split(), SETTINGS.model_copy(update={"batch_size": 27})))
 
@@ -270,15 +310,46 @@ def stopped(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text"])
-def test_a_damaged_state_is_told(stopped: Path, damage: str) -> None:
-    file = stopped / "toy.state.npz"
+def spoil(file: Path, damage: str) -> None:
     content = bytearray(file.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1
     file.write_bytes({"flip": content, "cut": content[:-100], "empty": b"", "text": b"nonsense" * 10}[damage])
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_the_state_before_a_damaged_one_is_used(
+    stopped: Path,
+    damage: str,
+    whole: tuple[dict[str, np.ndarray], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(Reporter, "warn", lambda self, text: warned.append(text))
+    spoil(stopped / "toy.state.npz", damage)
+    made = training(stopped, split())
+    history = run(made)
+    assert len(warned) == 1
+    assert "toy.state.npz is damaged: the training goes on from the state before it, toy.state.1.npz" in warned[0]
+    assert told(history) == whole[1]
+    for name, data in everything(made).items():
+        np.testing.assert_array_equal(data, whole[0][name], err_msg=name)
+
+
+def test_as_many_states_are_kept_as_asked(tmp_path: Path) -> None:
+    for keep, kept in ((1, {"toy.state.npz"}), (3, {"toy.state.npz", "toy.state.1.npz", "toy.state.2.npz"})):
+        folder = tmp_path / str(keep)
+        folder.mkdir()
+        run(training(folder, split(), SETTINGS.model_copy(update={"keep": keep}), delay=None))
+        assert {child.name for child in folder.iterdir()} == kept
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text"])
+def test_a_damaged_state_is_told(stopped: Path, damage: str) -> None:
+    for file in stopped.iterdir():
+        spoil(file, damage)
     with pytest.raises(
-        CheckpointError, match=r"toy.state.npz (is damaged|cannot be read).*remove it to start this training over"
+        CheckpointError, match=r"toy.state.1.npz (is damaged|cannot be read).*remove it to start this training over"
     ):
         run(training(stopped, split()))
 
@@ -295,5 +366,5 @@ def test_the_state_of_another_network_is_refused(stopped: Path) -> None:
         run(training(stopped, split(), SETTINGS.model_copy(update={"opt": "adam", "momentum": None})))
 
 
-def test_the_state_is_one_file(stopped: Path) -> None:
-    assert [child.name for child in stopped.iterdir()] == ["toy.state.npz"]
+def test_a_state_is_one_file(stopped: Path) -> None:
+    assert {child.name for child in stopped.iterdir()} == {"toy.state.npz", "toy.state.1.npz"}
