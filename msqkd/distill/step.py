@@ -8,19 +8,21 @@ from typing import Any, Optional
 
 from mindspore import nn, ops
 
-from msqkd.train.step import TrainStep
+from msqkd.train.step import TrainStep, count_inputs
 
 
 class WithDistillLoss(nn.Cell):
     """``loss(student(x), teacher(x), labels)``; only the student is trained.
 
     Gradients stop at the teacher's answer, and an optimiser holds the student's parameters alone. A batch has
-    `inputs` inputs, then the labels; several outputs of a network are handed to the loss as a tuple.
+    `inputs` inputs (None: as `WithLoss`), then the labels; several outputs of a network are handed to the loss as a
+    tuple.
     """
 
-    def __init__(self, student: nn.Cell, teacher: nn.Cell, loss: nn.Cell, inputs: int = 1) -> None:
+    def __init__(self, student: nn.Cell, teacher: nn.Cell, loss: nn.Cell, inputs: Optional[int] = None) -> None:
         super().__init__(auto_prefix=False)
-        self.student, self.loss, self.inputs = student, loss, inputs
+        self.student, self.loss = student, loss
+        self.inputs = count_inputs(student) if inputs is None else inputs
         self.teacher = teacher
         teacher.set_train(False)
 
@@ -46,7 +48,8 @@ class DistillTrainOneStepCell(TrainStep):
             a network has one, a tuple where it has several.
         optimizer: over the student's trainable parameters.
         clip_grad: largest global norm of the gradient; None does not clip.
-        inputs: how many inputs student and teacher have; what a batch has beyond them are labels.
+        inputs: how many inputs student and teacher have; what a batch has beyond them are labels. None takes what a
+            student of msqkd knows of itself, and 1 for any other.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class DistillTrainOneStepCell(TrainStep):
         loss: nn.Cell,
         optimizer: nn.Optimizer,
         clip_grad: Optional[float] = None,
-        inputs: int = 1,
+        inputs: Optional[int] = None,
     ) -> None:
         super().__init__(WithDistillLoss(student, teacher, loss, inputs), optimizer, clip_grad)
 
