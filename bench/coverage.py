@@ -123,8 +123,12 @@ def markdown_lines(result: Mapping[str, Any]) -> list[str]:
     """The row of a network in docs/coverage.md: the files there are, and in words what stands in the way of others."""
     name = f"`{result['name']}`"
     if "error" in result:
-        return [f"| {name} | {result.get('nodes', '')} | | | | | {result['error'].replace('|', '/')} |"]
-    floats = [f"{count} × {reason.split(':')[0]}" for reason, count in result["reasons"].items()]
+        error = result["error"].split(" (at ")[0].replace("|", "/")
+        return [f"| {name} | {result.get('nodes', '')} | | | | | {error} |"]
+    counts: Counter[str] = Counter()
+    for reason, count in result["reasons"].items():
+        counts[reason.split(":")[0]] += count
+    floats = [f"{count} × {op}" for op, count in counts.most_common()]
     notes = [f"float: {', '.join(floats[:4])}{' and others' if len(floats) > 4 else ''}"] if floats else []
     notes += [f"no `{form}`: {first_clause(sentence)}" for form, sentence in result["refused"].items()]
     trained = result["train"].split(" ")[0]
