@@ -1,6 +1,6 @@
 """What msqkd can do with a network: every one below captured, compared, trained a step, planned, calibrated, exported.
 
-    python bench/coverage.py [--json] [--families] [--user] [--only vit_b_32_224 encoder ...] [--pynative]
+    python bench/coverage.py [--json | --markdown] [--families] [--user] [--only vit_b_32_224 encoder ...] [--pynative]
                              [--timeout 900]
 
 The default list is one network of mindcv of each kind that is meant to work; ``--families`` adds the smallest network
@@ -53,12 +53,18 @@ KEYS = (
     "error",
 )  # fmt: skip
 WIDTHS = (24, 6, 9, 10, 10, 22, 9, 6, 6, 6, 28, 7, 0)
+MARKDOWN_HEAD = (
+    "| network | operations | difference | a step of training | int8 | files | float, and what cannot be written |",
+    "|---|---|---|---|---|---|---|",
+)
 FORMATS = ("lite_mindir", "portable_mindir", "ms", "onnx")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="all that was found, at the end")
+    form.add_argument("--markdown", action="store_true", help="the table of docs/coverage.md")
     parser.add_argument("--families", action="store_true", help="also one network of every other family of mindcv")
     parser.add_argument("--user", action="store_true", help="also networks as users write them")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these networks alone")
@@ -71,13 +77,14 @@ def main() -> None:
         return
     user = list(user_networks()) if args.user else []
     names = args.only or [*MAIN, *(FAMILIES if args.families else ()), *user]
+    lines = markdown_lines if args.markdown else lambda result: [row(result), *details(result)]
     if not args.json:
-        print(row(dict(zip(KEYS, KEYS))))
+        print("\n".join(MARKDOWN_HEAD) if args.markdown else row(dict(zip(KEYS, KEYS))))
     results = []
     for name in names:
         results.append(run_child(name, args.pynative, args.timeout))
         if not args.json:
-            print("\n".join([row(results[-1]), *details(results[-1])]), flush=True)
+            print("\n".join(lines(results[-1])), flush=True)
     if args.json:
         print(json.dumps(results, indent=2))
 
@@ -110,6 +117,31 @@ def row(result: Mapping[str, Any]) -> str:
 def details(result: Mapping[str, Any]) -> list[str]:
     reasons = [f"    {count:4} float: {reason}" for reason, count in result.get("reasons", {}).items()]
     return reasons + [f"    {form}: {sentence}" for form, sentence in result.get("refused", {}).items()]
+
+
+def markdown_lines(result: Mapping[str, Any]) -> list[str]:
+    """The row of a network in docs/coverage.md: the files there are, and in words what stands in the way of others."""
+    name = f"`{result['name']}`"
+    if "error" in result:
+        error = result["error"].split(" (at ")[0].replace("|", "/")
+        return [f"| {name} | {result.get('nodes', '')} | | | | | {error} |"]
+    counts: Counter[str] = Counter()
+    for reason, count in result["reasons"].items():
+        counts[reason.split(":")[0]] += count
+    floats = [f"{count} × {op}" for op, count in counts.most_common()]
+    notes = [f"float: {', '.join(floats[:4])}{' and others' if len(floats) > 4 else ''}"] if floats else []
+    notes += [f"no `{form}`: {first_clause(sentence)}" for form, sentence in result["refused"].items()]
+    trained = result["train"].split(" ")[0]
+    files = " ".join(result["files"])
+    return [
+        f"| {name} | {result['nodes']} | {result['difference']} | {trained} | {result['int8']} | {files} "
+        f"| {'; '.join(notes).replace('|', '/')} |"
+    ]
+
+
+def first_clause(sentence: str) -> str:
+    """What a refusal says, without the way out and the place."""
+    return sentence.split(";")[0].split(", so ")[0].split(", which is")[0]
 
 
 def measure(name: str, pynative: bool) -> dict[str, Any]:

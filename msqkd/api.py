@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, Optional, Union
 
@@ -91,9 +92,10 @@ def plan_network(
 
     Raises:
         CaptureError: the network cannot be captured, the file not be read, or the example is not what it takes.
-        PlanError: the preset is unknown, or a rule matches nothing.
+        PlanError: an input has another floating type than float32, the preset is unknown, or a rule matches nothing.
     """
     graph = _graph_of(net, example_input)
+    _check_types(graph)
     deployed = deployment_graph(graph)
     default, recorded = recorded_rules(net)
     if preset is not None:
@@ -101,6 +103,18 @@ def plan_network(
         default = getattr(net, _CONFIG, None) or family.config
         recorded = [*family.rules_for(deployed), *recorded]
     return graph, make_plan(deployed, config or default, [*recorded, *rules], target)
+
+
+def _check_types(graph: Graph) -> None:
+    """Refuse what no sample could be fed to: samples are read as float32, integers or booleans."""
+    for name in graph.inputs:
+        kind = graph.values[name].type
+        if kind is not None and kind.dtype.startswith("float") and kind.dtype != "float32":
+            raise PlanError(
+                f"{graph.name}: its input '{name}' is {kind.dtype}; allowed: float32, integers and booleans; give a "
+                f"float32 example, and where parameters are {kind.dtype} convert them first, with "
+                "parameter.set_dtype(mindspore.float32)"
+            )
 
 
 def _graph_of(net: Network, example_input: Any) -> Graph:
@@ -194,7 +208,9 @@ def create_ptq_network(
     Args:
         network: a float cell, the path of a MindIR file, or a QuantCell whose ranges are to be found anew (its weights
             are not touched).
-        config: default settings; recorded ones or the QuantCell's own when not given.
+        config: default settings; recorded ones or the QuantCell's own when not given, and where nothing is recorded
+            those of `preset` or of `QuantConfig`, with the observer a recipe calibrates with: percentile 99.99 (a
+            moving average suits training, where it has many steps).
         calib_dataset: batches; may be given to `quantize` instead. Of a batch that is a tuple the network takes the
             first arrays, as many as it has inputs; labels behind them are not read.
         calib_iteration: how many batches are used (all by default).
@@ -226,6 +242,8 @@ def create_ptq_network(
         if iter(calib_dataset) is calib_dataset:  # read once: the batch looked at must not be lost
             calib_dataset = chain([first], stream)
         example_input = Tensor(first[0])
+    if config is None and getattr(network, _CONFIG, None) is None:
+        config = replace(find_preset(preset).config if preset else QuantConfig(), act_observer="percentile")
     graph, plan = plan_network(network, example_input, config, rules, target, preset)
     return PTQNetwork(deployment_graph(graph), plan, calib_dataset, calib_iteration)
 

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from msqkd.errors import MsqkdError
-from msqkd.platform import leave_quietly
+from msqkd.platform import leave_quietly, without_kernel
 from msqkd.version import __version__
 
 app = typer.Typer(
@@ -428,6 +428,15 @@ def guarded(command: Callable[[], Any]) -> int:
         Console(stderr=True, highlight=False).print(
             f"msqkd: {place}{error.strerror or error}", markup=False, soft_wrap=True
         )
+        return 2
+    except RuntimeError as error:
+        operation = without_kernel(error)
+        if operation is None:
+            raise
+        Console(stderr=True, highlight=False).print(
+            f"msqkd: MindSpore has no kernel for {operation} on this device, so the network cannot be computed here; "
+            "write it with other operations in the network's construct", markup=False, soft_wrap=True,
+        )  # fmt: skip
         return 2
     except KeyboardInterrupt:
         return 130

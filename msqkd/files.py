@@ -37,7 +37,7 @@ def replacing(path: PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: PathLike, data: bytes) -> None:
+def write_bytes(path: PathLike, data: Union[bytes, memoryview]) -> None:
     """Write `data` to `path` atomically, creating the folder when needed."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)

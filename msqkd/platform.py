@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Optional
 
 from msqkd.errors import MissingDependencyError
 
@@ -51,6 +52,12 @@ def mindspore() -> Any:
         reason = str(error).splitlines()[0]
         raise MissingDependencyError(f"MindSpore cannot be imported ({reason}); pip install mindspore") from error
     return ms
+
+
+def without_kernel(error: RuntimeError) -> Optional[str]:
+    """The operation MindSpore could not compute for want of a kernel; None for any other error of it."""
+    found = re.search(r"Unsupported op \[(\w+)\] on \w+|The kernel (\w+) unregistered", str(error))
+    return next(filter(None, found.groups())) if found else None
 
 
 def leave_quietly() -> None:

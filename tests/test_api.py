@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
@@ -119,3 +119,32 @@ def test_the_delay_goes_on_with_another_training() -> None:
     for _ in range(2):
         model.train(1, data, callbacks=[callback], dataset_sink_mode=False)
         assert {q.phase_of_quant for q in cell.quantizers.values()} == {QUANTIZE}
+
+
+@pytest.mark.parametrize("preset", [None, "cnn"])
+def test_calibration_without_settings_sees_every_batch_alike(preset: Optional[str]) -> None:
+    rng = np.random.default_rng(0)
+    tops = (1.0, 2.0, 8.0)
+    data = [rng.uniform(-top, top, (8, 4)).astype(np.float32) for top in tops]
+    _, plan = msqkd.quantize(msqkd.create_ptq_network(nn.Dense(4, 4), calib_dataset=data, preset=preset)).sync()
+    low, high = plan.group_of("x").range or (0.0, 0.0)
+    assert min(-low, high) > 7, "a moving average would have stayed with the first batch"
+
+
+class Half(nn.Cell):
+    """A network of float16 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, dtype=ms.float16)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return ops.relu(self.conv(x))
+
+
+@pytest.mark.parametrize("make", [msqkd.prepare_qat, msqkd.plan_network, msqkd.create_ptq_network])
+def test_an_input_of_float16_is_refused_in_one_sentence(make: Any) -> None:
+    example = ms.Tensor(np.zeros((2, 2, 6, 6), np.float16))
+    with pytest.raises(PlanError, match="Half: its input 'x' is float16; allowed: float32, integers and") as caught:
+        make(Half(), example_input=example)
+    assert "parameter.set_dtype(mindspore.float32)" in str(caught.value)

@@ -116,8 +116,12 @@ def test_what_guards_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "msqkd: /out/f: No space left on device\n"
     assert cli.guarded(raising(KeyboardInterrupt())) == 130
     assert cli.guarded(raising(SystemExit(3))) == 3
-    with pytest.raises(ZeroDivisionError):
-        cli.guarded(raising(ZeroDivisionError()))  # a defect of msqkd keeps its traceback
+    for text in ("---\nKernel select failed:\nUnsupported op [Einsum] on CPU, …", "The kernel Einsum unregistered."):
+        assert cli.guarded(raising(RuntimeError(text))) == 2
+        assert capsys.readouterr().err.startswith("msqkd: MindSpore has no kernel for Einsum on this device, ")
+    for error in (ZeroDivisionError(), RuntimeError("of another kind")):
+        with pytest.raises(type(error)):
+            cli.guarded(raising(error))  # a defect of msqkd keeps its traceback
 
 
 def test_as_a_process_it_says_the_sentence_and_nothing_else(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from mindspore import nn, ops
 
 from msqkd.distill.losses import DistillLoss
 from msqkd.errors import PlanError
-from msqkd.train.step import LossScale, TrainStep
+from msqkd.train.step import LossScale, TrainStep, count_inputs
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,20 @@ class WithDistillLoss(nn.Cell):
     """``loss(student(x), teacher(x), labels)``; only the student is trained.
 
     Gradients stop at the teacher's answer, and an optimiser holds the student's parameters alone (and those of the
-    loss: `Learners`). A batch has `inputs` inputs, then the labels; several outputs of a network are handed to the loss
-    as a tuple, and so are the answers of several teachers.
+    loss: `Learners`). A batch has `inputs` inputs (None: as `WithLoss`), then the labels; several outputs of a network
+    are handed to the loss as a tuple, and so are the answers of several teachers.
     """
 
     def __init__(
-        self, student: nn.Cell, teacher: Union[nn.Cell, Sequence[nn.Cell]], loss: nn.Cell, inputs: int = 1
+        self,
+        student: nn.Cell,
+        teacher: Union[nn.Cell, Sequence[nn.Cell]],
+        loss: nn.Cell,
+        inputs: Optional[int] = None,
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.student, self.loss, self.inputs = student, loss, inputs
+        self.student, self.loss = student, loss
+        self.inputs = count_inputs(student) if inputs is None else inputs
         self.several = not isinstance(teacher, nn.Cell)
         self.teachers = nn.CellList([teacher] if isinstance(teacher, nn.Cell) else list(teacher), auto_prefix=False)
         self.teachers.set_train(False)
@@ -78,11 +83,12 @@ class WithCachedAnswers(nn.Cell):
         PlanError: the loss compares layers, which are not in the answers.
     """
 
-    def __init__(self, student: nn.Cell, teachers: CachedTeachers, loss: nn.Cell, inputs: int = 1) -> None:
+    def __init__(self, student: nn.Cell, teachers: CachedTeachers, loss: nn.Cell, inputs: Optional[int] = None) -> None:
         super().__init__(auto_prefix=False)
         if isinstance(loss, DistillLoss) and loss.watched:
             raise PlanError("cached answers of a teacher have no values of its layers; features need the teacher")
-        self.student, self.loss, self.inputs = student, loss, inputs
+        self.student, self.loss = student, loss
+        self.inputs = count_inputs(student) if inputs is None else inputs
         self.teachers: tuple[nn.Cell, ...] = ()
         self.several = teachers.several is not None
         known = len(teachers.outputs)
@@ -121,7 +127,8 @@ class DistillTrainOneStepCell(TrainStep):
         optimizer: over the student's trainable parameters, and those of the loss where it has any
             (``Learners(student, loss).trainable_params()``).
         clip_grad: largest global norm of the gradient; None does not clip.
-        inputs: how many inputs student and teacher have; what a batch has beyond them are labels.
+        inputs: how many inputs student and teacher have; what a batch has beyond them are labels. None takes what a
+            student of msqkd knows of itself, and 1 for any other.
         accumulate, loss_scale: as `TrainStep`.
     """
 
@@ -132,7 +139,7 @@ class DistillTrainOneStepCell(TrainStep):
         loss: nn.Cell,
         optimizer: nn.Optimizer,
         clip_grad: Optional[float] = None,
-        inputs: int = 1,
+        inputs: Optional[int] = None,
         accumulate: int = 1,
         loss_scale: LossScale = LossScale(),  # noqa: B008 (it cannot be changed)
     ) -> None:

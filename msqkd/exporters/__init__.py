@@ -14,6 +14,8 @@ from msqkd.quant.plan import QuantPlan
 
 LITE, PORTABLE, ASCEND, ONNX = "lite_mindir", "portable_mindir", "ascend_mindir", "onnx"
 MS, MS_WEIGHT, MS_FLOAT = "ms", "ms_weight", "ms_float"
+WAY_OUT = f"the format {PORTABLE} holds any operation in any form"
+"""The end of a sentence that says what a format cannot hold."""
 
 
 @dataclass(frozen=True)

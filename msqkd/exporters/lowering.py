@@ -153,7 +153,7 @@ def _average_to_conv(graph: Graph, plan: QuantPlan, node: Node, decision: NodePl
 
 def _norm_to_conv(graph: Graph, plan: QuantPlan, node: Node, decision: NodePlan) -> None:
     """A factor and an offset a channel: one weight a channel is exactly on the grid of its own scale."""
-    gamma, beta, mean, variance = (np.float64(graph.params[name].data) for name in node.inputs[1:5])
+    gamma, beta, mean, variance = (graph.params[name].data.astype(np.float64) for name in node.inputs[1:5])
     factor = gamma / np.sqrt(variance + float(graph.const(node.inputs[6])))
     _to_depthwise(graph, plan, node, factor.astype(np.float32).reshape(-1, 1, 1, 1))
     offset = (beta - mean * factor).astype(np.float32)

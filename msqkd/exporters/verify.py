@@ -13,6 +13,7 @@ from msqkd.data import Arrays, as_tuple
 from msqkd.errors import ExportError
 from msqkd.exporters.lite import read_marked
 from msqkd.graph.cell import Hooks, to_cell
+from msqkd.graph.passes.free_batch import free_shapes
 from msqkd.integer.program import Format, Tensor
 from msqkd.integer.registry import ARM64
 from msqkd.quant.fake_quant import QUANTIZE, FakeQuantActivation
@@ -34,6 +35,7 @@ def load_lite(file: Path) -> Any:
         ExportError: a weight in the file is not on its grid.
     """
     graph, values, weights = read_marked(file)
+    free_shapes(graph, graph.shape(graph.inputs[0])[0])
     for (node, index), qparams in weights.items():
         name = graph.node(node).inputs[index]
         data = graph.params[name].data

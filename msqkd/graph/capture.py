@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,13 @@ from msqkd.platform import mindspore
 Example = Union[Sequence[int], Any]
 
 _TWO_BATCHES = (2, 3)
+_DROPOUT = ("Dropout", "DropoutExt", "Dropout2D", "Dropout3D")
 _DIAGNOSTICS = "MS_OM_PATH"
 
 
-def capture(net: Any, example: Example, *, dynamic_batch: bool = True) -> Graph:
+def capture(
+    net: Any, example: Example, *, dynamic_batch: bool = True, prepare: Optional[Callable[[Graph], None]] = None
+) -> Graph:
     """Turn a network into a Graph, in evaluation mode, without changing it.
 
     Args:
@@ -36,6 +39,7 @@ def capture(net: Any, example: Example, *, dynamic_batch: bool = True) -> Graph:
             tuple of Tensors itself: the graph has one input for each.
         dynamic_batch: leave the batch open (-1 in the graph's shapes): dimension 0 of every input that is as large
             there as the first one.
+        prepare: is given the graph as the compiler wrote it, before it gets its canonical form.
 
     Returns:
         The graph, with the network's parameter names and arrays; calling the cell built from it (`to_cell`) gives the
@@ -43,7 +47,7 @@ def capture(net: Any, example: Example, *, dynamic_batch: bool = True) -> Graph:
 
     Raises:
         CaptureError: the network does not compile for this input, branches on tensor values, changes in place what it
-            reads again, or has two parameters of one name.
+            reads again, drops values in evaluation mode, or has two parameters of one name.
     """
     ms = mindspore()
     if not isinstance(net, ms.nn.Cell):
@@ -58,10 +62,22 @@ def capture(net: Any, example: Example, *, dynamic_batch: bool = True) -> Graph:
             graph = _compile_open(ms, net, called, inputs)
         else:
             graph = _compile(ms, net, called, [_like(ms, tensor, tensor.shape) for tensor in inputs])
+    if prepare is not None:
+        prepare(graph)
+    _refuse_dropout(graph)
     canonicalize(graph)
     _take_parameters(net, graph)
     graph.check()
     return graph
+
+
+def _refuse_dropout(graph: Graph) -> None:
+    dropping = next((node for node in graph.nodes if node.op in _DROPOUT), None)
+    if dropping is not None:
+        raise CaptureError(
+            f"{graph.name}: '{dropping.name}' ({dropping.op}) drops values in evaluation mode too; call the function "
+            "with training=self.training, or use the cell nn.Dropout"
+        )
 
 
 def _with_flat_arguments(net: Any, example: Example) -> tuple[Any, list[Any]]:

@@ -6,7 +6,7 @@ values, operators are named as MindSpore names its primitives (``Conv2D``, ``Mat
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional, Union
 
@@ -208,6 +208,18 @@ class Graph:
         twin.params = {name: replace(param) for name, param in self.params.items()}
         twin.deployed = self.deployed
         return twin
+
+    def body_of(self, name: str, run: Sequence[Node], argument: str) -> Graph:
+        """The nodes `run` as a graph, in order: from the value `argument`, its input, to the output of the last."""
+        body = Graph(name)
+        body.inputs = [body.add_value(Value(argument, "input", self.values[argument].type))]
+        body.outputs = [run[-1].output]
+        for node in run:
+            for value in (*node.inputs, *node.outputs):
+                if value != argument:
+                    body.add_value(self.values[value])
+            body.nodes.append(replace(node, inputs=list(node.inputs), outputs=list(node.outputs)))
+        return body
 
     def deployed_part(self) -> Graph:
         """What computes the deployed outputs, as a graph of their own; the graph itself where all are deployed."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from msqkd.errors import CaptureError
 from msqkd.graph.ir import Graph, Node, TensorType, Value, unique_name
+from msqkd.graph.leaf_scopes import repair_leaves
 
 # TensorProto.DataType -> numpy
 _DTYPES = {
@@ -148,6 +149,7 @@ class _Reader:
         for info in proto.output:
             self._check_fresh(info.name)
             graph.outputs += self._values(info.name)
+        repair_leaves(graph, self.types, _containers(self.types))
         _repair_scopes(graph, self.types)
         _name_nodes(graph, self.types)
         graph.prune()

@@ -201,12 +201,14 @@ class Rule:
         pattern: what to match.
         changes: settings that differ, as in `QuantConfig.override`.
         label: how messages and reports call the rule.
+        is_default: it is one of a preset; that others override it is no news.
     """
 
     kind: str
     pattern: str
     changes: Mapping[str, Any]
     label: str = ""
+    is_default: bool = False
 
     def __str__(self) -> str:
         return self.label or f"{self.kind}: {self.pattern}"

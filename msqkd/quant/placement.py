@@ -154,7 +154,7 @@ class _Placement:
         reason, defect = self.target.float_reasons.get(node.op), self.target.float_defects.get(node.op)
         parts = [reason] if reason else []
         if defect:
-            parts.append(self._avoid(node, defect))
+            parts.append(f"a defect of the runtime's int8 kernel: {self._avoid(node, defect)}")
         return "; ".join(parts) or f"{self.target.name} has no int8 kernel for {node.op}"
 
     def _avoid(self, node: Node, defect: str) -> str:
@@ -183,7 +183,10 @@ class _Placement:
         kinds = [self.graph.values[name].type for name in (tensors[0], node.output)]
         if any(kind is not None and kind.dtype != "float32" for kind in kinds):
             odd = next(kind.dtype for kind in kinds if kind is not None and kind.dtype != "float32")
-            return f"it reads or gives {odd}, not float32"
+            found = f"it reads or gives {odd}, not float32"
+            if node.op == "Gather" and uses.weight_use(self.graph, node) is not None:
+                return f"{found} (a rule with precision weight-only stores its table as integers)"
+            return found
         if support.max_rank is not None and len(shape) > support.max_rank:
             return f"its input has {len(shape)} dimensions, the int8 kernel takes {support.max_rank}"
         if support.maps_only and len(shape) != 4:
@@ -518,7 +521,7 @@ class _Placement:
 
     def _warn_of_idle_rules(self) -> None:
         for idle in self.book.rules:
-            if str(idle) not in self.effective:
+            if str(idle) not in self.effective and not idle.is_default:
                 self._warn(
                     f"rule '{idle}' changes nothing: later rules override it, or what it matches has no weight and no "
                     "range of its own (a fused activation has that of the layer before it, a pool that of its input)"

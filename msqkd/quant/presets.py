@@ -44,7 +44,7 @@ def _matches(graph: Graph, rule: Rule) -> bool:
 
 
 def _float(preset: str, kind: str, *patterns: str) -> tuple[Rule, ...]:
-    return tuple(Rule(kind, pattern, FLOAT, f"preset {preset}, {kind} {pattern}") for pattern in patterns)
+    return tuple(Rule(kind, pattern, FLOAT, f"preset {preset}, {kind} {pattern}", True) for pattern in patterns)
 
 
 _PER_CHANNEL = QuantConfig(weight_quantizer=WeightQuantizer(per_channel=True))

@@ -973,9 +973,7 @@ class DistillationSection(Section):
     label_smoothing: Optional[Fraction] = Field(
         default=None, description="Smoothing; hard_loss label_smoothing only, 0.1 there."
     )
-    soft_loss: Literal["kl", "mse", "cosine"] = Field(
-        default="kl", description="Loss against the teacher's outputs."
-    )
+    soft_loss: Literal["kl", "mse", "cosine"] = Field(default="kl", description="Loss against the teacher's outputs.")
     outputs: Outputs = Field(default=[0], description="The outputs, by their numbers, the soft loss is the mean over.")
     combine: Literal["weighted", "best"] = Field(
         default="weighted",

@@ -11,6 +11,7 @@ from mindspore import nn, ops
 
 from msqkd import parallel
 from msqkd.errors import TrainingError
+from msqkd.graph.ir import Graph
 from msqkd.quant.qat import advance, forget_compilations
 from msqkd.train.statistics import SharedStatistics
 
@@ -202,18 +203,26 @@ def _counter(name: str) -> Any:
     return ms.Parameter(ms.Tensor(np.int32(0)), name=f"train_step.{name}", requires_grad=False)
 
 
+def count_inputs(network: nn.Cell) -> int:
+    """How many inputs a cell built from a graph has; 1 for any other."""
+    graph = getattr(network, "graph", None)
+    return len(graph.inputs) if isinstance(graph, Graph) else 1
+
+
 class WithLoss(nn.Cell):
     """Loss of a network's answer: ``loss(network(x), labels)``.
 
     Args:
         network: of any number of inputs and outputs.
         loss: a cell of all outputs, then all labels: ``loss(output_0, output_1, labels)``.
-        inputs: how many inputs the network has; what a batch has beyond them are labels.
+        inputs: how many inputs the network has; what a batch has beyond them are labels. None takes what a cell of
+            msqkd knows of itself, and 1 for any other.
     """
 
-    def __init__(self, network: nn.Cell, loss: nn.Cell, inputs: int = 1) -> None:
+    def __init__(self, network: nn.Cell, loss: nn.Cell, inputs: Optional[int] = None) -> None:
         super().__init__(auto_prefix=False)
-        self.network, self.loss, self.inputs = network, loss, inputs
+        self.network, self.loss = network, loss
+        self.inputs = count_inputs(network) if inputs is None else inputs
 
     def construct(self, *batch):  # type: ignore[no-untyped-def]
         """Inputs and labels to a scalar."""

@@ -239,3 +239,20 @@ def test_a_network_with_nothing_in_int8(tmp_path: Path) -> None:
     with pytest.raises(MsqkdError, match="nothing in the network is int8"):
         export(quantised(net, X), X, str(tmp_path / "net"))
     assert list(tmp_path.iterdir()) == []
+
+
+class Upward(nn.Cell):
+    """A transposed convolution: the size of its result has the batch in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.skip, self.up = nn.Conv2d(2, 4, 3, 2), nn.Conv2d(2, 2, 1), nn.Conv2dTranspose(4, 2, 2, 2)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return ops.cat((self.up(ops.relu(self.conv(x))), self.skip(x)), 1)
+
+
+def test_a_transposed_convolution_in_a_lite_file_goes_with_any_batch(tmp_path: Path) -> None:
+    cell = quantised(Upward(), X)
+    loaded = load_lite(Path(export(cell, X[:1], str(tmp_path / "up"), "MINDIR")))
+    assert np.abs(answers(loaded, X[:3]) - answers(cell, X[:3])).max() < 1e-5

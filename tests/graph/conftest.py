@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-HEADER = "import mindspore as ms\nimport numpy as np\nfrom mindspore import nn, ops\n\n\n"
+HEADER = "import mindspore as ms\nimport numpy as np\nfrom mindspore import mint, nn, ops\n\n\n"
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 from mindspore import nn, ops
 
 from msqkd.graph.capture import capture
+from msqkd.quant.qat import deployment_graph
 
 SHAPE = (4, 6, 6)
 
@@ -105,3 +106,34 @@ def test_the_scopes_of_the_network_are_its_own_again() -> None:
     names(Other(shared))
     assert {path: cell.get_scope() for path, cell in shared.cells_and_names()} == before
     assert "generate_scope" not in vars(shared)
+
+
+class Gated(nn.Cell):
+    """Activation cells of a class that is spelt out, one in front of a layer in a sequence, one behind another."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1, self.act1 = nn.Dense(width, width), nn.GELU(approximate=False)
+        self.fc2, self.act2 = nn.Dense(width, width), nn.GELU(approximate=False)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.act2(self.fc2(self.act1(self.fc1(x))))
+
+
+def deployed(net: nn.Cell) -> list[str]:
+    nodes = deployment_graph(capture(net, (4,))).nodes
+    assert all(".".join(node.name.split(".")[: len(node.cell_path.split("."))]) == node.cell_path for node in nodes)
+    return [node.name for node in nodes]
+
+
+def test_activation_cells_without_parameters_lie_where_they_are_called() -> None:
+    blocks = nn.SequentialCell(Gated(4), Gated(4), nn.Dense(4, 4), nn.GELU(approximate=False))
+    layers = ("fc1", "act1", "fc2", "act2")
+    assert deployed(blocks) == [f"{block}.{name}" for block in "01" for name in layers] + ["2", "3"]
+    plain = nn.SequentialCell(*(cell for _ in range(3) for cell in (nn.Dense(4, 4), nn.LeakyReLU(0.1))))
+    assert deployed(plain) == list("012345")
+
+
+def test_activation_cells_in_front_of_their_layer() -> None:
+    first = [nn.SequentialCell(nn.GELU(approximate=False), nn.Dense(4, 4)) for _ in range(3)]
+    assert deployed(nn.SequentialCell(*first)) == [f"{block}.{index}" for block in range(3) for index in range(2)]

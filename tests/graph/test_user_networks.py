@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import mindspore as ms
@@ -129,12 +130,21 @@ def test_cells_in_a_plain_tuple_are_refused() -> None:
         capture(Hidden(), (4,))
 
 
+def test_dropout_in_evaluation_mode_is_refused() -> None:
+    class Always(nn.Cell):
+        def construct(self, x: Any) -> Any:
+            return ops.dropout(ops.relu(x), p=0.1, training=True) + ops.dropout(x, p=0.1, training=self.training)
+
+    with pytest.raises(CaptureError, match=r"Always: 'dropout' \(Dropout\) drops values in evaluation mode too; call "):
+        capture(Always(), (4,))
+
+
 def test_a_wrong_input_is_told_with_its_dtype_and_the_line() -> None:
     with pytest.raises(CaptureError) as caught:
         capture(Encoder(), (IDS[0], IDS[1], integers(2, 2, 5)))
     text = str(caught.value)
     assert "input shape (batch, 6) of int32, (batch, 6) of int32, (batch, 5) of int32: " in text
-    assert f"(at {__file__}:" in text
+    assert f"(at {inspect.getfile(Encoder)}:" in text
     assert "\n" not in text
 
 

@@ -5,6 +5,7 @@ from mindspore import nn
 
 from msqkd.errors import PlanError
 from msqkd.graph.capture import capture
+from msqkd.quant.config import Rule
 from msqkd.quant.placement import make_plan
 from msqkd.quant.presets import PRESETS, preset
 from msqkd.quant.qat import deployment_graph
@@ -42,6 +43,13 @@ def test_rules_that_match_nothing_are_left_out() -> None:
         "first": "float", "middle": "int8", "add": "float", "norm": "float", "last": "float",
     }  # fmt: skip
     assert plan.node("norm").reason == "kept float by rule 'preset transformer, op LayerNorm'"
+
+
+def test_a_rule_of_a_preset_that_another_overrides_is_no_warning() -> None:
+    graph = deployment_graph(capture(Mixed(), (6,)))
+    mine = Rule("op", "Add", {"precision": "int8"})
+    warnings = make_plan(graph, None, [*preset("transformer").rules_for(graph), mine]).warnings
+    assert not any("rule 'preset" in text for text in warnings)
 
 
 def test_a_preset_can_be_named_where_a_network_is_planned() -> None:

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from mindspore import nn, ops
 
+from msqkd.api import prepare_qat
+from msqkd.distill.losses import DistillLoss
+from msqkd.distill.step import WithDistillLoss
 from msqkd.errors import PlanError
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import to_cell
@@ -316,3 +319,22 @@ def test_what_a_network_spells_out_is_one_node_in_every_form(batchnorm: str) -> 
     deployed, ranged = cell.sync()
     assert [node.name for node in deployed.nodes if node.op in ("LeakyReLU", "MaxPool", "SiLU")] == found
     assert all(group.range is not None for group in ranged.groups.values())
+
+
+def test_a_loss_knows_how_many_inputs_a_captured_network_has() -> None:
+    class Sum(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = nn.Dense(4, 2)
+
+        def construct(self, x, y):  # type: ignore[no-untyped-def]
+            return self.dense(x + y)
+
+    batch = ms.Tensor(np.ones((3, 4), np.float32))
+    cell = prepare_qat(Sum(), (batch, batch), QuantConfig(act_quant_delay=1))
+    step = TrainStep(WithLoss(cell, nn.MSELoss()), nn.SGD(cell.trainable_params(), 0.1))
+    step.set_train()
+    losses = [float(step(batch, batch, ms.Tensor(np.ones((3, 2), np.float32))).asnumpy()) for _ in range(3)]
+    assert losses[2] < losses[0]
+    assert WithDistillLoss(cell, Sum(), DistillLoss()).inputs == 2
+    assert WithLoss(nn.Dense(2, 2), nn.MSELoss()).inputs == 1

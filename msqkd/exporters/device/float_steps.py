@@ -7,12 +7,25 @@ from typing import Any
 
 import numpy as np
 
+from msqkd.exporters.device.composed import (
+    deviation,
+    elu,
+    extreme,
+    group_norm,
+    l2_normalize,
+    log_softmax,
+    lp_norm,
+    prelu,
+    running_sum,
+    softplus,
+)
 from msqkd.exporters.device.int8_steps import conv_attrs, pool_attrs
 from msqkd.exporters.device.lower import FLOAT, NATIVE, NHWC, Lowering
 from msqkd.exporters.device.moves import concat, reshape, transpose
 from msqkd.exporters.device.slices import gather, pad, resize, split, strided_slice
 from msqkd.graph.ir import Node
-from msqkd.integer.program import ActivationType, ReduceMode
+from msqkd.integer.program import ActivationType, Format, PadMode, ReduceMode
+from msqkd.quant.integers import on_grid
 from msqkd.quant.uses import axes_of, is_global, is_tanh_gelu, pooling_of
 
 _ACTIVATIONS = {
@@ -22,9 +35,9 @@ _ACTIVATIONS = {
     "LeakyReLU": ActivationType.LEAKY_RELU,
 }  # fmt: skip
 _BINARY = {
-    "Add": "AddFusion", "BiasAdd": "AddFusion", "Sub": "SubFusion", "Mul": "MulFusion", "Div": "DivFusion",
+    "Add": "AddFusion", "Sub": "SubFusion", "Mul": "MulFusion", "Div": "DivFusion",
     "RealDiv": "DivFusion", "Adds": "AddFusion", "Subs": "SubFusion", "Muls": "MulFusion", "Divs": "DivFusion",
-    "Maximum": "Maximum", "Minimum": "Minimum",
+    "Maximum": "Maximum", "Minimum": "Minimum", "SquaredDifference": "SubFusion",
 }  # fmt: skip
 _UNARY = {"Sqrt": "Sqrt", "Rsqrt": "Rsqrt", "Erf": "Erf", "Exp": "ExpFusion", "Abs": "Abs", "Log": "Log"}
 _REDUCE = {
@@ -57,6 +70,47 @@ def _conv(low: Lowering, node: Node) -> bool:
     inputs = [low.get(node.inputs[0], FLOAT, NHWC), low.stored_weight(node, kernel, (0, 2, 3, 1)), *_biases(low, node)]
     low.emit(node, "Conv2DFusion", inputs, conv_attrs(node, (kernel_h, kernel_w), channels), layout=NHWC)
     return True
+
+
+def _transposed_conv(low: Lowering, node: Node) -> bool:
+    """With a weight (in, H, W, out), and rows and columns added below and on the right up to the size asked for.
+
+    The runtime has no groups but single channels, in a kernel of its own: they are written as one, with weights of 0
+    between them. A weight stored as integers is written with the numbers it stands for.
+    """
+    if node.inputs[1] not in low.graph.params:
+        return False
+    if node.name in low.weights:
+        on_grid(low.graph, {node.name: low.weights[node.name]})
+    weight = _in_one_group(low.graph.params[node.inputs[1]].data, int(node.attrs["group"]))
+    channels, outs, *kernel = weight.shape
+    strides, dilations = (tuple(node.attrs[name][2:]) for name in ("stride", "dilation"))
+    sides = tuple(node.attrs["pad_list"])
+    sizes = zip(low.shapes[node.output][2:], low.shapes[node.inputs[0]][2:], kernel, strides, dilations, (0, 2))
+    added = tuple(
+        size - ((rows - 1) * stride + (window - 1) * dilation + 1 - sides[side] - sides[side + 1])
+        for size, rows, window, stride, dilation, side in sizes
+    )
+    if min(added) < 0 or (channels == outs == 1 and max(dilations) > 1):
+        return False
+    attrs = {
+        "format": Format.NHWC, "kernel_size": tuple(kernel), "stride": strides, "dilation": dilations,
+        "pad_mode": PadMode.PAD, "pad_list": sides, "mode": 1, "group": 1, "in_channel": channels, "out_channel": outs,
+        "output_paddings": added,
+    }  # fmt: skip
+    held = low.constant(node.inputs[1], weight.transpose(0, 2, 3, 1), format=Format.KHWC)
+    low.emit(node, "Conv2dTransposeFusion", [low.get(node.inputs[0], FLOAT, NHWC), held], attrs, layout=NHWC)
+    return True
+
+
+def _in_one_group(weight: np.ndarray, groups: int) -> np.ndarray:
+    """The weight (in, out / groups, H, W) of a transposed convolution as one (in, out, H, W) with zeros."""
+    size, outs = weight.shape[0] // groups, weight.shape[1]
+    whole = np.zeros((weight.shape[0], outs * groups, *weight.shape[2:]), weight.dtype)
+    for group in range(groups):
+        rows = slice(group * size, (group + 1) * size)
+        whole[rows, group * outs : (group + 1) * outs] = weight[rows]
+    return whole
 
 
 def _dense(low: Lowering, node: Node) -> bool:
@@ -95,18 +149,61 @@ def _operand(low: Lowering, name: str, layout: tuple[int, ...], rank: int = 0) -
     return low.constant(name, data)
 
 
-def _binary(low: Lowering, node: Node) -> bool:
+def _binary(low: Lowering, node: Node, value: str = "") -> bool:
+    """The result is `value`, by default that of the node."""
     operands = node.inputs[:2]
     if not any(_computed(low, name) for name in operands) or not _is_float(low, node.output):
         return False
     rank = len(low.shapes[node.output])
-    # Other operands of lower rank broadcast along the last axes of the graph's layout; a bias along axis 1.
-    if node.op == "BiasAdd" and rank != 2:
-        return False
     computed = [name for name in operands if _computed(low, name)]
     fits = all(len(low.shapes[name]) == rank for name in computed)
     layout = low.common_layout(computed) if fits else NATIVE
-    low.emit(node, _BINARY[node.op], [_operand(low, name, layout, rank) for name in operands], layout=layout)
+    tensors = [_operand(low, name, layout, rank) for name in operands]
+    low.emit(node, _BINARY[node.op], tensors, value=value, layout=layout)
+    return True
+
+
+def _bias_add(low: Lowering, node: Node) -> bool:
+    """A bias a channel, which a map has in the last place."""
+    value, bias = node.inputs[:2]
+    rank = len(low.shapes[value])
+    if _computed(low, bias) or rank not in (2, 4):
+        return False
+    layout = NHWC if rank == 4 else NATIVE
+    low.emit(node, "AddFusion", [low.get(value, FLOAT, layout), _operand(low, bias, NATIVE)], layout=layout)
+    return True
+
+
+def _squared_difference(low: Lowering, node: Node) -> bool:
+    """The product of a difference with itself."""
+    apart = low.between(node.output, low.shapes[node.output], "apart")
+    if not _binary(low, node, apart):
+        return False
+    layout = low.layout(apart)
+    low.emit(node, "MulFusion", [low.get(apart, FLOAT)] * 2, layout=layout)
+    return True
+
+
+def _sum(low: Lowering, node: Node) -> bool:
+    """One addition after the other."""
+    names = node.inputs
+    if len(names) < 2 or not all(_computed(low, name) and _is_float(low, name) for name in names):
+        return False
+    layout, shape = low.common_layout(names), low.shapes[node.output]
+    total = names[0]
+    for number, name in enumerate(names[1:], 2):
+        result = node.output if number == len(names) else low.between(node.output, shape, "sum")
+        operands = [low.get(each, FLOAT, layout) for each in (total, name)]
+        low.emit(node, "AddFusion", operands, value=result, layout=layout)
+        total = result
+    return True
+
+
+def _identity(low: Lowering, node: Node) -> bool:
+    """The value itself; an input that is an output too is copied."""
+    if node.inputs[0] in low.graph.inputs or not _computed(low, node.inputs[0]):
+        return reshape(low, node)
+    low.alias(node, low.layout(node.inputs[0]))
     return True
 
 
@@ -215,7 +312,7 @@ def _batch_norm(low: Lowering, node: Node) -> bool:
     """A factor and an offset a channel; what follows no layer it could be folded into."""
     if any(name not in low.graph.params for name in node.inputs[1:5]) or len(low.shapes[node.inputs[0]]) != 4:
         return False
-    gamma, beta, mean, variance = (np.float64(low.graph.params[name].data) for name in node.inputs[1:5])
+    gamma, beta, mean, variance = (low.graph.params[name].data.astype(np.float64) for name in node.inputs[1:5])
     factor = gamma / np.sqrt(variance + float(low.graph.const(node.inputs[6])))
     scaled = low.between(node.output, low.shapes[node.output], "scaled")
     source = low.get(node.inputs[0], FLOAT, NHWC)
@@ -301,11 +398,16 @@ def _tile(low: Lowering, node: Node) -> bool:
 
 FLOAT_STEPS: dict[str, Callable[[Lowering, Node], bool]] = {
     "Conv2D": _conv,
+    "Conv2DTranspose": _transposed_conv,
     "Dense": _dense,
     "MatMul": _product,
     "MatMulExt": _product,
     "BatchMatMul": _product,
     **dict.fromkeys(_BINARY, _binary),
+    "BiasAdd": _bias_add,
+    "SquaredDifference": _squared_difference,
+    "AddN": _sum,
+    "Identity": _identity,
     **dict.fromkeys(_ACTIVATIONS, _activation),
     **dict.fromkeys(_UNARY, _unary),
     **dict.fromkeys(_REDUCE, _reduce),
@@ -314,6 +416,18 @@ FLOAT_STEPS: dict[str, Callable[[Lowering, Node], bool]] = {
     "Softmax": _softmax,
     "LayerNorm": _layer_norm,
     "BatchNorm": _batch_norm,
+    "GroupNorm": group_norm,
+    "L2Normalize": l2_normalize,
+    "LpNorm": lp_norm,
+    "ReduceStd": deviation,
+    "LogSoftmax": log_softmax,
+    "CumSum": running_sum,
+    "PReLU": prelu,
+    "Elu": elu,
+    "Softplus": softplus,
+    "Mish": softplus,
+    "ArgMaxWithValue": extreme,
+    "ArgMinWithValue": extreme,
     "AdaptiveAvgPool2D": _global_mean,
     "Neg": _negative,
     "Reciprocal": _reciprocal,

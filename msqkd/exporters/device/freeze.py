@@ -6,6 +6,8 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from msqkd.graph.ir import Graph, Node, Value
 from msqkd.graph.islands import cut, run_island
 from msqkd.graph.passes.computed_weights import computed_from_constants
@@ -14,6 +16,9 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "ScalarAdd": operator.add, "ScalarSub": operator.sub, "ScalarMul": operator.mul, "ScalarDiv": operator.truediv,
     "ScalarFloorDiv": operator.floordiv, "ScalarMod": operator.mod,
 }  # fmt: skip
+_FILLED = {"ZerosLike": 0, "OnesLike": 1}
+FROZEN = ("Shape", *_ARITHMETIC, *_FILLED, "Zeros", "Ones")
+"""Operations that give numbers or constants once the batch is known."""
 
 
 def freeze(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -29,8 +34,9 @@ def freeze(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for node in list(graph.nodes):
         if _is_number(graph, node, shapes):
             graph.nodes.remove(node)
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         _join_literals(graph, node)
+        _fill(graph, node, shapes)
     constant = computed_from_constants(graph)
     if constant:
         _replace(graph, constant)
@@ -48,6 +54,14 @@ def _is_number(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]]) 
     for output, number in zip(node.outputs, numbers):
         graph.values[output] = Value(output, "const", None, number)
     return True
+
+
+def _fill(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Replace zeros or ones in the shape of a value that is computed."""
+    kind = graph.values[node.output].type
+    if node.op in _FILLED and kind is not None:
+        graph.add_param(node.output, np.full(shapes[node.output], _FILLED[node.op], kind.dtype), trainable=False)
+        graph.nodes.remove(node)
 
 
 def _join_literals(graph: Graph, node: Node) -> None:

@@ -140,7 +140,7 @@ def _layer_norm(low: Lowering, node: Node) -> None:
     factors = low.constant(node.inputs[1], qparams.quantize(gamma).astype(np.int8), tensor_quant(qparams))
     step = float(low.quant(node.inputs[0]).scale[0]) * np.float64(qparams.scale)
     limit = 2**31 - 1
-    steps = np.clip(np.rint(np.float64(beta) / step), -limit, limit).astype(np.int32)
+    steps = np.clip(np.rint(beta.astype(np.float64) / step), -limit, limit).astype(np.int32)
     offsets = low.constant(node.inputs[2], steps, TensorQuant(np.array([step]), np.array([0]), 32))
     attrs = {
         "begin_norm_axis": -1, "begin_params_axis": -1, "epsilon": float(low.graph.const(node.inputs[5])),

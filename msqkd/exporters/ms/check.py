@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from msqkd.errors import ExportError, did_you_mean
+from msqkd.exporters import WAY_OUT
 from msqkd.exporters.ms import layout
 from msqkd.exporters.ms.defects import check_defects
 from msqkd.exporters.ms.place import Place, title
@@ -43,6 +44,8 @@ def check_structure(program: Program) -> None:
     for name in ("inputs", "outputs", "steps"):
         if not getattr(program, name):
             raise ExportError(f"the program {program.name!r} has no {name}")
+    for step in program.steps:
+        _check_known(step)
     for key, tensor in program.tensors.items():
         if key != tensor.name or not key:
             raise ExportError(f"the tensor {tensor.name!r} is registered as {key!r}; allowed is its own name")
@@ -59,7 +62,7 @@ def check_structure(program: Program) -> None:
 def _check_tensor(tensor: Tensor) -> None:
     where = f"tensor {tensor.name!r}"
     if tensor.dtype not in layout.DATA_TYPES:
-        raise ExportError(f"{where} has dtype {tensor.dtype}; allowed: {', '.join(layout.DATA_TYPES)}")
+        raise ExportError(f"{where} has dtype {tensor.dtype}; allowed: {', '.join(layout.DATA_TYPES)}; {WAY_OUT}")
     if len(tensor.shape) > layout.MAX_RANK:
         raise ExportError(f"{where} has {len(tensor.shape)} dimensions; allowed are {layout.MAX_RANK}")
     if any(not 0 <= size < 2**31 for size in tensor.shape):
@@ -101,7 +104,6 @@ def _check_order(program: Program) -> None:
         ready.add(name)
     computed: set[str] = set()
     for step in program.steps:
-        _check_known(step)
         for name in step.inputs:
             if name not in tensors:
                 raise ExportError(f"{title(step)}: its input {name!r} is not a tensor of the program")
@@ -123,14 +125,10 @@ def _check_known(step: Step) -> None:
     if step.op == ISLAND:
         ops = ", ".join(dict.fromkeys(node.op for node in step.attrs["graph"].nodes))
         raise ExportError(
-            f"{title(step)}: no kernel of the runtime computes {ops}, so the network cannot be written as .ms; "
-            f"allowed: {', '.join(layout.TAGS)}; the portable MindIR holds any operation"
+            f"{title(step)}: {ops} cannot be written as .ms; docs/formats.md lists what can be; {WAY_OUT}"
         )
     if step.op not in layout.TAGS:
-        raise ExportError(
-            f"{title(step)}: {step.op} cannot be written as .ms; allowed: {', '.join(layout.TAGS)}"
-            f"{did_you_mean(step.op, layout.TAGS)}"
-        )
+        raise ExportError(f"{title(step)}: {step.op} is no primitive of a .ms file{did_you_mean(step.op, layout.TAGS)}")
     if not step.inputs or not step.outputs:
         raise ExportError(f"{title(step)}: it has {len(step.inputs)} inputs and {len(step.outputs)} outputs")
 

@@ -8,8 +8,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from msqkd.errors import ExportError
+from msqkd.exporters import WAY_OUT
 from msqkd.exporters.ms import layout
-from msqkd.integer.program import Program, Step, Tensor, TensorQuant
+from msqkd.integer.program import ISLAND, Program, Step, Tensor, TensorQuant
 
 
 class Place:
@@ -42,13 +43,14 @@ class Place:
         return data.reshape(-1)
 
     def refuse(self, reason: str) -> NoReturn:
-        """Raise ExportError: the step, its primitive and the reason."""
-        raise ExportError(f"{title(self.step)}: {reason}")
+        """Raise ExportError: the step, its primitive, the reason, and the format that has no such limit."""
+        raise ExportError(f"{title(self.step)}: {reason}; {WAY_OUT}")
 
 
 def title(step: Step) -> str:
-    """How messages name a step: by its layer where it has one."""
-    return f"layer {step.layer!r} ({step.op})" if step.layer else f"step {step.name!r} ({step.op})"
+    """How messages name a step: by its layer where it has one, and by the primitive unless MindSpore computes it."""
+    place = f"layer {step.layer!r}" if step.layer else f"step {step.name!r}"
+    return place if step.op == ISLAND else f"{place} ({step.op})"
 
 
 def quant(tensor: Tensor) -> TensorQuant:

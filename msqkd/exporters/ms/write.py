@@ -69,10 +69,10 @@ def ms_bytes(program: Program) -> bytes:
         ExportError: as `msqkd.exporters.ms.check.check_program` with ``defects=False``.
     """
     check_program(program, defects=False)
-    return _serialise(program)
+    return bytes(_serialise(program))
 
 
-def _serialise(program: Program) -> bytes:
+def _serialise(program: Program) -> memoryview:
     size = sum(t.data.nbytes for t in program.tensors.values() if t.data is not None)
     if size > _LIMIT:
         raise ExportError(f"the constants of {program.name} have {size} bytes; one .ms file holds at most {_LIMIT}")
@@ -153,9 +153,10 @@ class _Writer:
         self._builder = flatbuffers.Builder(size)
         self._shared: dict[tuple[Any, ...], int] = {}
 
-    def finish(self, meta_graph: Mapping[str, Any]) -> bytes:
+    def finish(self, meta_graph: Mapping[str, Any]) -> memoryview:
+        """The whole file, where it was built: a copy would be as large as the network."""
         self._builder.Finish(self._table("MetaGraph", meta_graph), file_identifier=layout.IDENTIFIER)
-        return bytes(self._builder.Output())
+        return memoryview(self._builder.Bytes)[self._builder.Head() :]
 
     def _table(self, name: str, values: Mapping[str, Any]) -> int:
         fields = [field for field in layout.TABLES[name] if field.name in values]

@@ -9,6 +9,7 @@ from typing import Any, Callable, Optional, Union
 import numpy as np
 
 from msqkd.errors import ExportError
+from msqkd.exporters import WAY_OUT
 from msqkd.exporters.onnx.writer import ModelWriter
 from msqkd.graph.ir import Graph, Node
 
@@ -121,8 +122,7 @@ class Call:
     def refusal(self, why: str) -> ExportError:
         """The error that says why this node cannot be written."""
         return ExportError(
-            f"{self.graph.name}: '{self.node.name}' ({self.node.op}) cannot be written as ONNX: {why}; the portable "
-            "MindIR holds any operation"
+            f"{self.graph.name}: '{self.node.name}' ({self.node.op}) cannot be written as ONNX: {why}; {WAY_OUT}"
         )
 
     def _positions(self, argument: int) -> list[int]:

@@ -9,14 +9,16 @@ from msqkd.exporters.onnx.table import writes
 from msqkd.quant.uses import is_tanh_gelu
 
 _UNARY = {
-    "Abs": "Abs", "Ceil": "Ceil", "Erf": "Erf", "Exp": "Exp", "Floor": "Floor", "HSwish": "HardSwish", "Log": "Log",
-    "LogicalNot": "Not", "Mish": "Mish", "Neg": "Neg", "Reciprocal": "Reciprocal", "ReLU": "Relu", "Sigmoid": "Sigmoid",
-    "Softplus": "Softplus", "Sqrt": "Sqrt", "Tanh": "Tanh",
+    "Abs": "Abs", "Ceil": "Ceil", "Cos": "Cos", "Erf": "Erf", "Exp": "Exp", "Floor": "Floor", "HSwish": "HardSwish",
+    "Identity": "Identity", "Log": "Log", "LogicalNot": "Not", "Mish": "Mish", "Neg": "Neg", "Reciprocal": "Reciprocal",
+    "ReLU": "Relu", "SeLU": "Selu", "Sigmoid": "Sigmoid", "Sign": "Sign", "Sin": "Sin", "Softplus": "Softplus",
+    "Softsign": "Softsign", "Sqrt": "Sqrt", "Tanh": "Tanh",
 }  # fmt: skip
 _BINARY = {
-    "Add": "Add", "Div": "Div", "Divs": "Div", "Equal": "Equal", "Greater": "Greater", "GreaterEqual": "GreaterOrEqual",
-    "Less": "Less", "LessEqual": "LessOrEqual", "LogicalAnd": "And", "LogicalOr": "Or", "Maximum": "Max",
-    "Minimum": "Min", "Mul": "Mul", "Muls": "Mul", "Pow": "Pow", "RealDiv": "Div", "Sub": "Sub",
+    "Add": "Add", "Adds": "Add", "Div": "Div", "Divs": "Div", "EqScalar": "Equal", "Equal": "Equal",
+    "Greater": "Greater", "GreaterEqual": "GreaterOrEqual", "Less": "Less", "LessEqual": "LessOrEqual",
+    "LogicalAnd": "And", "LogicalOr": "Or", "Maximum": "Max", "Minimum": "Min", "Mul": "Mul", "Muls": "Mul",
+    "Pow": "Pow", "PowTensorScalar": "Pow", "RealDiv": "Div", "Sub": "Sub", "Subs": "Sub",
 }  # fmt: skip
 
 
@@ -88,6 +90,53 @@ def _square(call: Call) -> None:
     call.emit("Mul", x, x)
 
 
+@writes("SquaredDifference")
+def _squared_difference(call: Call) -> None:
+    apart = call.step("Sub", call.tensor(0), call.tensor(1))
+    call.emit("Mul", apart, apart)
+
+
+@writes("NotEqual")
+def _not_equal(call: Call) -> None:
+    call.emit("Not", call.step("Equal", call.tensor(0), call.tensor(1)))
+
+
+@writes("AddN")
+def _sum(call: Call) -> None:
+    call.emit("Sum", *call.tensors(0))
+
+
+@writes("FloorDiv")
+def _floor_division(call: Call) -> None:
+    call.emit("Floor", _quotient(call))
+
+
+@writes("FloorMod")
+def _floor_rest(call: Call) -> None:
+    """What a division rounded down leaves, which has the sign of the divisor."""
+    whole = call.step("Mul", call.step("Floor", _quotient(call)), call.tensor(1))
+    call.emit("Sub", call.tensor(0), whole)
+
+
+def _quotient(call: Call) -> str:
+    if not call.dtype(0).startswith("float"):
+        raise call.refusal(f"it divides numbers of {call.dtype(0)}; allowed: float")
+    return call.step("Div", call.tensor(0), call.tensor(1))
+
+
+@writes("Round")
+def _round(call: Call) -> None:
+    """Half to even, in both."""
+    if len(call.node.inputs) > 1 and call.literal(1) != 0:
+        raise call.refusal(f"it rounds to {call.literal(1)} decimals; allowed: 0")
+    call.emit("Round", call.tensor(0))
+
+
+@writes("Log1p")
+def _log_of_more(call: Call) -> None:
+    call.emit("Log", call.step("Add", call.tensor(0), call.number(1)))
+
+
 @writes("Rsqrt")
 def _rsqrt(call: Call) -> None:
     call.emit("Reciprocal", call.step("Sqrt", call.tensor(0)))
@@ -96,6 +145,11 @@ def _rsqrt(call: Call) -> None:
 @writes("Select")
 def _select(call: Call) -> None:
     call.emit("Where", call.tensor(0), call.tensor(1), call.tensor(2))
+
+
+@writes("MaskedFill")
+def _masked_fill(call: Call) -> None:
+    call.emit("Where", call.tensor(1), call.tensor(2), call.tensor(0))
 
 
 @writes("Cast")

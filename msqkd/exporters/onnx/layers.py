@@ -51,6 +51,44 @@ def _pads(
     return [total // 2 for total in totals] + [total - total // 2 for total in totals]
 
 
+@writes("Conv2DTranspose")
+def _transposed_convolution(call: Call) -> None:
+    """Of the size asked for: rows and columns that the windows do not reach are added below and on the right."""
+    strides, dilations = (call.attribute(name)[-2:] for name in ("stride", "dilation"))
+    top, bottom, left, right = call.attribute("pad_list")
+    kernel, sizes, wanted = call.shape(1)[-2:], call.shape(0)[2:], call.output_shape()[2:]
+    if min(*sizes, *wanted) < 1:
+        raise call.refusal("the height and width of its input and of its result must be known")
+    added = [
+        size - ((rows - 1) * stride + (window - 1) * dilation + 1 - sum(cut))
+        for size, rows, window, stride, dilation, cut in zip(
+            wanted, sizes, kernel, strides, dilations, ((top, bottom), (left, right))
+        )
+    ]
+    most = [stride - 1 for stride in strides]
+    if any(not 0 <= more <= limit for more, limit in zip(added, most)):
+        raise call.refusal(f"its result has {added} rows and columns more than its windows cover; allowed: 0 to {most}")
+    call.emit(
+        "ConvTranspose",
+        *(call.tensor(index) for index in (0, 1)),
+        kernel_shape=list(kernel),
+        strides=list(strides),
+        dilations=list(dilations),
+        group=int(call.attribute("group")),
+        pads=[top, left, bottom, right],
+        output_padding=added,
+    )
+
+
+@writes("BiasAdd")
+def _bias_add(call: Call) -> None:
+    """The bias is one of axis 1."""
+    bias, planes = call.tensor(1), len(call.shape(0)) - 2
+    if planes:
+        bias = call.step("Unsqueeze", bias, call.constant(range(1, planes + 1)))
+    call.emit("Add", call.tensor(0), bias)
+
+
 @writes("MaxPool")
 def _max_pool(call: Call) -> None:
     call.emit("MaxPool", call.tensor(0), **_windows(call))
@@ -95,32 +133,6 @@ def _adaptive_average(call: Call) -> None:
         raise call.refusal(f"it divides {sizes} into {wanted} parts; allowed: parts of equal size")
     kernel = [size // parts for size, parts in zip(sizes, wanted)]
     call.emit("AveragePool", call.tensor(0), kernel_shape=kernel, strides=kernel)
-
-
-@writes("ReduceMean")
-def _mean(call: Call) -> None:
-    """A mean over the whole plane is a pool, which int8 runtimes have; any other mean is ReduceMean."""
-    rank, axes, keep = len(call.shape(0)), _axes(call), bool(call.literal(2))
-    if rank == 4 and axes == [2, 3]:
-        if keep:
-            call.emit("GlobalAveragePool", call.tensor(0))
-            return
-        pooled = call.rounded(call.step("GlobalAveragePool", call.tensor(0)))
-        call.emit("Squeeze", pooled, call.constant(axes))
-        return
-    call.emit("ReduceMean", call.tensor(0), call.constant(axes), keepdims=int(keep))
-
-
-@writes("ReduceMax", "ReduceMin", "ReduceSum")
-def _reduction(call: Call) -> None:
-    call.emit(call.node.op, call.tensor(0), call.constant(_axes(call)), keepdims=int(bool(call.literal(2))))
-
-
-def _axes(call: Call) -> list[int]:
-    """The axes of a reduction, counted from the front; all of them where none is named."""
-    axis, rank = call.literal(1), len(call.shape(0))
-    axes = (axis,) if isinstance(axis, int) else tuple(axis or range(rank))
-    return sorted(int(a) % rank for a in axes)
 
 
 @writes("Dense")

@@ -11,6 +11,7 @@ from math import prod
 import numpy as np
 
 from msqkd.exporters.onnx.calls import Call
+from msqkd.exporters.onnx.slices import FAR
 from msqkd.exporters.onnx.table import writes
 from msqkd.quant.uses import resize_flags
 
@@ -68,6 +69,13 @@ def _concat(call: Call) -> None:
     call.emit("Concat", *call.tensors(0), axis=int(call.literal(1)))
 
 
+@writes("Stack")
+def _stack(call: Call) -> None:
+    axis = int(call.attribute("axis"))
+    parts = [call.step("Unsqueeze", part, call.constant(axis)) for part in call.tensors(0)]
+    call.emit("Concat", *parts, axis=axis)
+
+
 @writes("Split")
 def _split(call: Call) -> None:
     call.emit("Split", call.tensor(0), axis=int(call.literal(1)), num_outputs=len(call.outputs))
@@ -88,6 +96,42 @@ def _gather(call: Call) -> None:
     if batch_dims:
         raise call.refusal(f"it has {batch_dims} batch dimensions; allowed: none")
     call.emit("Gather", call.tensor(0), call.tensor(1), axis=int(call.literal(2)))
+
+
+@writes("GatherD")
+def _gather_elements(call: Call) -> None:
+    call.emit("GatherElements", call.tensor(0), call.tensor(2), axis=int(call.literal(1)))
+
+
+@writes("ReverseV2")
+def _reverse(call: Call) -> None:
+    axes = call.literal(1)
+    axes = (axes,) if isinstance(axes, int) else axes
+    starts, ends, steps = (call.constant([value] * len(axes)) for value in (-1, -FAR, -1))
+    call.emit("Slice", call.tensor(0), starts, ends, call.constant(axes), steps)
+
+
+@writes("Tril", "Triu")
+def _triangle(call: Call) -> None:
+    """The diagonal is an attribute of one, and an operand of the other."""
+    upper = call.node.op == "Triu"
+    diagonal = int(call.literal(1) if len(call.node.arguments()) > 1 else call.attribute("diagonal"))
+    place = call.writer.constant(np.asarray(diagonal, np.int64), "diagonal")
+    call.emit("Trilu", call.tensor(0), place, upper=int(upper))
+
+
+_FILLED = {"Zeros": 0, "ZerosLike": 0, "Ones": 1, "OnesLike": 1}
+
+
+@writes(*_FILLED)
+def _filled(call: Call) -> None:
+    """One number in a shape that is given, or that of a tensor."""
+    kind = call.graph.values[call.node.output].type
+    if kind is None:
+        raise call.refusal("the data type of its result is not known")
+    sizes = call.step("Shape", call.tensor(0)) if call.node.op.endswith("Like") else call.sizes(call.elements(0))
+    value = call.writer.constant(np.asarray(_FILLED[call.node.op], kind.dtype), "number")
+    call.emit("Expand", value, sizes)
 
 
 @writes("BroadcastTo")
@@ -142,5 +186,7 @@ def _resize(call: Call) -> None:
     rounding = (
         {} if mode == "linear" else {"nearest_mode": "floor" if coordinates == "asymmetric" else "round_prefer_ceil"}
     )
-    attrs = {"axes": [2, 3], "mode": mode, "coordinate_transformation_mode": coordinates, **rounding}
-    call.emit("Resize", call.tensor(0), "", "", call.constant(sizes), **attrs)
+    attrs = {"mode": mode, "coordinate_transformation_mode": coordinates, **rounding}
+    # All four sizes: where a Transpose follows, onnxruntime 1.31 breaks a Resize that names its axes.
+    whole = call.step("Concat", call.step("Shape", call.tensor(0), start=0, end=2), call.constant(sizes), axis=0)
+    call.emit("Resize", call.tensor(0), "", "", whole, **attrs)

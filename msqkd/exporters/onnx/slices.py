@@ -8,7 +8,8 @@ from typing import Union
 from msqkd.exporters.onnx.calls import Call
 from msqkd.exporters.onnx.table import writes
 
-_FAR = 2**62  # beyond any size: ONNX clamps it to the end of the axis
+FAR = 2**62
+"""Beyond any size: ONNX clamps it to the end of the axis."""
 
 Item = Union[int, str]
 
@@ -68,13 +69,13 @@ def _read(call: Call) -> _Cut:
         elif single & bit:
             if not isinstance(start, int):
                 raise call.refusal("it takes a computed index; allowed: a literal")
-            cut.take(axis, start, start + 1 or _FAR, 1)
+            cut.take(axis, start, start + 1 or FAR, 1)
             cut.dropped.append(axis)
             axis += 1
         else:
-            first = (0 if step > 0 else _FAR) if open_start & bit else start
-            last = (_FAR if step > 0 else -_FAR) if open_end & bit else stop
-            if (first, last, step) != (0, _FAR, 1):
+            first = (0 if step > 0 else FAR) if open_start & bit else start
+            last = (FAR if step > 0 else -FAR) if open_end & bit else stop
+            if (first, last, step) != (0, FAR, 1):
                 cut.take(axis, first, last, step)
             axis, position = axis + 1, position + 1
     return cut

@@ -6,12 +6,13 @@ import importlib
 from typing import Callable
 
 from msqkd.errors import ExportError
+from msqkd.exporters import WAY_OUT
 from msqkd.exporters.onnx.calls import Call
 from msqkd.graph.ir import Graph, Node
 
 Emit = Callable[[Call], None]
 
-_HOMES = ("elementwise", "layers", "shapes", "slices")
+_HOMES = ("elementwise", "layers", "reductions", "shapes", "slices")
 _TABLE: dict[str, Emit] = {}
 
 
@@ -40,10 +41,9 @@ def find(graph: Graph, node: Node) -> Emit:
     Raises:
         ExportError: there is none.
     """
-    known = supported()
-    if node.op not in _TABLE:
+    if node.op not in supported():
         raise ExportError(
-            f"{graph.name}: '{node.name}' is a {node.op}, which is not written as ONNX; allowed: {', '.join(known)}; "
-            "the portable MindIR holds any operation"
+            f"{graph.name}: '{node.name}' ({node.op}) cannot be written as ONNX; docs/formats.md lists what can be; "
+            f"{WAY_OUT}"
         )
     return _TABLE[node.op]

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 
-from msqkd.graph.ir import Graph, Node, Value, unique_name
+from msqkd.graph.ir import Graph, Node, unique_name
 
 _DEPTH = 8  # operations from the result back to the argument
 _TOLERANCE = 2e-6  # of the largest value on the grid: float32 literals such as 1.4142135 for the root of 2 pass
@@ -157,18 +156,12 @@ def _recognise(graph: Graph, run: list[Node], argument: str) -> Optional[_Known]
 
 
 def _replace(graph: Graph, root: Node, run: list[Node], argument: str, known: _Known) -> None:
-    body = Graph(known.op)
-    kind = graph.values[argument].type
-    body.inputs, body.outputs = [body.add_value(Value(argument, "input", kind))], [root.output]
-    for node in run:
-        for name in (*node.inputs, *node.outputs):
-            if name != argument:
-                body.add_value(graph.values[name])
-        body.nodes.append(replace(node, inputs=list(node.inputs), outputs=list(node.outputs)))
+    body = graph.body_of(known.op, run, argument)
     outside = {node.name for node in graph.nodes if node not in run}
     paths = {node.cell_path for node in run}
     path = root.cell_path
-    own = len(paths) == 1 and path and not any(node.cell_path == path for node in graph.nodes if node not in run)
+    around = all(path == other or path.startswith(f"{other}.") for other in paths if other)
+    own = path and around and not any(node.cell_path == path for node in graph.nodes if node not in run)
     name = path if own else ".".join(filter(None, (path, known.op.lower())))
     node = Node(
         unique_name(name, outside),

@@ -6,9 +6,11 @@
 * An addition or subtraction of "alpha times" with alpha = 1 is a plain one, and so is one (or a comparison, or a mask)
   with a number: the special operations lack CPU kernels in PYNATIVE_MODE.
 * A shape that is computed from nothing but the batch size is a literal.
+* ``MeanExt`` and ``SumExt`` of float32, as `mindspore.mint` has them, are ``ReduceMean`` and ``ReduceSum``.
 * ``Flatten`` becomes ``Reshape`` (int8 runtimes have no Flatten).
 * ``ops.matmul`` and ``@`` become what they compute: ``BatchMatMul``, ``MatMul``, or ``Dense`` where the second operand
   is the transpose of a parameter; a layer over more than two dimensions is one over rows, between two reshapes.
+* An argument that the compiler has turned into a number is the word again by which the operation is called.
 * ``Identity`` is gone, but where it makes an input of the network an output.
 * A reshape of a reshape is one, and none where it gives the shape it came from: ``nn.Conv1d`` is then a convolution
   with its BatchNorm beside it.
@@ -28,6 +30,12 @@ _WITH_NUMBER = {
     "LessScalar": "Less", "GreaterEqualScalar": "GreaterEqual",
     "FloorDivScalar": "FloorDiv", "RemainderTensorScalar": "FloorMod", "MaskedFillScalar": "MaskedFill",
 }  # fmt: skip
+_REDUCTIONS = {"MeanExt": "ReduceMean", "SumExt": "ReduceSum"}
+# Operation to the place of such an argument and its words.
+_WORDS = {
+    "GeluExt": (1, {0: "none", 1: "tanh"}),
+    "DivMod": (2, {1: "trunc", 2: "floor"}), "DivMods": (2, {1: "trunc", 2: "floor"}),
+}  # fmt: skip
 
 
 def canonicalize(graph: Graph) -> None:
@@ -41,6 +49,10 @@ def canonicalize(graph: Graph) -> None:
             node.op, node.inputs, node.attrs = _WITH_ALPHA[node.op], node.inputs[:2], {}
         elif node.op in _WITH_NUMBER:
             node.op, node.attrs = _WITH_NUMBER[node.op], {}
+        elif node.op in _WORDS:
+            _say_in_words(graph, node)
+        elif node.op in _REDUCTIONS:
+            _to_reduction(graph, node)
         elif node.op == "Flatten":
             _flatten_to_reshape(graph, node)
         elif node.op == "Reshape" and node.sequences:
@@ -56,6 +68,23 @@ def _drop_identities(graph: Graph) -> None:
         if graph.values[source].kind == "node" or node.output not in graph.outputs:
             graph.replace_value(node.output, source)
             graph.nodes.remove(node)
+
+
+def _say_in_words(graph: Graph, node: Node) -> None:
+    index, words = _WORDS[node.op]
+    if len(node.inputs) > index and graph.const(node.inputs[index]) in words:
+        node.inputs[index] = graph.add_const(words[graph.const(node.inputs[index])], "word")
+
+
+def _to_reduction(graph: Graph, node: Node) -> None:
+    x, axis, keep, dtype = node.inputs
+    kind = graph.values[x].type
+    literal = graph.values[axis].kind == graph.values[dtype].kind == "const"
+    if kind is None or kind.dtype != "float32" or not literal or graph.const(dtype) is not None:
+        return
+    axis = graph.add_const((), "axis") if graph.const(axis) is None else axis
+    skip = [graph.add_const(False, "skip_mode")] if node.op == "SumExt" else []
+    node.op, node.inputs, node.attrs = _REDUCTIONS[node.op], [x, axis, keep, *skip], {}
 
 
 def _is_dense(graph: Graph, node: Node) -> bool:

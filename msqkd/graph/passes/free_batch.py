@@ -38,7 +38,7 @@ def free_batch(graph: Graph) -> Optional[str]:
     batch = first[0]
     opened = graph.copy()
     if batch > 0:
-        _free_shapes(opened, batch)
+        free_shapes(opened, batch)
     try:
         reason = _compare(graph, opened, max(batch, 1))
     except Exception as error:  # MindSpore raises whatever the operation met
@@ -49,7 +49,8 @@ def free_batch(graph: Graph) -> Optional[str]:
     return reason if batch > 0 else None
 
 
-def _free_shapes(graph: Graph, batch: int) -> None:
+def free_shapes(graph: Graph, batch: int) -> None:
+    """Let reshapes, repeated tokens, transposed convolutions and the inputs of `graph` go with any batch, in place."""
     fed = set(graph.inputs)
     for node in list(graph.nodes):
         if fed.intersection(node.inputs):
@@ -60,6 +61,9 @@ def _free_shapes(graph: Graph, batch: int) -> None:
             shape = graph.shape(node.output)
             if shape and prod(shape) > 0 and shape[0] % batch == 0:
                 node.inputs[1] = graph.add_const((-1, *shape[1:]), "shape")
+        if node.op == "Conv2DTranspose" and not node.sequences and graph.const(node.inputs[2])[0] == batch:
+            sizes = [batch_size(graph), *(graph.add_const(size, "size") for size in graph.const(node.inputs[2])[1:])]
+            node.inputs[2:3], node.sequences = sizes, ((2, len(sizes)),)
     for name in graph.inputs:
         value = graph.values[name]
         if value.type is not None and value.type.shape[:1] == (batch,):

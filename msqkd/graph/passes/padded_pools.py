@@ -9,7 +9,6 @@ becomes a ``Pad`` and an ``AvgPool`` that does not pad.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Optional
 
 from msqkd.graph.ir import Graph, Node, TensorType, Value, unique_name
@@ -150,14 +149,7 @@ def _split(graph: Graph, run: list[Node], attrs: dict[str, Any]) -> None:
 def _replace(graph: Graph, op: str, run: list[Node], attrs: dict[str, Any]) -> None:
     first, last = run[0], run[-1]
     argument = first.inputs[0]
-    body = Graph(op)
-    body.inputs = [body.add_value(Value(argument, "input", graph.values[argument].type))]
-    body.outputs = [last.output]
-    for node in run:
-        for name in (*node.inputs, *node.outputs):
-            if name != argument:
-                body.add_value(graph.values[name])
-        body.nodes.append(replace(node, inputs=list(node.inputs), outputs=list(node.outputs)))
+    body = graph.body_of(op, run, argument)
     taken = {node.name for node in graph.nodes if node not in run}
     main = next(node for node in run if node.op in (op, _WITH_PLACES, *_POOLS))
     name = unique_name(main.cell_path or main.name, taken)

@@ -18,7 +18,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
 from typing import Any, Optional
 
 import numpy as np
@@ -78,17 +80,11 @@ def find_dropout(net: Any, example: Example, graph: Graph, *, dynamic_batch: boo
             f"{type(net).__name__}: dropout is asked for, and no cell of it drops anything (known are nn.Dropout, and "
             "cells called DropPath, StochasticDepth or DropConnect, at a rate above 0); train it without dropout"
         )
+    elements = {path for path, (_, _, mask, _) in cells.items() if mask == "element"}
     with _marked({path: cell for path, (cell, *_) in cells.items()}):
-        marked = capture(net, example, dynamic_batch=dynamic_batch)
-    places = _places(marked, {path: settings for path, (_, *settings) in cells.items()})
-    marks = {id(node) for node in marked.nodes if _mark(node)}
-    names = [(node.name, node.op) for node in marked.nodes if id(node) not in marks]
-    if names != [(node.name, node.op) for node in graph.nodes]:
-        raise CaptureError(
-            f"{graph.name}: the graph is not the capture of this network, or its dropout takes part in other "
-            "operations; train it without dropout"
-        )
-    return places
+        marked = capture(net, example, dynamic_batch=dynamic_batch, prepare=partial(_before_reshapes, elements))
+    _take_names(marked, graph)
+    return _places(marked, {path: settings for path, (_, *settings) in cells.items()})
 
 
 def restore_dropout(graph: Graph, places: Sequence[DropoutPlace]) -> list[DropoutPlace]:
@@ -193,6 +189,52 @@ def _marked(cells: dict[str, Any]) -> Iterator[None]:
 def _mark(node: Node) -> Optional[str]:
     """The path of the dropout that a node of the marked graph stands for."""
     return next((name[len(_MARK) :] for name in node.inputs if name.startswith(_MARK)), None)
+
+
+def _before_reshapes(elements: set[str], marked: Graph) -> None:
+    """Put marks of single elements in front of the reshapes before them, in place: what is dropped is the same, and
+    reshapes that are one without the dropout are next to each other."""
+    for node in [node for node in marked.nodes if _mark(node) in elements]:
+        (index,) = (i for i, name in enumerate(node.inputs) if not name.startswith(_MARK))
+        reshape = marked.producer(node.inputs[index])
+        while reshape is not None and reshape.op == "Reshape" and marked.consumers(reshape.output) == [node]:
+            if reshape.output in marked.outputs:
+                break
+            source = reshape.inputs[0]
+            marked.replace_value(node.output, reshape.output)
+            node.inputs[index], reshape.inputs[0] = source, node.output
+            marked.values[node.output] = replace(marked.values[node.output], type=marked.values[source].type)
+            marked.nodes.remove(node)
+            marked.nodes.insert(marked.nodes.index(reshape), node)
+            reshape = marked.producer(source)
+
+
+def _take_names(marked: Graph, graph: Graph) -> None:
+    """Give the nodes and values of the marked graph the names they have in `graph`: the compiler numbers what it joins.
+
+    Raises:
+        CaptureError: beside the marks they are not the same operations.
+    """
+    nodes = [node for node in marked.nodes if not _mark(node)]
+    pairs = list(zip_longest(nodes, graph.nodes))
+    for one, other in pairs:
+        if one is None or other is None or (one.op, one.cell_path) != (other.op, other.cell_path):
+            place = other or one
+            raise CaptureError(
+                f"{graph.name}: dropout cannot be put back: it lies inside what is one operation without it, near "
+                f"'{place.name}' ({place.op}), or the graph is not the capture of this network; train without dropout"
+            )
+    names = {old: new for one, other in pairs for old, new in zip(one.outputs, other.outputs) if old != new}
+    kept = [node for node in marked.nodes if _mark(node)]
+    for number, node in enumerate(kept):  # out of the way of the graph's names
+        names[node.output] = f"{node.output}.mark{number}"
+    marked.values = {names.get(name, name): replace(v, name=names.get(name, name)) for name, v in marked.values.items()}
+    for node in marked.nodes:
+        node.inputs = [names.get(name, name) for name in node.inputs]
+        node.outputs = [names.get(name, name) for name in node.outputs]
+    marked.outputs = [names.get(name, name) for name in marked.outputs]
+    for one, other in pairs:
+        one.name = other.name
 
 
 def _places(marked: Graph, settings: dict[str, Any]) -> list[DropoutPlace]:

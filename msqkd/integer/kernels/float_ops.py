@@ -164,6 +164,31 @@ def _chunks(items: int, rows: int, row_bytes: int) -> Iterator[tuple[slice, slic
         yield from ((slice(item, item + 1), slice(first, first + together)) for first in range(0, rows, together))
 
 
+@kernel("Conv2dTransposeFusion", kind=FLOAT32)
+def transposed_convolution(call: Call) -> list[np.ndarray]:
+    """Transposed convolution of (N, H, W, C) with weights (C, kernel height, kernel width, O), in one group.
+
+    What ``pad_list`` (above, below, left, right) names is cut off; ``output_paddings`` adds below and on the right.
+    """
+    attrs, x, weight = call.attrs, call.inputs[0].data, call.inputs[1].data
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[0] != x.shape[3] or int(attrs.get("group") or 1) != 1:
+        raise SimulationError(f"{call.name}: weights {weight.shape} do not fit the input {x.shape} in one group")
+    (down, right), (below, beside) = pair(call, "stride", (1, 1)), pair(call, "dilation", (1, 1))
+    (height, width), (rows, columns) = plane_of(x), plane_of(weight)
+    top, bottom, left, far = four(call, "pad_list")
+    more = attrs.get("output_paddings") or (0, 0)
+    full = ((height - 1) * down + (rows - 1) * below + 1, (width - 1) * right + (columns - 1) * beside + 1)
+    total = np.zeros((x.shape[0], full[0] + more[0], full[1] + more[1], weight.shape[3]), np.float32)
+    for row in range(rows):
+        for column in range(columns):
+            first, begin = row * below, column * beside
+            lines = slice(first, first + (height - 1) * down + 1, down)
+            places = slice(begin, begin + (width - 1) * right + 1, right)
+            total[:, lines, places] += x @ weight[:, row, column]
+    end = (full[0] + more[0] - bottom, full[1] + more[1] - far)
+    return _biased(call, total[:, top : end[0], left : end[1]])
+
+
 @kernel("MatMulFusion", kind=FLOAT32)
 def matrix_product(call: Call) -> list[np.ndarray]:
     """``a @ b``, either of them with its last two axes swapped if ``transpose_a`` or ``transpose_b`` is set."""

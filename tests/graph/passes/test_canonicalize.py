@@ -8,6 +8,7 @@ import pytest
 from mindspore import nn
 
 from msqkd.graph.capture import capture
+from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph
 from msqkd.models.lenet5 import LeNet5
 
@@ -36,6 +37,15 @@ def test_a_bias_of_its_own_stays(network: Network) -> None:
     assert "BiasAdd" in ops_of(capture(net, (3, 4, 4)))
 
 
+def test_arguments_that_were_words_are_words_again(network: Network) -> None:
+    net = network("return ms.mint.div(x, 0.3, rounding_mode='floor') - ms.mint.div(x, x + 2.0, rounding_mode='trunc')")
+    graph, x = capture(net, (4,)), ms.Tensor(np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4))
+    np.testing.assert_array_equal(to_cell(graph)(x).asnumpy(), net(x).asnumpy())
+    for kind in ("none", "tanh"):
+        graph = capture(network(f"return ms.mint.nn.functional.gelu(x, approximate='{kind}')"), (4,))
+        assert graph.const(graph.nodes[0].inputs[1]) == kind
+
+
 def test_products_of_activations_are_no_layers(network: Network) -> None:
     net = network("return ops.matmul(x, x.swapaxes(-1, -2))")
     assert "Dense" not in ops_of(capture(net, (3, 4)))
@@ -53,6 +63,23 @@ def test_products_of_activations_are_no_layers(network: Network) -> None:
 )
 def test_special_forms_become_plain_ones(network: Network, expression: str, op: str) -> None:
     assert ops_of(capture(network(f"return {expression}"), (4,))) == [op]
+
+
+@pytest.mark.parametrize(
+    ("expression", "op"),
+    [
+        ("mint.mean(x, dim=(2, 3))", "ReduceMean"),
+        ("mint.mean(x, dim=-1, keepdim=True)", "ReduceMean"),
+        ("mint.sum(x, dim=1)", "ReduceSum"),
+        ("mint.sum(x, dim=1, dtype=ms.float64)", "SumExt"),
+    ],
+)
+def test_reductions_of_mint_are_the_ordinary_ones(network: Network, expression: str, op: str) -> None:
+    net = network(f"return {expression}")
+    graph = capture(net, (3, 4, 4))
+    assert ops_of(graph) == [op]
+    x = ms.Tensor(np.random.default_rng(0).normal(size=(2, 3, 4, 4)).astype(np.float32))
+    np.testing.assert_array_equal(to_cell(graph)(x).asnumpy(), net(x).asnumpy())
 
 
 def test_an_addition_with_a_factor_stays(network: Network) -> None:

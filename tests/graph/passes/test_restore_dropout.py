@@ -133,8 +133,34 @@ def test_a_place_before_a_function_that_is_spelt_out() -> None:
     np.testing.assert_array_equal(to_cell(graph)(X).asnumpy(), net.set_train(False)(X).asnumpy())
 
 
+class Tokens(nn.Cell):
+    """Dropout between an embedding and a layer, and between two layers: reshapes around it are one without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.drop = nn.Embedding(9, 4), nn.Dropout(p=0.5)
+        self.dense, self.last, self.head = nn.Dense(4, 4), nn.Dropout(p=0.25), nn.Dense(4, 2)
+
+    def construct(self, ids: Any) -> Any:
+        return self.head(self.last(self.dense(self.drop(self.embedding(ids)))))
+
+
+def test_dropout_between_layers_over_tokens() -> None:
+    net, ids = Tokens(), ms.Tensor(np.zeros((2, 5), np.int32))
+    graph = capture(net, ids)
+    places = find_dropout(net, ids, graph)
+    assert [(place.path, graph.producer(place.value).name) for place in places] == [  # type: ignore[union-attr]
+        ("drop", "embedding"), ("last", "dense"),
+    ]  # fmt: skip
+    assert restore_dropout(graph, places) == []
+    cell = to_cell(graph)
+    np.testing.assert_array_equal(cell(ids).asnumpy(), net.set_train(False)(ids).asnumpy())
+    cell.set_train(True)
+    assert (cell(ids).asnumpy() != cell(ids).asnumpy()).any()
+
+
 def test_a_graph_of_another_network_is_refused() -> None:
-    with pytest.raises(CaptureError, match="Dense: the graph is not the capture of this network"):
+    with pytest.raises(CaptureError, match=r"Dense: dropout cannot be put back: .* not the capture of this network"):
         find_dropout(Block(), X, capture(nn.Dense(8, 8), X))
 
 
