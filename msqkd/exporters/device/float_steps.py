@@ -41,7 +41,7 @@ _BINARY = {
 }  # fmt: skip
 _UNARY = {"Sqrt": "Sqrt", "Rsqrt": "Rsqrt", "Erf": "Erf", "Exp": "ExpFusion", "Abs": "Abs", "Log": "Log"}
 _REDUCE = {
-    "ReduceMean": ReduceMode.MEAN, "ReduceSum": ReduceMode.SUM, "SumExt": ReduceMode.SUM,
+    "ReduceMean": ReduceMode.MEAN, "ReduceSum": ReduceMode.SUM,
     "ReduceMax": ReduceMode.MAX, "ReduceMin": ReduceMode.MIN, "ReduceProd": ReduceMode.PROD,
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ def _mean(call: Call) -> None:
 
 _REDUCED = {
     "ReduceMax": "ReduceMax", "ReduceMin": "ReduceMin", "ReduceProd": "ReduceProd", "ReduceSum": "ReduceSum",
-    "SumExt": "ReduceSum", "ProdExt": "ReduceProd",
+    "ProdExt": "ReduceProd",
 }  # fmt: skip
 
 
