@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 
@@ -16,6 +17,14 @@ def _same_mode_afterwards() -> Iterator[None]:
     yield
     if ms:
         ms.set_context(mode=mode)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _old_objects_are_not_looked_at_again() -> Iterator[None]:
+    """MindSpore keeps every compiled graph: a worker would search more of them at each collection."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
