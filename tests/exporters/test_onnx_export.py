@@ -767,7 +767,7 @@ PADDED = {"kernel_size": (1, 1, 2, 2), "strides": (1, 1, 2, 2), "pad_mode": "PAD
         ),
         (Node("norm", "LpNorm", ["x"], ["y"], {"p": 3, "axis": 1}), {}, "its power is 3; allowed: 1 and 2"),
         (Node("round", "Round", ["x", "a"], ["y"]), {"a": 2}, "it rounds to 2 decimals; allowed: 0"),
-        (Node("product", "ProdExt", ["x", "a", "b", "c"], ["y"]), {"a": 1, "b": False, "c": 43}, "a data type of its own"),
+        (Node("prod", "ProdExt", ["x", "a", "b", "c"], ["y"]), {"a": 1, "b": False, "c": 43}, "a data type of its own"),
         (Node("std", "ReduceStd", ["x", "a", "b", "b"], ["y", "z"]), {"a": 0, "b": True}, "whose size is not known"),
     ],
 )  # fmt: skip
