@@ -20,7 +20,6 @@ from msqkd.data import DataBundle, Split, as_tuple, subset
 from msqkd.distill.step import DistillTrainOneStepCell
 from msqkd.errors import ModelError, PlanError
 from msqkd.files import write_json
-from msqkd.graph.capture import capture
 from msqkd.graph.cell import read_parameters, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.graph.passes.restore_dropout import DropoutPlace, find_dropout
@@ -137,6 +136,7 @@ class _Run:
         self.deployed_outputs: list[int] = []
         self.warnings: list[str] = []
         self.loaded: dict[str, LoadReport] = {}
+        self.dropout_places: list[DropoutPlace] = []
         others = [_COMPARISONS[name] for name in recipe.compare if _COMPARISONS[name] != main]
         self.trainings = [*others, main] if train else []
         self.started = datetime.now(timezone.utc)
@@ -170,7 +170,8 @@ class _Run:
             steps_per_epoch(self.bundle.train, pretrain.batch_size)
         self._check_plan(plan)
         if self.trainings and self.recipe.train.dropout:
-            with_dropout(training_graph(captured, self.recipe.quantization.batchnorm), self.dropout_places)
+            places = self._dropout(self.recipe.train, captured)
+            with_dropout(training_graph(captured, self.recipe.quantization.batchnorm), places)
         preflight(self.recipe, graph, plan)
         self._try_losses(captured)
         if self.trainings and self.recipe.distillation is not None and self.recipe.teacher.source != "self":
@@ -343,13 +344,6 @@ class _Run:
         return deployment_graph(self.captured)
 
     @cached_property
-    def dropout_places(self) -> list[DropoutPlace]:
-        """Where the original network drops values in training."""
-        net = build_network(self.recipe.model.model_copy(update={"checkpoint": None}), "model")
-        example = example_input(self.recipe)
-        return find_dropout(net, example, capture(net, example))
-
-    @cached_property
     def plan(self) -> QuantPlan:
         return plan_graph(self.recipe, self.deployed)
 
@@ -501,7 +495,7 @@ class _Run:
         ms.set_seed(self.recipe.seed)
         graph = capture_network(self.recipe, build_network(section, "model"))
         self._check_network(graph)
-        network = to_cell(with_dropout(graph, self._dropout(settings)))
+        network = to_cell(with_dropout(graph, self._dropout(settings, graph)))
         step = TrainStep(
             WithLoss(network, training_loss(settings, graph, "pretrain"), len(graph.inputs)),
             self._optimizer(network, settings),
@@ -530,7 +524,7 @@ class _Run:
     def _train(self, role: str) -> dict[str, Any]:
         title, quantised, distilled = _ROLES[role]
         settings = self.recipe.train
-        dropout = self._dropout(settings)
+        dropout = self._dropout(settings, self.captured)
         network = self._quantised_cell(dropout) if quantised else to_cell(with_dropout(self.captured, dropout))
         optimizer = self._optimizer(network, settings)
         graph, clip = self.captured, settings.clip_grad
@@ -551,8 +545,14 @@ class _Run:
         save_checkpoint(weights, self.folder.file(f"{role}.ckpt"))
         return result
 
-    def _dropout(self, settings: TrainSection) -> Sequence[DropoutPlace]:
-        return self.dropout_places if settings.dropout else ()
+    def _dropout(self, settings: TrainSection, graph: Graph) -> Sequence[DropoutPlace]:
+        """Where the original network drops values in training, if it is to; `graph` is any capture of it."""
+        if not settings.dropout:
+            return ()
+        if not self.dropout_places:
+            net = build_network(self.recipe.model.model_copy(update={"checkpoint": None}), "model")
+            self.dropout_places = find_dropout(net, example_input(self.recipe), graph)
+        return self.dropout_places
 
     def _quantised_cell(self, dropout: Sequence[DropoutPlace]) -> QuantCell:
         """The cell to train; where a range is needed before training it is calibrated with the layer's own observer."""
