@@ -10,11 +10,6 @@ _GRAPH = "network"
 _NUMBERED = re.compile(r"\b(CNode|ValueNode)_\d+")
 
 
-def canonical(data: bytes) -> bytes:
-    """A serialised MindIR in its canonical form (see `canonical_model`)."""
-    return on_bytes(data, canonical_model)
-
-
 def on_bytes(data: bytes, form: Callable[[Any], None]) -> bytes:
     """A serialised MindIR with `form` applied to its ``ModelProto``."""
     from mindspore.train import mind_ir_pb2 as pb

@@ -16,16 +16,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from msqkd.exporters.canonical import canonical_model, on_bytes
+from msqkd.exporters.canonical import canonical_model
 
 _REF, _CONSTANT = "REF::", "Constant"
 # What quantisation and the compiler add in large numbers; the type of the result is evident from the operands
 _PLAIN = frozenset({"Cast", "Depend", "Load", "MakeTuple", "Maximum", "Minimum", "Mul", "Round", "UpdateState"})
-
-
-def compact(data: bytes) -> bytes:
-    """A serialised MindIR made short (see `compact_model`)."""
-    return on_bytes(data, compact_model)
 
 
 def compact_model(model: Any) -> None:

@@ -22,7 +22,6 @@ from msqkd.distill.layers import Links
 from msqkd.distill.step import DistillTrainOneStepCell, Learners, Teachers
 from msqkd.errors import ModelError, PlanError
 from msqkd.files import write_json
-from msqkd.graph.capture import capture
 from msqkd.graph.cell import Hooks, read_parameters, to_cell
 from msqkd.graph.half import half_precision
 from msqkd.graph.ir import Graph
@@ -179,6 +178,7 @@ class _Run:
         self.deployed_outputs: list[int] = []
         self.warnings: list[str] = []
         self.loaded: dict[str, LoadReport] = {}
+        self.dropout_places: list[DropoutPlace] = []
         others = [_COMPARISONS[name] for name in recipe.compare if _COMPARISONS[name] != main]
         self.trainings = [*others, main] if train else []
         self.started = datetime.now(timezone.utc)
@@ -227,7 +227,8 @@ class _Run:
             steps_per_epoch(self.bundle.train, pretrain.samples_a_step)
         self._check_plan(plan)
         if self.trainings and self.recipe.train.dropout:
-            with_dropout(training_graph(captured, self.recipe.quantization.batchnorm), self.dropout_places)
+            places = self._dropout(self.recipe.train, captured)
+            with_dropout(training_graph(captured, self.recipe.quantization.batchnorm), places)
         preflight(self.recipe, graph, plan)
         self._check_trainings(captured)
         self._try_losses(captured)
@@ -408,13 +409,6 @@ class _Run:
     @cached_property
     def deployed(self) -> Graph:
         return deployment_graph(self.captured)
-
-    @cached_property
-    def dropout_places(self) -> list[DropoutPlace]:
-        """Where the original network drops values in training."""
-        net = build_network(self.recipe.model.model_copy(update={"checkpoint": None}), "model")
-        example = example_input(self.recipe)
-        return find_dropout(net, example, capture(net, example))
 
     @cached_property
     def plan(self) -> QuantPlan:
@@ -661,11 +655,17 @@ class _Run:
         self._save(weights, f"{role}.ckpt")
         return result
 
-    def _dropout(self, settings: TrainSection) -> Sequence[DropoutPlace]:
-        return self.dropout_places if settings.dropout else ()
+    def _dropout(self, settings: TrainSection, graph: Graph) -> Sequence[DropoutPlace]:
+        """Where the original network drops values in training, if it is to; `graph` is any capture of it."""
+        if not settings.dropout:
+            return ()
+        if not self.dropout_places:
+            net = build_network(self.recipe.model.model_copy(update={"checkpoint": None}), "model")
+            self.dropout_places = find_dropout(net, example_input(self.recipe), graph)
+        return self.dropout_places
 
     def _float_cell(self, graph: Graph, settings: TrainSection, observe: Sequence[str] = ()) -> Any:
-        trained = with_dropout(graph, self._dropout(settings))
+        trained = with_dropout(graph, self._dropout(settings, graph))
         return to_cell(trained, half_precision(trained, settings.amp_level, Hooks(observe=observe)))
 
     def _quantised_cell(self, settings: TrainSection, observe: Sequence[str]) -> QuantCell:
@@ -675,7 +675,7 @@ class _Run:
         if early:
             found = self._observe(self.deployed, plan, "ranges before training", None, 99.99).ranges()
             plan = plan.with_ranges({name: span for name, span in found.items() if name in early})
-        dropout, amp_level = self._dropout(settings), settings.amp_level
+        dropout, amp_level = self._dropout(settings, self.captured), settings.amp_level
         return quantize_cell(
             self.captured, plan, self.recipe.quantization.batchnorm,
             observe=observe, dropout=dropout, amp_level=amp_level, learn=True, schedule=self.schedule,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, Optional
@@ -101,6 +101,23 @@ def pooling_of(graph: Graph, node: Node) -> Pooling:
         return Pooling(kernel, strides, "VALID")
     counts = node.op == "AvgPool" and bool(node.attrs.get("count_include_pad", True)) and any(sides)
     return Pooling(kernel, strides, mode, sides, ceil, counts)
+
+
+def added_sizes(node: Node, kernel: Sequence[int], sizes: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
+    """The rows and columns below and on the right of what the windows of a Conv2DTranspose cover, in its result.
+
+    Args:
+        node: records stride, dilation and ``pad_list``, the rows and columns that are cut off.
+        kernel, sizes, wanted: height and width of the window, of the input and of the result.
+    """
+    top, bottom, left, right = node.attrs["pad_list"]
+    strides, dilations = node.attrs["stride"][-2:], node.attrs["dilation"][-2:]
+    return tuple(
+        size - ((rows - 1) * stride + (window - 1) * dilation + 1 - cut)
+        for size, rows, window, stride, dilation, cut in zip(
+            wanted, sizes, kernel, strides, dilations, (top + bottom, left + right)
+        )
+    )
 
 
 SAME_FORM, ZEROS_FORM, STEPS_FORM = "same", "zeros", "steps"

@@ -75,13 +75,6 @@ def _rows_of(output: np.ndarray, index: int, count: int, size: int) -> np.ndarra
     return output[: len(output) // size * count]
 
 
-def answers(
-    network: Callable[..., Any], split: Split, batch_size: int, progress: Optional[Progress] = None
-) -> np.ndarray:
-    """The network's first output for every sample, in evaluation mode: logits (N, classes). See `output_arrays`."""
-    return output_arrays(network, split, batch_size, (0,), progress)[0]
-
-
 def measured(
     network: Callable[..., Any],
     split: Split,
@@ -114,11 +107,6 @@ def _outputs_together(
     own = np.arange(parallel.rank() * each, (parallel.rank() + 1) * each) % count
     found = (parallel.gather_rows(array) for array in output_arrays(network, subset(split, own), batch_size, chosen))
     return tuple(array[: len(array) // (each * workers) * count] for array in found)
-
-
-def accuracy(network: Callable[..., Any], split: Split, batch_size: int) -> float:
-    """Top-1 accuracy of the network's first output on a labelled split, in percent."""
-    return measured(network, split, batch_size, ACCURACY, (0,))
 
 
 def agreement(one: np.ndarray, other: np.ndarray) -> float:

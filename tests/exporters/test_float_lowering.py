@@ -6,6 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import nn, ops
+from transposed import Grown
 
 from msqkd.exporters.device import FLOAT_FILE, WEIGHT_FILE, lite_program
 from msqkd.exporters.lite import export_lite
@@ -68,22 +69,6 @@ class Curves(nn.Cell):
         y = x * 30.0
         curves = self.slopes(x), self.slope(x), ops.elu(y), self.soft(y), ops.mish(x), self.slopes(x[:, :, 0, 0])
         return (*curves, ops.max(x, 2)[0], ops.min(ops.relu(y), 1)[0], self.extreme(ops.relu(x))[1])
-
-
-class Grown(nn.Cell):
-    """Transposed convolutions of maps (N, 4, 5, 3), with every padding, in groups, with gaps, wider than the window."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        make = nn.Conv2dTranspose
-        self.parts = nn.CellList([
-            make(4, 3, 3, 2, "same", has_bias=True), make(4, 2, 4, 2, "pad", 1), make(4, 4, 2, 2, "valid", group=4),
-            make(4, 6, (3, 2), 1, "same", dilation=2, group=2), make(4, 1, 3, (2, 1), "pad", (1, 0, 0, 2)),
-            make(4, 2, 1, 2, "same"),
-        ])  # fmt: skip
-
-    def construct(self, x):  # type: ignore[no-untyped-def]
-        return tuple([part(x) for part in self.parts])
 
 
 def maps(count: int = 2) -> np.ndarray:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import nn, ops
 from mindspore.ops.auto_generate import gen_ops_prim
+from transposed import Grown
 
 from msqkd.api import create_ptq_network, quantize
 from msqkd.errors import ExportError, MissingDependencyError, PlanError
@@ -171,22 +172,6 @@ class Borders(nn.Cell):
             ops.interpolate(x.permute(0, 3, 1, 2), size=(8, 8), mode="nearest").permute(0, 2, 3, 1),
         )  # fmt: skip
         return (self.norm(x), self.prelu(x), ops.mish(x), self.quarters(x), self.all(x), *padded, *resized)
-
-
-class Grown(nn.Cell):
-    """Transposed convolutions of maps (N, 4, 5, 3), with every padding, in groups, with gaps, wider than the window."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        make = nn.Conv2dTranspose
-        self.parts = nn.CellList([
-            make(4, 3, 3, 2, "same", has_bias=True), make(4, 2, 4, 2, "pad", 1), make(4, 4, 2, 2, "valid", group=4),
-            make(4, 6, (3, 2), 1, "same", dilation=2, group=2), make(4, 1, 3, (2, 1), "pad", (1, 0, 0, 2)),
-            make(4, 2, 1, 2, "same"),
-        ])  # fmt: skip
-
-    def construct(self, x):  # type: ignore[no-untyped-def]
-        return tuple([part(x) for part in self.parts])
 
 
 class Sums(nn.Cell):
@@ -767,7 +752,7 @@ PADDED = {"kernel_size": (1, 1, 2, 2), "strides": (1, 1, 2, 2), "pad_mode": "PAD
         ),
         (Node("norm", "LpNorm", ["x"], ["y"], {"p": 3, "axis": 1}), {}, "its power is 3; allowed: 1 and 2"),
         (Node("round", "Round", ["x", "a"], ["y"]), {"a": 2}, "it rounds to 2 decimals; allowed: 0"),
-        (Node("product", "ProdExt", ["x", "a", "b", "c"], ["y"]), {"a": 1, "b": False, "c": 43}, "a data type of its own"),
+        (Node("prod", "ProdExt", ["x", "a", "b", "c"], ["y"]), {"a": 1, "b": False, "c": 43}, "a data type of its own"),
         (Node("std", "ReduceStd", ["x", "a", "b", "b"], ["y", "z"]), {"a": 0, "b": True}, "whose size is not known"),
     ],
 )  # fmt: skip

@@ -16,8 +16,8 @@ import pytest
 from mindspore import nn, ops
 
 from msqkd.api import create_ptq_network, quantize
-from msqkd.exporters.canonical import canonical
-from msqkd.exporters.compact import compact
+from msqkd.exporters.canonical import canonical_model, on_bytes
+from msqkd.exporters.compact import compact_model
 from msqkd.exporters.mindir_file import write_cell
 from msqkd.exporters.portable import export_portable, portable_graph, write_float
 from msqkd.exporters.verify import load_portable
@@ -184,8 +184,8 @@ def test_the_reader_of_captured_networks_reads_it(case: Case) -> None:
 
 def test_the_float_file_is_not_shortened(case: Case, tmp_path: Path) -> None:
     data = write_float(capture(case.net, case.shape), tmp_path / "float.mindir").read_bytes()
-    assert canonical(data) == data
-    assert len(compact(data)) < len(data)
+    assert on_bytes(data, canonical_model) == data
+    assert len(on_bytes(data, compact_model)) < len(data)
 
 
 _SCRIPT = """

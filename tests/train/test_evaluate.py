@@ -7,7 +7,7 @@ from mindspore import nn
 
 from msqkd.data import ArraySplit, InputSpec, TensorSplit
 from msqkd.errors import ModelError
-from msqkd.train.evaluate import accuracy, agreement, answers, input_batches, output_arrays
+from msqkd.train.evaluate import agreement, input_batches, measured, output_arrays
 from msqkd.train.metric import accuracy_of
 
 IMAGES = np.random.default_rng(0).normal(size=(11, 1, 2, 2)).astype(np.float32)
@@ -38,21 +38,22 @@ def test_answers_do_not_depend_on_the_batch_size(size: int, two: bool) -> None:
 
     net.set_train(False)
     w, b = net.fc.weight.asnumpy(), net.fc.bias.asnumpy()
-    np.testing.assert_allclose(answers(spy, SPLIT, size), IMAGES.reshape(11, 4) @ w.T + b, rtol=1e-5, atol=1e-6)
+    logits = output_arrays(spy, SPLIT, size)[0]
+    np.testing.assert_allclose(logits, IMAGES.reshape(11, 4) @ w.T + b, rtol=1e-5, atol=1e-6)
     assert len(set(shapes)) == 1, "one compilation serves"
 
 
 def test_a_network_is_measured_in_evaluation_mode() -> None:
     net = Net()
     net.set_train()
-    first, second = answers(net, SPLIT, 4), answers(net, SPLIT, 4)
+    first, second = output_arrays(net, SPLIT, 4)[0], output_arrays(net, SPLIT, 4)[0]
     np.testing.assert_array_equal(first, second)
     assert not net.training
 
 
 def test_progress_counts_samples() -> None:
     seen: list[int] = []
-    answers(Net(), SPLIT, 4, seen.append)
+    output_arrays(Net(), SPLIT, 4, progress=seen.append)
     assert seen == [4, 8, 11]
 
 
@@ -69,8 +70,8 @@ def test_accuracy_and_agreement_are_in_percent() -> None:
     assert agreement(logits, logits * 5 - 1) == 100.0
     perfect = ArraySplit(IMAGES, LABELS, ("a", "b", "c"), name="toy")
     net = Net()
-    best = answers(net, perfect, 5).argmax(-1).astype(np.int32)
-    assert accuracy(net, ArraySplit(IMAGES, best, ("a", "b", "c"), name="toy"), 5) == 100.0
+    best = output_arrays(net, perfect, 5)[0].argmax(-1).astype(np.int32)
+    assert measured(net, ArraySplit(IMAGES, best, ("a", "b", "c"), name="toy"), 5) == 100.0
 
 
 def test_outputs_of_several_rows_a_sample_are_cut_with_the_last_batch() -> None:

@@ -26,7 +26,7 @@ from msqkd.exporters.device.slices import gather, pad, resize, split, strided_sl
 from msqkd.graph.ir import Node
 from msqkd.integer.program import ActivationType, Format, PadMode, ReduceMode
 from msqkd.quant.integers import on_grid
-from msqkd.quant.uses import axes_of, is_global, is_tanh_gelu, pooling_of
+from msqkd.quant.uses import added_sizes, axes_of, is_global, is_tanh_gelu, pooling_of
 
 _ACTIVATIONS = {
     "ReLU": ActivationType.RELU, "ReLU6": ActivationType.RELU6, "Sigmoid": ActivationType.SIGMOID,
@@ -86,11 +86,7 @@ def _transposed_conv(low: Lowering, node: Node) -> bool:
     channels, outs, *kernel = weight.shape
     strides, dilations = (tuple(node.attrs[name][2:]) for name in ("stride", "dilation"))
     sides = tuple(node.attrs["pad_list"])
-    sizes = zip(low.shapes[node.output][2:], low.shapes[node.inputs[0]][2:], kernel, strides, dilations, (0, 2))
-    added = tuple(
-        size - ((rows - 1) * stride + (window - 1) * dilation + 1 - sides[side] - sides[side + 1])
-        for size, rows, window, stride, dilation, side in sizes
-    )
+    added = added_sizes(node, kernel, low.shapes[node.inputs[0]][2:], low.shapes[node.output][2:])
     if min(added) < 0 or (channels == outs == 1 and max(dilations) > 1):
         return False
     attrs = {

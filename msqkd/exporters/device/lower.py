@@ -28,7 +28,6 @@ from msqkd.quant.qparams import QParams
 INT8_FILE, WEIGHT_FILE, FLOAT_FILE = "int8", "weight", "float"
 NATIVE: tuple[int, ...] = ()
 NHWC = (0, 2, 3, 1)
-TO_NCHW = (0, 3, 1, 2)
 FLOAT = "float32"
 _LAYOUT_NAMES = {NATIVE: "_native", NHWC: "_map"}
 _INT8_TYPE, _FLOAT_TYPE = 32, 43  # the runtime's numbers of the data types

@@ -9,7 +9,7 @@ import numpy as np
 
 from msqkd.exporters.onnx.calls import Call
 from msqkd.exporters.onnx.table import writes
-from msqkd.quant.uses import POOL_MODES, Pooling, pooling_of
+from msqkd.quant.uses import POOL_MODES, Pooling, added_sizes, pooling_of
 
 
 @writes("Conv2D")
@@ -59,12 +59,7 @@ def _transposed_convolution(call: Call) -> None:
     kernel, sizes, wanted = call.shape(1)[-2:], call.shape(0)[2:], call.output_shape()[2:]
     if min(*sizes, *wanted) < 1:
         raise call.refusal("the height and width of its input and of its result must be known")
-    added = [
-        size - ((rows - 1) * stride + (window - 1) * dilation + 1 - sum(cut))
-        for size, rows, window, stride, dilation, cut in zip(
-            wanted, sizes, kernel, strides, dilations, ((top, bottom), (left, right))
-        )
-    ]
+    added = list(added_sizes(call.node, kernel, sizes, wanted))
     most = [stride - 1 for stride in strides]
     if any(not 0 <= more <= limit for more, limit in zip(added, most)):
         raise call.refusal(f"its result has {added} rows and columns more than its windows cover; allowed: 0 to {most}")
