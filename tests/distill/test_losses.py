@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -119,10 +119,27 @@ def test_bad_settings(options: dict[str, Any], text: str) -> None:
         DistillLoss(**options)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("cross_entropy", nn.CrossEntropyLoss), ("none", None)])
-def test_hard_loss_by_name(name: str, kind: Optional[type]) -> None:
-    found = hard_loss(name)
-    assert found is None if kind is None else isinstance(found, kind)
+@pytest.mark.parametrize(("name", "smoothing"), [("cross_entropy", 0.0), ("label_smoothing", 0.1)])
+def test_hard_loss_by_name(name: str, smoothing: float) -> None:
+    loss, logits = hard_loss(name), STUDENT.astype(np.float64)
+    assert loss is not None
+    told = np.eye(logits.shape[1])[LABELS] * (1 - smoothing) + smoothing / logits.shape[1]
+    expected = -(told * (logits - np.log(np.exp(logits).sum(1, keepdims=True)))).sum(1).mean()
+    for labels in (LABELS, told.astype(np.float32)):
+        found = loss(ms.Tensor(STUDENT), ms.Tensor(labels))
+        if labels is LABELS or not smoothing:
+            np.testing.assert_allclose(found.asnumpy(), expected, rtol=1e-5)
+    assert hard_loss("none") is None
+
+
+def test_the_cross_entropy_of_a_batch_has_the_same_bits_wherever_it_comes_in_a_training() -> None:
+    batches = [ms.Tensor(batch) for batch in np.random.default_rng(1).normal(size=(24, 12, 3)).astype(np.float32)]
+    labels = ms.Tensor(np.arange(12, dtype=np.int32) % 3)
+    one, other = hard_loss("cross_entropy"), hard_loss("cross_entropy")
+    assert one is not None
+    assert other is not None
+    first = [one(batch, labels).asnumpy().item() for batch in batches]
+    assert first == [other(batch, labels).asnumpy().item() for batch in batches[::-1]][::-1]
 
 
 def test_several_outputs_share_the_soft_loss_and_the_hard_one_sees_the_first() -> None:

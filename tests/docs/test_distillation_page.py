@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
 import yaml
 
 from msqkd.distill.schedule import default_alpha, default_temperature
@@ -14,10 +15,12 @@ from msqkd.recipe import make_recipe
 PAGE = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text(encoding="utf-8")
 
 
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_runs(tmp_path: Path) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    exec(compile(block, "page", "exec"), {"__name__": "page"})
-    assert capsys.readouterr().out.count("loss") == 4
+    (tmp_path / "page.py").write_text(block, encoding="utf-8")
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("loss") == 4
 
 
 def test_the_recipes_are_recipes() -> None:
