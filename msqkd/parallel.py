@@ -9,6 +9,7 @@ AllReduce on CPU adds float32 only, AllGather moves any 32-bit word: what is not
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -107,6 +108,35 @@ class Mean(nn.Cell):
     def construct(self, x):  # type: ignore[no-untyped-def]
         """A Tensor of the shape of `x`."""
         return self.sum(x) / self.workers
+
+
+class MeanGradients(nn.Cell):
+    """The mean over all workers of gradients (float32), in one message; for compiled code.
+
+    On CPU every message costs milliseconds, and `nn.DistributedGradReducer` sends one for each gradient. Elsewhere
+    MindSpore joins them itself.
+
+    Args:
+        shapes: of the gradients, in order.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.mean = Mean()
+        self.shapes = tuple(shapes)
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes]).tolist()
+        self.spans = tuple(zip([0, *ends], ends))
+
+    def construct(self, gradients):  # type: ignore[no-untyped-def]
+        """A tuple of Tensors; returns one."""
+        flat = ()
+        for gradient in gradients:
+            flat = (*flat, gradient.reshape(-1))
+        mean = self.mean(ops.concat(flat))
+        means = ()
+        for index, (start, end) in enumerate(self.spans):
+            means = (*means, mean[start:end].reshape(self.shapes[index]))
+        return means
 
 
 class Extremes(nn.Cell):

@@ -464,6 +464,8 @@ def _one_training(name: str, training: dict[str, Any], mark: str, scale: Scale) 
     if overflows:
         steps = "step" if overflows == 1 else "steps"
         notes.append(f"{overflows} {steps} skipped by the dynamic loss scale")
+    if training.get("best_epoch") is not None:
+        notes.append(f"ended with the weights of epoch {training['best_epoch']}, the best on the test set")
     waited = training.get("data_share") or 0.0
     if waited >= _WAITED:
         notes.append(f"{waited:.0%} of the steps' time was spent waiting for data")

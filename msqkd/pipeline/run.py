@@ -169,6 +169,12 @@ def reopen(folder: RunDirectory, recipe: Recipe, reporter: Reporter) -> Exported
     return _Run(recipe, folder, reporter, train=folder.state["verb"] == "run").exported()
 
 
+def _delays(plan: QuantPlan) -> list[tuple[int, str]]:
+    """The step from which each activation is quantised, and what it is called; `plan` has its delays in steps."""
+    delays = [(group.delay, group.name) for group in plan.groups.values()]
+    return [*delays, *((quant.delay, f"the input of {quant.node}") for quant in plan.dynamic.values())]
+
+
 class _Run:
     def __init__(self, recipe: Recipe, folder: RunDirectory, reporter: Reporter, train: bool) -> None:
         self.recipe, self.folder, self.reporter = recipe, folder, reporter
@@ -508,9 +514,7 @@ class _Run:
             return
         plan = self._in_steps(plan)
         steps = self.recipe.train.epoch_size * self._steps_per_epoch
-        delays = [(group.delay, group.name) for group in plan.groups.values()]
-        delays += [(quant.delay, f"the input of {quant.node}") for quant in plan.dynamic.values()]
-        late = next(((delay, name) for delay, name in delays if delay >= steps), None)
+        late = next(((delay, name) for delay, name in _delays(plan) if delay >= steps), None)
         if late:
             raise PlanError(
                 f"quantization.activation.delay is {late[0]} steps, but the training has {steps}: "
@@ -608,6 +612,7 @@ class _Run:
         settings: TrainSection,
         delay: Optional[int] = None,
         train: Optional[Split] = None,
+        settled: int = 0,
     ) -> dict[str, Any]:
         workers = f"/{parallel.size()} workers" if parallel.size() > 1 else ""  # their number decides what a step is
         training = Training(
@@ -615,7 +620,7 @@ class _Run:
             train=self.bundle.train if train is None else train,
             test=self.bundle.test, seed=self.recipe.seed, state_file=self.folder.file(f"{key}.state.npz"),
             eval_batch_size=self.recipe.data.eval_batch_size, activation_delay=delay,
-            metric=self.metric, outputs=self.deployed_outputs,
+            metric=self.metric, outputs=self.deployed_outputs, settled=settled,
         )  # fmt: skip
         return fit(training, self.reporter).to_dict()
 
@@ -643,7 +648,8 @@ class _Run:
             optimizer = self._optimizer(network, settings, network)
             step = TrainStep(WithLoss(network, training_loss(settings, graph, "train"), inputs), optimizer, **options)
         delay = min((g.delay for g in self.plan.groups.values() if not g.fixed), default=None) if quantised else None
-        history = self._fit(role, title, network, step, settings, delay, train)
+        settled = max(self.schedule.last_change(), *(step for step, _ in _delays(self.plan))) if quantised else 0
+        history = self._fit(role, title, network, step, settings, delay, train, settled)
         result: dict[str, Any] = {"history": history}
         if quantised:
             network.set_phase(QUANTIZE)

@@ -26,7 +26,7 @@ def export_name(recipe_name: str, form: Format) -> str:
 _TRAINED = "float|float_ft|float_kd|qat|qat_kd|pretrain"
 _EXPORTED = "|".join(".+" + re.escape(export_name("", form)) for form in FORMATS.values())
 _OURS = re.compile(
-    rf"state\.json|recipe\.yaml|plan\.json|(report|verify)\.(json|html)|bench\.(json|md)|({_TRAINED})\.(ckpt|state(\.\d+)?\.npz)|float\.mindir"
+    rf"state\.json|recipe\.yaml|plan\.json|(report|verify)\.(json|html)|bench\.(json|md)|({_TRAINED})\.(ckpt|state(\.(\d+|best))?\.npz)|float\.mindir"
     rf"|teacher\d+\.logits\.(npy|npy\.part|json)|{_EXPORTED}"
 )
 _KEYS = ("verb", "recipe_sha256", "recipe", "stages")

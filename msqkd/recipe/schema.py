@@ -554,6 +554,10 @@ class TrainSection(Section):
         default=2, description="States kept of a training that is not finished; where the last is damaged, the one "
         "before it is used."
     )  # fmt: skip
+    keep_best: bool = Field(
+        default=False, description="End with the weights of the epoch with the best metric on the test set instead of "
+        "the last; among those after which nothing of the schedule is to come."
+    )  # fmt: skip
     dropout: bool = Field(
         default=False, description="Drop in training what the network's dropout and drop-path cells drop."
     )

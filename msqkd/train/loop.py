@@ -25,7 +25,7 @@ from msqkd.train.evaluate import measured
 from msqkd.train.metric import ACCURACY, Metric
 from msqkd.train.optimizer import TrainSettings, learning_rates
 from msqkd.train.prefetch import ahead
-from msqkd.train.state import History, keep_previous, load_newest, save_state, share_state
+from msqkd.train.state import History, keep_previous, load_newest, save_best, save_state, share_state, take_best
 from msqkd.train.step import TrainStep
 
 _SAVE_SECONDS = 120.0  # between two saves within an epoch
@@ -48,6 +48,8 @@ class Training:
         activation_delay: the step from which activations are quantised, for the record.
         metric: what is measured after every epoch.
         outputs: numbers of the outputs it is measured on; all by default.
+        settled: the step from which the network computes as it will be deployed; `keep_best` looks at no epoch that
+            ends before it.
     """
 
     title: str
@@ -63,6 +65,7 @@ class Training:
     activation_delay: Optional[int] = None
     metric: Metric = ACCURACY
     outputs: Optional[Sequence[int]] = None
+    settled: int = 0
 
 
 def steps_per_epoch(split: Split, samples: int) -> int:
@@ -87,7 +90,8 @@ def steps_per_epoch(split: Split, samples: int) -> int:
 
 
 def fit(training: Training, reporter: Reporter) -> History:
-    """Run (or continue) a training; the network holds the last weights afterwards, or their average where one is kept.
+    """Run (or continue) a training; the network holds the last weights afterwards, or their average where one is kept,
+    or those of the best epoch where the settings say so.
 
     A KeyboardInterrupt saves the state before it goes on; the next call continues at the same step.
 
@@ -112,8 +116,7 @@ def fit(training: Training, reporter: Reporter) -> History:
             while True:
                 run.measure()
                 if training.step.steps_done >= total:
-                    if run.average is not None:
-                        run.average.take()
+                    run.take_result()
                     return history
                 run.epoch(task)
         except KeyboardInterrupt:
@@ -213,9 +216,31 @@ class _Run:
                 training.network, training.test, training.eval_batch_size, training.metric, training.outputs,
                 together=True,
             )  # fmt: skip
+            if self._is_best(found):
+                self.history.best_epoch = epochs
+                if parallel.is_first():
+                    save_best(training.network, training.key, training.state_file)
         self.history.accuracy.append((epochs, found))
         self.save()
         self.check_interrupt()
+
+    def _is_best(self, found: float) -> bool:
+        """Whether an epoch that reached this is the best so far; of equal ones the first."""
+        training, best = self.training, self.history.best_epoch
+        if not training.settings.keep_best or training.step.steps_done <= training.settled or np.isnan(found):
+            return False
+        before = dict(self.history.accuracy).get(best) if best is not None else None
+        return before is None or (found > before if training.metric.higher_is_better else found < before)
+
+    def take_result(self) -> None:
+        """Give the network, when all is done, what the training ends with."""
+        network = self.training.network
+        if self.history.best_epoch is not None:
+            if parallel.is_first():
+                take_best(network, self.training.key, self.training.state_file)
+            parallel.share_parameters(list(network.get_parameters()))
+        elif self.average is not None:
+            self.average.take()
 
     def _last_measured(self) -> dict[str, float]:
         metric = self.training.metric

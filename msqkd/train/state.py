@@ -42,6 +42,7 @@ class History:
     step_seconds: float = 0.0  # of steps, with the wait for their data
     data_seconds: float = 0.0  # of that wait alone
     start_of_activation_quantisation: Optional[int] = None
+    best_epoch: Optional[int] = None  # the one whose weights the training ends with, where it is not just the last
     pending: list[float] = field(default_factory=list)  # losses since the last entry of `loss`
 
     @classmethod
@@ -96,6 +97,30 @@ def previous_file(path: PathLike, number: int) -> Path:
     """Where the state saved `number` saves before the last one is: ``qat.state.1.npz`` beside ``qat.state.npz``."""
     path = Path(path)
     return path if number == 0 else path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
+def best_file(path: PathLike) -> Path:
+    """Where the weights of the best epoch are: ``qat.state.best.npz`` beside ``qat.state.npz``."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.best{path.suffix}")
+
+
+def save_best(network: Any, key: str, path: PathLike) -> None:
+    """Write what the network holds as the best of the training whose state is in `path`."""
+    arrays = {f"net/{name}": value for name, value in _arrays(network.get_parameters()).items()}
+    write_archive(arrays, {"key": key}, best_file(path))
+
+
+def take_best(network: Any, key: str, path: PathLike) -> None:
+    """Give the network what `save_best` wrote.
+
+    Raises:
+        CheckpointError: the file is damaged, or belongs to another training.
+    """
+    arrays, meta = read_archive(best_file(path))
+    if meta.get("key") != key:
+        raise CheckpointError(f"{best_file(path)} belongs to another training; remove it to start this training over")
+    restore(network.get_parameters(), arrays, "net/", best_file(path))
 
 
 def keep_previous(path: PathLike, keep: int) -> None:
