@@ -2,9 +2,10 @@
 
     python bench/workers.py [--json] [--batch 32] [--rounds 12]
 
-Every worker has one thread and its own `batch` (weak scaling), so that two workers on two cores do twice the
-work of one. The ratio of the two times is what the workers cost each other: messages, waiting, and the memory they
-share. Needs msrun.
+Every worker has one thread and its own `batch` (weak scaling), so that two workers on two cores do twice the work of
+one. Two processes that know nothing of each other are timed as well: what they lose to each other is the machine's
+(MindSpore has threads of its own beside those of OMP_NUM_THREADS), and what workers lose beyond that are messages and
+waiting. Needs msrun.
 """
 
 from __future__ import annotations
@@ -33,11 +34,20 @@ def main() -> None:
     if args.into is not None:
         work(args)
         return
-    found = {workers: measure(workers, args) for workers in (1, 2)}
-    result: dict[str, Any] = {f"step_ms_{workers}": item["step_ms"] for workers, item in found.items()}
-    ratio = found[2]["step_ms"] / found[1]["step_ms"]
-    result |= {"ratio": round(ratio, 3), "samples_a_second_ratio": round(2 / ratio, 3), "batch": args.batch}
-    result |= {"gradient_bytes": found[1]["gradient_bytes"], "rounds": args.rounds, "date": date.today().isoformat()}
+    (one,), apart, (two,) = measure(1, 1, args), measure(2, 1, args), measure(1, 2, args)
+    alone, talking = one["step_ms"], two["step_ms"]
+    strangers = sum(item["step_ms"] for item in apart) / 2
+    result: dict[str, Any] = {
+        "step_ms_one_worker": alone,
+        "step_ms_two_processes": round(strangers, 1),
+        "step_ms_two_workers": talking,
+        "two_workers_to_one": round(talking / alone, 3),
+        "two_workers_to_two_processes": round(talking / strangers, 3),
+        "batch": args.batch,
+        "gradient_bytes": one["gradient_bytes"],
+        "rounds": args.rounds,
+        "date": date.today().isoformat(),
+    }
     if args.json:
         print(json.dumps(result, indent=2))
     else:
@@ -45,23 +55,34 @@ def main() -> None:
             print(f"{key:>22}: {value}")
 
 
-def measure(workers: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(groups: int, workers: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the first worker of every group found; the groups run at the same time."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     folder = str(Path(sys.executable).parent)
     environment["PATH"] = os.pathsep.join([folder, environment.get("PATH", "")])
     with tempfile.TemporaryDirectory() as place:
-        command = ["python", __file__, "--batch", args.batch, "--rounds", args.rounds, "--into", Path(place) / "times"]
-        if workers > 1:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            program = shutil.which("msrun", path=environment["PATH"])
-            if program is None:
-                raise SystemExit("msrun is not installed")
-            options = [f"--worker_num={workers}", f"--local_worker_num={workers}", f"--master_port={port}"]
-            command = [program, *options, f"--log_dir={place}/log", "--join=True", *command]
-        subprocess.run([str(item) for item in command], env=environment, check=True, stdout=subprocess.DEVNULL)
-        return dict(json.loads((Path(place) / "times").read_text()))
+        files = [Path(place) / f"times{group}" for group in range(groups)]
+        running = []
+        for file in files:
+            command = ["python", __file__, "--batch", args.batch, "--rounds", args.rounds, "--into", file]
+            if workers > 1:
+                command = [*launcher(workers, f"{file}.log", environment["PATH"]), *command]
+            text = [str(item) for item in command]
+            running.append(subprocess.Popen(text, env=environment, stdout=subprocess.DEVNULL))
+        if any(process.wait() for process in running):
+            raise SystemExit("a worker failed")
+        return [dict(json.loads(file.read_text())) for file in files]
+
+
+def launcher(workers: int, logs: str, path: str) -> list[Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = shutil.which("msrun", path=path)
+    if program is None:
+        raise SystemExit("msrun is not installed")
+    options = [f"--worker_num={workers}", f"--local_worker_num={workers}", f"--master_port={port}"]
+    return [program, *options, f"--log_dir={logs}", "--join=True"]
 
 
 def work(args: argparse.Namespace) -> None:
