@@ -24,9 +24,8 @@ from msqkd.quant.plan import QuantPlan
 from msqkd.quant.presets import preset
 from msqkd.quant.qparams import MIN_BITS
 from msqkd.quant.schedule import FRONT, BitStage, QatSchedule
-from msqkd.recipe import Recipe
-from msqkd.recipe.schema import ActivationOverride, ModelSection, TeacherSection, TrainSection, WeightOverride
-from msqkd.recipe.schema import Rule as RuleSection
+from msqkd.recipe import ActivationOverride, ModelSection, Recipe, TeacherSection, TrainSection, WeightOverride
+from msqkd.recipe import Rule as RuleSection
 from msqkd.train.metric import ACCURACY, Metric
 from msqkd.train.step import OnFirst
 from msqkd.user_code import find_python, make, place_of, reason_of
