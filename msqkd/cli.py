@@ -302,8 +302,8 @@ def plan(
     from msqkd.recipe import load_recipe
 
     loaded = load_recipe(recipe, _overrides(settings, rest), require_weights=False)
+    from msqkd.pipeline.build import plan_recipe
     from msqkd.pipeline.result import training_only_rows
-    from msqkd.pipeline.run import plan_recipe
     from msqkd.quant.qat import deployment_graph
 
     graph, made = plan_recipe(loaded)

@@ -22,11 +22,11 @@ from msqkd.quant.config import QuantConfig, Rule, WeightQuantizer
 from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.presets import preset
+from msqkd.quant.qat import deployment_graph
 from msqkd.quant.qparams import MIN_BITS
 from msqkd.quant.schedule import FRONT, BitStage, QatSchedule
-from msqkd.recipe import Recipe
-from msqkd.recipe.schema import ActivationOverride, ModelSection, TeacherSection, TrainSection, WeightOverride
-from msqkd.recipe.schema import Rule as RuleSection
+from msqkd.recipe import ActivationOverride, ModelSection, Recipe, TeacherSection, TrainSection, WeightOverride
+from msqkd.recipe import Rule as RuleSection
 from msqkd.train.metric import ACCURACY, Metric
 from msqkd.train.step import OnFirst
 from msqkd.user_code import find_python, make, place_of, reason_of
@@ -328,3 +328,16 @@ def _rule(index: int, section: RuleSection) -> Rule:
 def _renamed(section: WeightOverride | ActivationOverride, names: dict[str, str]) -> dict[str, Any]:
     given = section.model_dump(exclude_none=True)
     return {names[key]: value for key, value in given.items() if key in names}
+
+
+def plan_recipe(recipe: Recipe) -> tuple[Graph, QuantPlan]:
+    """Capture the recipe's network and plan it; needs neither data nor weights.
+
+    Raises:
+        MsqkdError: the network cannot be built or captured, or a rule does not fit.
+    """
+    args = {key: value for key, value in recipe.model.args.items() if key != "pretrained"}
+    section = recipe.model.model_copy(update={"checkpoint": None, "args": args})
+    net = build_network(section, "model")
+    graph = capture_network(recipe, net)
+    return graph, plan_graph(recipe, deployment_graph(graph))

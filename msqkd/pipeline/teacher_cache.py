@@ -18,8 +18,7 @@ from msqkd.distill.step import CachedTeachers
 from msqkd.errors import DataError, PlanError
 from msqkd.graph.ir import Graph
 from msqkd.progress import Reporter
-from msqkd.recipe import Recipe
-from msqkd.recipe.schema import DistillationSection
+from msqkd.recipe import DistillationSection, Recipe
 
 _AUTO_BYTES = 1 << 30  # auto fills no more of a disk without being asked
 

@@ -19,8 +19,7 @@ from msqkd.graph.capture import capture
 from msqkd.graph.cell import Hooks, read_parameters, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.pipeline.build import example_input, load_network, training_loss
-from msqkd.recipe import Recipe
-from msqkd.recipe.schema import DistillationSection
+from msqkd.recipe import DistillationSection, Recipe
 from msqkd.train.step import OnFirst
 from msqkd.user_code import reason_of
 

@@ -11,7 +11,7 @@ from mindspore import nn
 from msqkd.errors import TrainingError, did_you_mean
 from msqkd.quant.learned import LearnedScale
 from msqkd.recipe import TrainSection as TrainSettings
-from msqkd.recipe.schema import path_pattern
+from msqkd.recipe import path_pattern
 from msqkd.train.adamw import AdamW
 
 

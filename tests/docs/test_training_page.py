@@ -12,7 +12,7 @@ import yaml
 
 from msqkd.data.augment import AUGMENTATIONS
 from msqkd.data.encoded import RANDOM_RESIZED_CROP
-from msqkd.recipe.schema import TrainSection
+from msqkd.recipe import TrainSection
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 

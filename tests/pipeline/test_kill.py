@@ -21,7 +21,7 @@ DRIVER = """
 import os, signal, sys
 from msqkd import cli, files
 from msqkd.distill import step as taught
-from msqkd.pipeline import run
+from msqkd.pipeline import objects, run
 from msqkd.train import loop, step
 
 name, _, number = os.environ["DIES_AT"].partition(":")
@@ -47,7 +47,7 @@ def watched(owner, attribute, event, before=True):
 watched(step.TrainStep, "__call__", "step")
 watched(taught.DistillTrainOneStepCell, "__call__", "taught")
 watched(loop, "save_state", "rotated")  # the older states are moved, the new one is not there
-watched(run, "divergence", "calibration")
+watched(objects, "divergence", "calibration")
 watched(run, "export_files", "exported", before=False)
 watched(files.os, "replace", "replaced")
 loop._SAVE_SECONDS = -1.0  # a state after every step

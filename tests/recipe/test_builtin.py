@@ -15,7 +15,7 @@ NEEDED = {f"cifar10_resnet20_{bits}": _CIFAR10 for bits in ("w8a8", "w4a8", "w4a
 def test_the_expected_recipes_are_found() -> None:
     names = [recipe.name for recipe in list_builtin()]
     assert names == sorted(names)
-    assert {"digits_lenet5", "digits_resnet20", "cifar10_resnet20_w8a8", "mindcv_resnet50_w8a8"} <= set(names)
+    assert {"digits_lenet5", "digits_resnet20", "cifar10_resnet20_w8a8", "mindcv_resnet50_w8a8_cluster"} <= set(names)
 
 
 @pytest.mark.parametrize("name", [recipe.name for recipe in list_builtin()])

@@ -9,8 +9,7 @@ import pytest
 from msqkd.errors import RecipeError
 from msqkd.pipeline.build import qat_schedule, quant_settings
 from msqkd.quant.schedule import DIRECT, BitStage
-from msqkd.recipe import make_recipe
-from msqkd.recipe.schema import ActivationOverride, ActivationSection
+from msqkd.recipe import ActivationOverride, ActivationSection, make_recipe
 
 STAGES = [{"from_epoch": 0, "weight": 8, "activation": 8}, {"from_epoch": 2, "weight": 4, "activation": 4}]
 
