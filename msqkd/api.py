@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -19,6 +19,8 @@ from msqkd.graph.ir import Graph
 from msqkd.graph.load import load_mindir
 from msqkd.graph.passes.fold_batchnorm import BATCHNORM_MODES
 from msqkd.graph.passes.restore_dropout import find_dropout
+from msqkd.quant.algorithms.base import Method
+from msqkd.quant.algorithms.methods import improve
 from msqkd.quant.config import QuantConfig, Rule
 from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.integers import round_biases
@@ -188,8 +190,16 @@ def prepare_qat(
 class PTQNetwork:
     """A network on its way through calibration; `quantize` completes it."""
 
-    def __init__(self, graph: Graph, plan: QuantPlan, dataset: Optional[Batches], iterations: Optional[int]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        plan: QuantPlan,
+        dataset: Optional[Batches],
+        iterations: Optional[int],
+        methods: Sequence[Method] = (),
+    ) -> None:
         self.graph, self.plan, self.dataset, self.iterations = graph, plan, dataset, iterations
+        self.methods = tuple(methods)
 
 
 def create_ptq_network(
@@ -202,6 +212,7 @@ def create_ptq_network(
     rules: Sequence[Rule] = (),
     target: str = "lite_arm",
     preset: Optional[str] = None,
+    methods: Sequence[Method] = (),
 ) -> PTQNetwork:
     """Prepare a float network, or one trained by `prepare_qat`, for calibration.
 
@@ -217,6 +228,9 @@ def create_ptq_network(
         example_input: a Tensor, a tuple of Tensors (needed where the network has several inputs) or a sample shape; by
             default the first array of `calib_dataset`.
         rules, target, preset: as in `plan_network`; not for a QuantCell, which has its plan.
+        methods: what is done to the weights so that less is lost (see `msqkd.quant.algorithms`), in order, for instance
+            ``[Equalize(), AdaRound(iterations=500), BiasCorrection()]``; not for a QuantCell, whose weights are
+            trained. All samples are then in memory at once.
 
     Raises:
         PlanError: a QuantCell is given together with other settings.
@@ -225,10 +239,10 @@ def create_ptq_network(
     if calib_iteration is not None and calib_iteration < 1:
         raise PlanError(f"calib_iteration is {calib_iteration}; allowed: 1 or more")
     if isinstance(network, QuantCell):
-        if config is not None or rules or preset is not None:
+        if config is not None or rules or preset is not None or methods:
             raise PlanError(
-                "the network already has its quantisation plan; leave out config, rules and preset, or give the float "
-                "network"
+                "the network already has its quantisation plan; leave out config, rules, preset and methods, or give "
+                "the float network"
             )
         graph, plan = network.sync()
         return PTQNetwork(graph, plan, calib_dataset, calib_iteration)
@@ -245,7 +259,7 @@ def create_ptq_network(
     if config is None and getattr(network, _CONFIG, None) is None:
         config = replace(find_preset(preset).config if preset else QuantConfig(), act_observer="percentile")
     graph, plan = plan_network(network, example_input, config, rules, target, preset)
-    return PTQNetwork(deployment_graph(graph), plan, calib_dataset, calib_iteration)
+    return PTQNetwork(deployment_graph(graph), plan, calib_dataset, calib_iteration, methods)
 
 
 def quantize(ptq_net: PTQNetwork, calib_dataset: Optional[Batches] = None) -> QuantCell:
@@ -257,8 +271,16 @@ def quantize(ptq_net: PTQNetwork, calib_dataset: Optional[Batches] = None) -> Qu
     dataset = calib_dataset if calib_dataset is not None else ptq_net.dataset
     if dataset is None:
         raise DataError("quantize needs calib_dataset: none was given here or to create_ptq_network")
-    plan = calibrate(ptq_net.graph, ptq_net.plan, dataset, iterations=ptq_net.iterations)
-    cell = quantize_cell(round_biases(ptq_net.graph, plan), plan)
+    graph, plan = ptq_net.graph, ptq_net.plan
+    if ptq_net.methods:
+        held = list(islice(batches_of(dataset, len(graph.inputs)), ptq_net.iterations))
+        if not held:
+            raise DataError("the calibration set has 0 samples; give at least one batch")
+        found = improve(graph, plan, ptq_net.methods, lambda: iter(held), lambda g, p: calibrate(g, p, held))
+        graph, plan = found.graph, found.plan
+    else:
+        plan = calibrate(graph, plan, dataset, iterations=ptq_net.iterations)
+    cell = quantize_cell(round_biases(graph, plan), plan)
     cell.set_phase(QUANTIZE)
     return cell
 

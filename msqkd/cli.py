@@ -267,6 +267,69 @@ def _verified(result: dict[str, Any], folder: Path) -> None:
 
 
 @app.command()
+def analyze(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that was calibrated at least.")],
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="Folder for analysis.html and analysis.json [RUN].")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Training samples to look at, at most.")] = 1000,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the layers that quantisation harms most, say why, and what to write into the recipe against it."""
+    from msqkd.analysis.analysis_report import analysis_table, diagnosis_lines
+    from msqkd.pipeline.analyze import REPORT, analyze_run
+
+    result = analyze_run(run, output, samples=samples)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+    console.print(analysis_table(result))
+    for line in diagnosis_lines(result):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"report: {(output or run) / REPORT}.html", markup=False, soft_wrap=True)
+
+
+@app.command()
+def tune(
+    recipe: RecipeArgument,
+    rest: RestArgument = None,
+    output: OutputOption = None,
+    settings: SetOption = None,
+    max_drop: Annotated[
+        float, typer.Option(min=0.0, help="Most the metric may lose to float, in its own unit (points of accuracy).")
+    ] = 0.5,
+    trials: Annotated[Optional[int], typer.Option(min=1, help="Most networks tried.")] = None,
+    minutes: Annotated[Optional[float], typer.Option(min=0.0, help="Begin no trial after so many minutes.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Labelled training samples that trials are ranked on.")] = 2000,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Try cures, the cheap ones first, until the quantised network has lost little enough; ends with its recipe.
+
+    Ends with 1 where the goal was not reached; the best recipe found is written all the same.
+    """
+    from msqkd.recipe import load_recipe
+
+    loaded = load_recipe(recipe, _overrides(settings, rest))
+    folder = output or Path("runs") / f"{loaded.name}_tune"
+    from msqkd.analysis.tune_report import verdict
+    from msqkd.pipeline.tune import TUNED, Goal, tune_recipe
+    from msqkd.progress import Reporter
+
+    with _resumable(folder):
+        result = tune_recipe(loaded, folder, Goal(max_drop, trials, minutes, samples), Reporter(), fresh)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        console = Console(highlight=False)
+        console.print(verdict(result), markup=False, soft_wrap=True)
+        console.print(f"recipe: {folder / TUNED}; story: {folder / 'tune.html'}", markup=False, soft_wrap=True)
+    if not result["reached"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def bench(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     batch: Annotated[

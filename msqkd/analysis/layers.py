@@ -48,13 +48,13 @@ def layer_table(graph: Graph, plan: QuantPlan, reference: Graph, batches: Iterab
             low[index], high[index] = min(low[index], seen.min()), max(high[index], seen.max())
     rows = []
     for index, name in enumerate(values):
-        owner = _owner(graph, plan, name)
+        owner = owner_of(graph, plan, name)
         rows.append(
             {
                 "name": owner or name,
                 "op": graph.node(owner).op if owner else "input",
                 "value": name,
-                "sqnr_db": _decibel(signal[index], noise[index]),
+                "sqnr_db": decibel(signal[index], noise[index]),
                 "weight": _weight(graph, plan, owner),
                 "activation": _activation(plan, name, low[index], high[index]) if name in plan.groups else None,
             }
@@ -62,14 +62,16 @@ def layer_table(graph: Graph, plan: QuantPlan, reference: Graph, batches: Iterab
     return rows
 
 
-def _owner(graph: Graph, plan: QuantPlan, value: str) -> Optional[str]:
+def owner_of(graph: Graph, plan: QuantPlan, value: str) -> Optional[str]:
+    """The node in whose kernel a value is computed; None for an input of the network."""
     node = graph.producer(value)
     if node is None:
         return None
     return plan.node(node.name).fused_into or node.name
 
 
-def _decibel(signal: float, noise: float) -> Optional[float]:
+def decibel(signal: float, noise: float) -> Optional[float]:
+    """10·log10 of the quotient of two energies; None where one of them is 0."""
     return float(10 * np.log10(signal / noise)) if signal > 0 and noise > 0 else None
 
 

@@ -354,6 +354,99 @@ def training(curves: Sequence[Curve], name: str) -> str:
         return _svg(figure, name)
 
 
+def losses(rows: Sequence[tuple[str, float]], name: str, label: str) -> list[str]:
+    """Charts of what each layer costs, a bar a layer in the order given; the largest are highlighted.
+
+    Args:
+        rows: the layer and its loss, 0 or more.
+        name: distinguishes the charts of one page.
+        label: of the axis.
+    """
+    if not rows:
+        return []
+    high = worst([-value for _, value in rows])
+    right = max(value for _, value in rows) or 1.0
+    charts = []
+    for first, part in _parts(rows):
+        with _style():
+            figure, axes = _figure(_HALF if len(rows) > _ONE_CHART else _WIDE, 0.55 + _ROW_INCHES * len(part))
+            colours = [HIGHLIGHT if first + i in high else COLOURS["int8"] for i in range(len(part))]
+            axes.barh(range(len(part)), [value for _, value in part], 0.7, color=colours, zorder=2)
+            for i, (_, value) in enumerate(part):
+                colour = HIGHLIGHT if first + i in high else INK
+                _note(axes, number(value, 2), (value, i), (3, 0), size=7, ha="left", va="center", color=colour)
+            _rows(axes, [row for row, _ in part], size=7.5)
+            axes.set_xlim(0, 1.18 * right)
+            axes.grid(axis="x")
+            axes.set_xlabel(label, fontsize=8)
+            charts.append(_svg(figure, f"{name}{first}"))
+    return charts
+
+
+def distribution(
+    edges: Sequence[float],
+    counts: Sequence[Sequence[float]],
+    name: str,
+    title: str,
+    span: Optional[tuple[float, float]] = None,
+) -> str:
+    """One histogram with a logarithmic axis; what is outside `span` (what can be represented) is highlighted. A second
+    histogram is drawn as a line.
+
+    Args:
+        edges: (B + 1,), rising.
+        counts: one or two histograms (B,).
+        name: distinguishes the charts of one page.
+        title: what the values are.
+        span: (lo, hi).
+    """
+    low, high = span or (edges[0], edges[-1])
+    inside = [right > low and left < high for left, right in zip(edges, edges[1:])]
+    with _style():
+        figure, axes = _figure(_HALF, 1.9)
+        if span is not None:
+            axes.axvspan(low, high, color=RANGE, alpha=0.55, linewidth=0, zorder=1)
+        for within, colour in ((True, COLOURS["float"]), (False, HIGHLIGHT)):
+            shown = [count if here is within else 0 for count, here in zip(counts[0], inside)]
+            if any(shown):
+                axes.stairs(shown, edges, fill=True, color=colour, zorder=2)
+        for other in counts[1:]:
+            axes.stairs(other, edges, color=HIGHLIGHT, linewidth=1.3, zorder=3)
+        axes.set_yscale("log")
+        axes.set_ylim(0.7, 2.0 * max(max(max(one), 1) for one in counts))
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_major_formatter(lambda value, _: number(value, 4))
+        axes.set_title(title)
+        return _svg(figure, name)
+
+
+def channels(
+    lows: Sequence[float], highs: Sequence[float], name: str, title: str, span: Optional[tuple[float, float]] = None
+) -> str:
+    """From the smallest to the largest value of every channel, the area in `span` (what can be represented) shaded.
+
+    Args:
+        lows, highs: (C,).
+        name: distinguishes the charts of one page.
+        title: what the values are.
+        span: (lo, hi).
+    """
+    with _style():
+        figure, axes = _figure(_HALF, 1.9)
+        if span is not None:
+            axes.axhspan(*span, color=RANGE, alpha=0.55, linewidth=0, zorder=1)
+        places = [i - 0.5 for i in range(len(lows) + 1)]
+        axes.stairs(highs, places, baseline=lows, fill=True, color=COLOURS["int8"], zorder=2)
+        axes.set_xlim(-0.5, len(lows) - 0.5)
+        axes.set_xlabel("channel", fontsize=8)
+        locator: Any = axes.xaxis.get_major_locator()
+        locator.set_params(integer=True)
+        axes.yaxis.set_major_formatter(lambda value, _: number(value, 4))
+        axes.set_title(title)
+        return _svg(figure, name)
+
+
 def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float], list[float], list[float]]:
     """x and y of at most 300 points, with the lowest and highest y each stands for (empty where all are kept)."""
     if len(points) <= _MAX_POINTS:

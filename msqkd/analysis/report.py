@@ -44,6 +44,15 @@ _TRAINING = {
     "float_ft": "Float, fine-tuned",
     "pretrain": "Float, from scratch",
 }
+_COLOURS = {
+    **plots.COLOURS,
+    "ink": plots.INK,
+    "muted": plots.MUTED,
+    "highlight": plots.HIGHLIGHT,
+    "range": plots.RANGE,
+    "narrow": plots.NARROW,
+    **{f"lsb{step}": colour for step, colour in enumerate(plots.LSB_COLOURS, start=1)},
+}
 _WAITED = 0.05  # the part of a training's time spent waiting for data from which it is told
 _FILES = {
     "float": "float",
@@ -72,7 +81,7 @@ def write_report(result: Mapping[str, Any], folder: PathLike, name: str = "repor
     Returns:
         The two paths, under ``json`` and ``html``.
     """
-    data = _plain({"apiversion": API_VERSION, **result})
+    data = plain({"apiversion": API_VERSION, **result})
     paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("json", "html")}
     write_json(paths["json"], data)
     write_text(paths["html"], render_html(data))
@@ -81,25 +90,30 @@ def write_report(result: Mapping[str, Any], folder: PathLike, name: str = "repor
 
 def render_html(result: Mapping[str, Any]) -> str:
     """The page for `result` (see `write_report`); every text of it is escaped."""
+    return rendered("report.html.j2", _view(plain(result)))
+
+
+def rendered(template: str, view: Mapping[str, Any]) -> str:
+    """The page that a template beside this module makes of `view`, in the colours of the plots; texts are escaped."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("report.html.j2").render(_view(_plain(result)))
+    return environment.get_template(template).render({"colour": _COLOURS, **view})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` as JSON can hold it: numpy numbers and arrays unpacked, paths as text, NaN and infinities as None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
-    return _plain(value.tolist()) if hasattr(value, "tolist") else value
+    return plain(value.tolist()) if hasattr(value, "tolist") else value
 
 
 # -- what the page shows -----------------------------------------------------------------------------------------------
@@ -132,15 +146,6 @@ def _view(result: dict[str, Any]) -> dict[str, Any]:
             for anchor, section in sections.items()
             if section
         ],
-        "colour": {
-            **plots.COLOURS,
-            "ink": plots.INK,
-            "muted": plots.MUTED,
-            "highlight": plots.HIGHLIGHT,
-            "range": plots.RANGE,
-            "narrow": plots.NARROW,
-            **{f"lsb{step}": colour for step, colour in enumerate(plots.LSB_COLOURS, start=1)},
-        },
         **sections,
     }
 
@@ -257,7 +262,7 @@ def _accuracy(accuracy: dict[str, Any], scale: Scale) -> Optional[dict[str, Any]
     floor = plots.staircase_floor([step.value for step in steps], scale)
     main, controls = [s for s in steps if s.kind != "control"], [s for s in steps if s.kind == "control"]
     return {
-        "plot": _inline(plots.staircase(main, controls, scale)),
+        "plot": inline(plots.staircase(main, controls, scale)),
         "rows": rows,
         "floor": f"{floor:.1f} %" if scale.unit and floor > 0 else "",
         "controls": bool(controls),
@@ -273,7 +278,7 @@ def _size(sizes: dict[str, Any]) -> Optional[dict[str, Any]]:
             text = _bytes(size) + (f"  ({ratio:.2f} ×)" if ratio is not None and key != "float" else "")
             kind = "float" if key == "float" else "int8"
             rows.append((_file_words(key), text, float(size), kind))
-    return {"plot": _inline(plots.sizes(rows))} if rows else None
+    return {"plot": inline(plots.sizes(rows))} if rows else None
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
@@ -285,11 +290,11 @@ def _layers(layers: list[dict[str, Any]]) -> Optional[dict[str, Any]]:
     weights = [row for layer in layers if (row := _weight_range(layer["name"], layer.get("weight") or {}))]
     activations = [row for layer in layers if (row := _activation_range(layer["name"], layer.get("activation") or {}))]
     return {
-        "sqnr": [_inline(svg) for svg in plots.sqnr(noise)],
+        "sqnr": [inline(svg) for svg in plots.sqnr(noise)],
         "worst": [f"{name} ({_decibel(value)} dB)" for name, value in lowest],
-        "weights": [_inline(svg) for svg in plots.ranges(weights, "weights")],
+        "weights": [inline(svg) for svg in plots.ranges(weights, "weights")],
         "per_channel": any(row.narrow is not None for row in weights),
-        "activations": [_inline(svg) for svg in plots.ranges(activations, "activations")],
+        "activations": [inline(svg) for svg in plots.ranges(activations, "activations")],
         "clipped": {
             "weights": any(any(row.clipped) for row in weights),
             "activations": any(any(row.clipped) for row in activations),
@@ -366,8 +371,8 @@ def _device(parity: dict[str, Any], scale: Scale, avoided: list[dict[str, Any]])
             )
             if values
         ],
-        "lsb": [_inline(svg) for svg in plots.lsb([_lsb_row(name, value) for name, value in integers])],
-        "noise": [_inline(svg) for svg in plots.noise_pairs(noise)],
+        "lsb": [inline(svg) for svg in plots.lsb([_lsb_row(name, value) for name, value in integers])],
+        "noise": [inline(svg) for svg in plots.noise_pairs(noise)],
         "values": [_value_row(name, value) for name, value in zip(names, values)],
         "avoided": [
             {"what": entry.get("what") or "", "instead": entry.get("instead") or "", "nodes": entry.get("nodes") or []}
@@ -474,7 +479,7 @@ def _one_training(name: str, training: dict[str, Any], mark: str, scale: Scale) 
         notes.append(f"activations are quantised from step {start} on{line}")
     if not curves and not notes:
         return None
-    plot = _inline(plots.training(curves, mark)) if curves else ""
+    plot = inline(plots.training(curves, mark)) if curves else ""
     return {"title": _TRAINING.get(name, name), "notes": notes, "plot": plot}
 
 
@@ -621,7 +626,8 @@ def _run(result: dict[str, Any]) -> Optional[dict[str, Any]]:
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
-def _inline(svg: str) -> Any:
+def inline(svg: str) -> Any:
+    """A chart as a template takes it: not escaped."""
     from markupsafe import Markup
 
     return Markup(svg)  # matplotlib has escaped every text in it

@@ -18,6 +18,8 @@ from msqkd.graph.cell import read_parameters, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.graph.load import load_mindir, mindir_inputs
 from msqkd.models import build_model, default_input_shape
+from msqkd.quant.algorithms.base import Method
+from msqkd.quant.algorithms.methods import METHODS
 from msqkd.quant.config import QuantConfig, Rule, WeightQuantizer
 from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import QuantPlan
@@ -341,3 +343,8 @@ def plan_recipe(recipe: Recipe) -> tuple[Graph, QuantPlan]:
     net = build_network(section, "model")
     graph = capture_network(recipe, net)
     return graph, plan_graph(recipe, deployment_graph(graph))
+
+
+def ptq_methods(recipe: Recipe) -> list[Method]:
+    """What the recipe does to a network that is quantised without training, in order."""
+    return [METHODS[name](**getattr(recipe.ptq, name).model_dump()) for name in recipe.ptq.methods]

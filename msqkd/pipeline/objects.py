@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
@@ -12,8 +12,8 @@ import numpy as np
 from mindspore import nn
 
 from msqkd import parallel
-from msqkd.checkpoints import LoadReport, load_checkpoint, save_checkpoint
-from msqkd.data import DataBundle, Split
+from msqkd.checkpoints import LoadReport, load_checkpoint, read_checkpoint, save_checkpoint
+from msqkd.data import DataBundle, Split, as_tuple
 from msqkd.errors import ModelError
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.half import half_precision
@@ -37,6 +37,7 @@ from msqkd.pipeline.rundir import RunDirectory
 from msqkd.pipeline.teacher_cache import TeacherCache
 from msqkd.pipeline.teaching import Teaching
 from msqkd.progress import Reporter
+from msqkd.quant.algorithms.biases import with_biases
 from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.integers import round_biases
 from msqkd.quant.plan import QuantPlan
@@ -61,6 +62,7 @@ ROLES = {
     "qat": ("quantisation-aware training", True, False),
     "qat_kd": ("quantisation-aware training with distillation", True, True),
 }
+_NO_SCALES: dict[str, dict[str, Any]] = {"weights": {}, "groups": {}}
 _COMPARISONS = {"float": "float_ft", "float_kd": "float_kd", "qat": "qat"}
 
 
@@ -84,6 +86,14 @@ class Objects:
         self.deployed_outputs: list[int] = []
         self.loaded: dict[str, LoadReport] = {}
         self._dropout_places: list[DropoutPlace] = []
+
+    def variant(self, recipe: Recipe) -> Objects:
+        """The same network and data with what another recipe says of quantisation and calibration; without training."""
+        other = Objects(recipe, self.folder, self.reporter, train=False)
+        for name in ("metric", "bundle", "captured", "deployed"):
+            other.__dict__[name] = getattr(self, name)  # where cached_property keeps what it has made
+        other.output_shapes, other.deployed_outputs = self.output_shapes, self.deployed_outputs
+        return other
 
     @cached_property
     def metric(self) -> Metric:
@@ -120,6 +130,33 @@ class Objects:
     def deployed(self) -> Graph:
         """The float network in its deployed form."""
         return deployment_graph(self.captured)
+
+    @cached_property
+    def ptq_graph(self) -> Graph:
+        """The float network as it is calibrated: every layer has a bias where methods are to change it."""
+        return with_biases(self.deployed) if self.recipe.ptq.methods else self.deployed
+
+    def ptq_samples(self) -> Iterator[tuple[np.ndarray, ...]]:
+        """The calibration samples, batch by batch."""
+        return (as_tuple(batch) for batch in input_batches(self.calibration, self.calibration_batch()))
+
+    def improved(self) -> tuple[Graph, QuantPlan]:
+        """The network that was calibrated without training, with what methods made of it."""
+        result = self.folder.result("ptq")
+        graph = self._with_parameters("ptq.ckpt") if self.recipe.ptq.methods else self.ptq_graph
+        ranges = {name: (low, high) for name, (low, high) in result["ranges"].items()}
+        return graph, self.plan.with_ranges(ranges).with_scales(**result.get("scales", _NO_SCALES))
+
+    def reference_graph(self) -> Graph:
+        """What the exported network is in float: after methods that change what is computed within."""
+        methods = self.recipe.ptq.methods and not self.trainings
+        return self._with_parameters("ptq_reference.ckpt") if methods else self.deployed
+
+    def _with_parameters(self, file: str) -> Graph:
+        graph = self.ptq_graph.copy()
+        for name, data in read_checkpoint(str(self.folder.file(file))).items():
+            graph.params[name].data = data
+        return graph
 
     @cached_property
     def plan(self) -> QuantPlan:
@@ -293,7 +330,7 @@ class Objects:
             trained.set_ranges(spans)
             graph, plan = trained.sync()
         else:
-            graph, plan = self.deployed, self.plan.with_ranges(spans)
+            graph, plan = self.improved()
         # The plan as its cell holds it, with the clip ratios it chose for these weights.
         graph, plan = quantize_cell(graph, plan).sync()
         if self.recipe.target == "lite_arm":
@@ -303,8 +340,6 @@ class Objects:
 
 def _load_weights(cell: QuantCell, file: Path) -> None:
     """Load the weights a training saved into its quantised cell, leaving the quantisers' ranges alone."""
-    from msqkd.checkpoints import read_checkpoint
-
     stored = read_checkpoint(str(file))
     for parameter in cell.get_parameters():
         if parameter.name in cell.graph.params:

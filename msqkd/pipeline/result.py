@@ -14,7 +14,7 @@ from msqkd.recipe import Recipe, dump_recipe
 
 _MEASURED = ("float", "float_ft", "float_kd", "ptq", "qat", "qat_kd")
 _TRAININGS = ("float_ft", "float_kd", "qat", "qat_kd")
-_CALIBRATION = ("samples", "observer", "kept", "loss")
+_CALIBRATION = ("samples", "observer", "kept", "loss", "methods")
 
 
 def training_only_rows(captured: Graph) -> list[dict[str, str]]:

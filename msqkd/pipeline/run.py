@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import mindspore as ms
 
@@ -14,14 +12,16 @@ from msqkd.analysis.layers import layer_table
 from msqkd.analysis.report import write_report
 from msqkd.data import subset
 from msqkd.files import write_json
-from msqkd.graph.cell import to_cell
 from msqkd.pipeline.checks import check_run
 from msqkd.pipeline.export import Exported, deviation_words, export_files
 from msqkd.pipeline.objects import ROLES, Objects
+from msqkd.pipeline.ptq import quantised_without_training
 from msqkd.pipeline.result import assemble, training_only_rows
 from msqkd.pipeline.rundir import RunDirectory
-from msqkd.pipeline.trainings import pretrain, train
+from msqkd.pipeline.stages import Stages
+from msqkd.pipeline.trainings import train
 from msqkd.progress import Reporter
+from msqkd.quant.algorithms.methods import Improved
 from msqkd.quant.config import INT8, NONE
 from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.qat import (
@@ -108,19 +108,13 @@ def reopen(folder: RunDirectory, recipe: Recipe, reporter: Reporter) -> Exported
     return Objects(recipe, folder, reporter, train=folder.state["verb"] == "run").exported()
 
 
-class _Run:
-    def __init__(self, objects: Objects) -> None:
-        self.objects = objects
-        self.recipe, self.folder, self.reporter = objects.recipe, objects.folder, objects.reporter
-        self.warnings: list[str] = []
-        self.started = datetime.now(timezone.utc)
-
+class _Run(Stages):
     def run(self) -> dict[str, Any]:
         self.reporter.stages = 5 + (len(self.objects.trainings) + 1 if self.objects.trainings else 0)
         for warning in self.recipe.warnings():
             self.reporter.warn(warning)
         check_run(self.objects)
-        self._float_network()
+        self.float_network()
         self._plan_stage()
         self._ptq()
         for role in self.objects.trainings:
@@ -139,42 +133,11 @@ class _Run:
         for warning in self.recipe.warnings():
             self.reporter.warn(warning)
         check_run(self.objects)
-        self._float_network()
+        self.float_network()
         self._plan_stage()
         for role in self.objects.trainings:
             self._training_stage(role)
         return self._trained() if parallel.is_first() else {}
-
-    def _stage(self, name: str, title: str, work: Callable[[], Any], tell: Callable[[Any], str]) -> Any:
-        self.reporter.stage(title)
-        if self.folder.done(name):
-            result = self.folder.result(name)
-            self.reporter.say(f"{tell(result)} (done before)")
-            return result
-        begin = time.monotonic()
-        result = work()
-        if isinstance(result, dict):
-            result.setdefault("seconds", time.monotonic() - begin)
-        result = parallel.from_first(result)
-        self.folder.finish(name, result)
-        self.reporter.say(tell(result))
-        return result
-
-    def _float_network(self) -> None:
-        self.reporter.say(self.objects.bundle.describe())
-
-        def work() -> dict[str, Any]:
-            history = pretrain(self.objects) if self.recipe.pretrain is not None else None
-            graph = self.objects.captured
-            if history is None:
-                self.objects.save_graph(graph, "float.ckpt")
-            for name, report in self.objects.loaded.items():
-                self.reporter.say(f"{name}: {report.words()}")
-            loaded = {name: report.to_dict() for name, report in self.objects.loaded.items()}
-            return {"accuracy": self.objects.measured(to_cell(graph)), "history": history, "checkpoints": loaded}
-
-        title = "Float network: training from scratch" if self.recipe.pretrain else "Float network"
-        self._stage("float", title, work, lambda r: f"float {self.objects.metric.words(r['accuracy'])}")
 
     def _plan_stage(self) -> None:
         def work() -> dict[str, Any]:
@@ -183,7 +146,7 @@ class _Run:
                 write_json(self.folder.file("plan.json"), {**self.objects.plan.to_dict(), "training_only": rows})
             return {"int8_share": self.objects.plan.int8_share()}
 
-        self._stage(
+        self.stage(
             "plan",
             f"Plan for {self.recipe.target}",
             work,
@@ -200,27 +163,38 @@ class _Run:
 
     def _ptq(self) -> None:
         def work() -> dict[str, Any]:
-            plan = self.objects.calibrate(self.objects.deployed, self.objects.plan)
-            cell = quantize_cell(self.objects.deployed, plan)
+            found = quantised_without_training(self.objects)
+            told = self._keep(found) if found.told else {}
+            cell = quantize_cell(found.graph, found.plan)
             cell.set_phase(QUANTIZE)
-            found = measured(cell, self.objects.bundle.test, self.recipe.data.eval_batch_size, self.objects.metric)
+            split, size = self.objects.bundle.test, self.recipe.data.eval_batch_size
             return {
-                "accuracy": found,
-                "ranges": plan.ranges(),
+                "accuracy": measured(cell, split, size, self.objects.metric),
+                "ranges": found.plan.ranges(),
                 "samples": len(self.objects.calibration),
                 "observer": self.recipe.calibration.observer,
+                **told,
             }
 
-        self._stage(
+        self.stage(
             "ptq",
             "Calibration of the float network (PTQ)",
             work,
             lambda r: f"PTQ {self.objects.metric.words(r['accuracy'])}",
         )
 
+    def _keep(self, found: Improved) -> dict[str, Any]:
+        """Save what methods made of the network; returns the scales, and what the methods have to say."""
+        self.objects.save_graph(found.graph, "ptq.ckpt")
+        self.objects.save_graph(found.reference, "ptq_reference.ckpt")
+        for name, words in found.told.items():
+            for text in words:
+                self.reporter.say(f"{name}: {text}")
+        return {"methods": found.told, "scales": found.plan.scales()}
+
     def _training_stage(self, role: str) -> None:
         title, quantised, _ = ROLES[role]
-        result = self._stage(
+        result = self.stage(
             role,
             title[0].upper() + title[1:],
             lambda: train(self.objects, role),
@@ -268,11 +242,11 @@ class _Run:
             losses = f"trained {loss['trained']:.3g}, calibrated {loss['calibrated']:.3g}"
             return f"kept the {result['kept']} ranges (calibration loss: {losses})"
 
-        self._stage("calibration", "Calibration of the trained network", work, tell)
+        self.stage("calibration", "Calibration of the trained network", work, tell)
 
     def _export(self) -> None:
         """Write the files, and compare what the device will compute with what training promised."""
-        result = self._stage(
+        result = self.stage(
             "export",
             "Export and verification",
             lambda: export_files(self.objects.exported(), self.folder, self.reporter),
@@ -311,7 +285,7 @@ class _Run:
         network = self.objects.exported()
         graph, plan = network.graph, network.plan
         samples = subset(self.objects.bundle.test, min(_SQNR_SAMPLES, len(self.objects.bundle.test)))
-        layers = layer_table(graph, plan, self.objects.deployed, input_batches(samples, min(64, len(samples))))
+        layers = layer_table(graph, plan, self.objects.reference_graph(), input_batches(samples, min(64, len(samples))))
         counts = {
             "train": len(self.objects.bundle.train),
             "test": len(self.objects.bundle.test),

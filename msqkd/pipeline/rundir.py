@@ -23,10 +23,10 @@ def export_name(recipe_name: str, form: Format) -> str:
     return f"{recipe_name}_{form.name.removesuffix('_mindir')}{form.suffix}"
 
 
-_TRAINED = "float|float_ft|float_kd|qat|qat_kd|pretrain"
+_TRAINED = "float|ptq|ptq_reference|float_ft|float_kd|qat|qat_kd|pretrain"
 _EXPORTED = "|".join(".+" + re.escape(export_name("", form)) for form in FORMATS.values())
 _OURS = re.compile(
-    rf"state\.json|recipe\.yaml|plan\.json|(report|verify)\.(json|html)|bench\.(json|md)|({_TRAINED})\.(ckpt|state(\.(\d+|best))?\.npz)|float\.mindir"
+    rf"state\.json|recipe\.yaml|plan\.json|(report|verify|analysis)\.(json|html)|bench\.(json|md)|tuned\.yaml|(tune|analysis)\.(json|html)|({_TRAINED})\.(ckpt|state(\.(\d+|best))?\.npz)|float\.mindir"
     rf"|teacher\d+\.logits\.(npy|npy\.part|json)|{_EXPORTED}"
 )
 _KEYS = ("verb", "recipe_sha256", "recipe", "stages")
@@ -120,11 +120,11 @@ class RunDirectory:
         return folder
 
     @classmethod
-    def finished(cls, path: Path) -> RunDirectory:
-        """The folder of a run that is finished; nothing in it is changed.
+    def begun(cls, path: Path) -> RunDirectory:
+        """The folder of a run, however far it got; nothing in it is changed.
 
         Raises:
-            ExportError: there is no such folder, or no finished run in it; says what is missing.
+            ExportError: there is no such folder, or no run in it.
             RecipeError: its state is damaged.
         """
         if not (path / _STATE).is_file():
@@ -133,6 +133,17 @@ class RunDirectory:
         folder = cls.__new__(cls)
         folder.path = path
         folder.state = folder._read()
+        return folder
+
+    @classmethod
+    def finished(cls, path: Path) -> RunDirectory:
+        """The folder of a run that is finished; nothing in it is changed.
+
+        Raises:
+            ExportError: there is no such folder, or no finished run in it; says what is missing.
+            RecipeError: its state is damaged.
+        """
+        folder = cls.begun(path)
         if not folder.done("export"):
             done = ", ".join(folder.state["stages"]) or "none"
             raise ExportError(

@@ -236,6 +236,12 @@ class QuantPlan:
         }
         return replace(self, weights={**self.weights, **held}, groups={**self.groups, **spans})
 
+    def scales(self) -> dict[str, dict[str, Any]]:
+        """The scales that were trained or chosen, as `with_scales` takes them, in numbers and lists."""
+        weights = {n: np.asarray(quant.scale).tolist() for n, quant in self.weights.items() if quant.scale is not None}
+        groups = {n: g.scale for n, g in self.groups.items() if g.scale is not None and not g.source}
+        return {"weights": weights, "groups": groups}
+
     def in_steps(self, steps_per_epoch: int) -> QuantPlan:
         """A copy whose delays are all in steps, where an epoch has so many."""
 

@@ -39,6 +39,7 @@ from msqkd.recipe.fields import (
 )
 from msqkd.recipe.network import ModelSection, Teachers, TeacherSection
 from msqkd.recipe.problems import Allowed, Problem, dotted, listing, refuse_value, show
+from msqkd.recipe.ptq import PtqSection
 from msqkd.recipe.quantization import ActivationObserver, QuantizationSection, RangeSection
 from msqkd.recipe.training import DataSection, TrainSection
 
@@ -214,6 +215,7 @@ class Recipe(Section):
         "float with distillation. Without distillation the default is ['float'].",
     )
     calibration: CalibrationSection = Field(default=CalibrationSection(), description="Calibration.")
+    ptq: PtqSection = Field(default=PtqSection(), description="What makes quantisation without training lose less.")
     export: ExportSection = Field(default=ExportSection(), description="Export.")
     verify: VerifySection = Field(default=VerifySection(), description="Comparison with what the device computes.")
 

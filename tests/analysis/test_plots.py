@@ -154,3 +154,26 @@ def test_signed(value: float, text: str) -> None:
 def test_a_difference_agrees_with_the_printed_numbers() -> None:
     assert plots.difference(10.004, 9.996) == "±0.00"  # both print as 10.00
     assert plots.difference(10.006, 10.004) == "+0.01"
+
+
+def test_what_each_layer_costs_is_a_bar_with_its_number() -> None:
+    (chart,) = plots.losses([("conv1", 0.021), ("conv2", 0.0004)], "only", "KL divergence")
+    shown = texts(chart)
+    assert {"conv1", "conv2", "0.021", "0.0004", "KL divergence"} <= set(shown)
+    assert plots.losses([], "only", "KL divergence") == []
+    assert len(plots.losses([(f"layer{i}", 0.0) for i in range(40)], "only", "KL divergence")) == 2
+
+
+def test_what_is_outside_of_a_range_is_highlighted_and_counts_are_plain_numbers() -> None:
+    edges, counts = [0.0, 1.0, 2.0, 3.0], [1000, 10, 1]
+    clipped = plots.distribution(edges, [counts], "one", "its values", (0.0, 1.5))
+    whole = plots.distribution(edges, [counts], "one", "its values", (0.0, 3.0))
+    assert {"its values", "1,000", "10", "1"} <= set(texts(clipped))
+    assert "mathdefault" not in clipped
+    assert plots.HIGHLIGHT in clipped
+    assert plots.HIGHLIGHT not in whole
+
+
+def test_every_channel_has_a_column_from_its_smallest_to_its_largest_value() -> None:
+    shown = texts(plots.channels([-1.0, 0.0, -0.5], [1.0, 0.0, 2.0], "channels", "its weight, by channel", (-1, 1)))
+    assert {"its weight, by channel", "channel", "0", "1", "2"} <= set(shown)

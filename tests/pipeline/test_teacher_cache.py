@@ -123,7 +123,7 @@ def test_auto_says_why_not(
         assert not self.teacher_cache.used
         raise DataError("nothing needs to be trained")
 
-    monkeypatch.setattr(run._Run, "_float_network", enough)
+    monkeypatch.setattr(run._Run, "float_network", enough)
     _, _, err = msqkd("train", tiny(**{"train": TRAIN, **sections}), "-o", "out")
     assert text in " ".join(err.split())
     assert "nothing needs to be trained" in err

@@ -10,10 +10,9 @@ from typing import Callable, ClassVar
 import numpy as np
 
 from msqkd.graph.ir import Graph
+from msqkd.quant.algorithms.order import FLOAT_STAGE as FLOAT_STAGE
+from msqkd.quant.algorithms.order import INTEGER_STAGE as INTEGER_STAGE
 from msqkd.quant.plan import QuantPlan
-
-FLOAT_STAGE, INTEGER_STAGE = "float", "integer"
-"""When a method comes: before ranges are measured, since it changes what the float network computes within, or after."""
 
 
 @dataclass
@@ -21,8 +20,8 @@ class Work:
     """A network while methods improve it.
 
     Attributes:
-        graph: the deployment graph, the method's to change: parameters may get other values, of the same shape and dtype.
-            Nodes and values stay; every convolution and dense layer that can have one has a bias.
+        graph: the deployment graph, the method's to change: parameters may get other values, of the same shape and
+            dtype. Nodes and values stay; every convolution and dense layer that can have one has a bias.
         plan: its plan; from the integer stage on with ranges. Methods of this stage may set scales and clip ratios of
             weights in it (a method replaces it, it is not changed in place).
         reference: the float network before any method, with the same nodes and values. Not changed.

@@ -1,0 +1,373 @@
+"""`msqkd tune`: cures for a quantised network that has lost too much, the cheap ones first."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import mindspore as ms
+import numpy as np
+import yaml
+
+from msqkd.analysis.diagnosis import rule_for
+from msqkd.analysis.sensitivity import SwitchedNetwork, loss_kind, measured_sensitivity, whole_batches
+from msqkd.analysis.tune_report import write_tuning
+from msqkd.data import Split, subset
+from msqkd.errors import DataError, MsqkdError
+from msqkd.files import write_text
+from msqkd.graph.cell import to_cell
+from msqkd.pipeline.checks import check_run
+from msqkd.pipeline.objects import Objects
+from msqkd.pipeline.ptq import quantised_without_training
+from msqkd.pipeline.run import run_recipe
+from msqkd.pipeline.rundir import RunDirectory
+from msqkd.pipeline.stages import Stages
+from msqkd.progress import Reporter
+from msqkd.quant.algorithms.methods import Improved
+from msqkd.quant.algorithms.order import STAGES, against_order
+from msqkd.quant.fake_quant import QUANTIZE
+from msqkd.quant.qat import quantize_cell
+from msqkd.recipe import Recipe, dump_recipe, make_recipe
+from msqkd.train.evaluate import measured, output_arrays
+
+VERB = "tune"
+TUNED = "tuned.yaml"
+
+_OBSERVERS: tuple[dict[str, Any], ...] = (
+    {"observer": "percentile", "percentile": 99.99},
+    {"observer": "percentile", "percentile": 99.9},
+    {"observer": "mse", "percentile": None},
+    {"observer": "kl", "percentile": None},
+    {"observer": "minmax", "percentile": None},
+)
+_METHODS: tuple[tuple[str, ...], ...] = (
+    ("equalize",), ("smoothquant",), ("weight_ranges",), ("bias_correction",), ("adaround",), ("reconstruct",),
+)  # fmt: skip
+_FLOAT_LAYERS = (1, 2, 4, 8, 16)
+_SENSITIVITY_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Goal:
+    """When a tuning ends.
+
+    Attributes:
+        max_drop: the most the metric may lose to float, in its own unit (points of accuracy); 0 or more.
+        trials: the most networks tried; None for no limit.
+        minutes: the most it may take, begun trials are finished; None for no limit.
+        samples: labelled training samples that trials are ranked on.
+    """
+
+    max_drop: float
+    trials: Optional[int] = None
+    minutes: Optional[float] = None
+    samples: int = 2000
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe to be tried: what is new in it, and all of it as a mapping."""
+
+    title: str
+    values: Mapping[str, Any]
+    trains: bool = False
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe itself."""
+        return make_recipe(self.values)
+
+
+def tune_recipe(
+    recipe: Recipe, output: Path, goal: Goal, reporter: Optional[Reporter] = None, fresh: bool = False
+) -> dict[str, Any]:
+    """Try cures until the quantised network has lost no more than the goal allows.
+
+    The cheap ones come first: other observers, a scale for each channel, methods of post-training quantisation, the
+    layers that do most harm in float, and at last the recipe's own training. A cure that helps is kept when the next
+    one is tried. Trials are ranked on training samples that are neither calibrated nor evaluated with; what reaches the
+    goal there is confirmed on the whole test set. Trials are kept in the folder: run again after an interruption, it
+    goes on with the next one, to the same result.
+
+    Args:
+        recipe: the network, its data, and the quantisation it begins with.
+        output: the folder; ``tuned.yaml`` in it reproduces the best network, ``tune.html`` and ``tune.json`` tell how
+            it was found.
+        goal: when it ends.
+        reporter: where progress is told.
+        fresh: forget an earlier tuning in the folder.
+
+    Returns:
+        What is in ``tune.json``.
+
+    Raises:
+        DataError: too few labelled samples; a metric that is not finite, or that noise does better on.
+        MsqkdError: whatever else the user can mend.
+    """
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_seed(recipe.seed)
+    folder = RunDirectory(output, recipe, fresh, verb=VERB)
+    with folder:
+        return _Tuning(Objects(recipe, folder, reporter or Reporter(), train=False), goal).run()
+
+
+class _Tuning(Stages):
+    def __init__(self, objects: Objects, goal: Goal) -> None:
+        super().__init__(objects)
+        self.goal, self.metric = goal, objects.metric
+        self.begun = time.monotonic()
+        self.trials: list[dict[str, Any]] = []
+        self.built: dict[str, tuple[Objects, Improved]] = {}
+
+    def run(self) -> dict[str, Any]:
+        objects = self.objects
+        self.reporter.stages = 2
+        for warning in self.recipe.warnings():
+            self.reporter.warn(warning)
+        check_run(objects)
+        self.tuning = self._tuning_split()
+        on_test = self.float_network()["accuracy"]
+        base = self.stage("float on the tuning set", "Metric", self._float_metric, self._float_words)["metric"]
+        best: Optional[dict[str, Any]] = None
+        confirmed: Optional[dict[str, Any]] = None
+        for candidate in self._candidates():
+            if self._is_over():
+                break
+            trial = self._try(candidate, base, on_test)
+            if best is None or self._beats(trial, best):
+                best = trial
+            if trial["drop"] <= self.goal.max_drop:
+                found = trial if candidate.trains else self._confirm(candidate, trial, on_test)
+                if found["test_drop"] <= self.goal.max_drop:
+                    confirmed = best = found
+                    break
+        assert best is not None
+        return self._tell(best, confirmed is not None, base, on_test)
+
+    # -- sets ---------------------------------------------------------------------------------------------------------
+    def _tuning_split(self) -> Split:
+        train, used = self.objects.bundle.train, len(self.objects.calibration)
+        chosen = np.arange(used, min(used + self.goal.samples, len(train)))
+        if len(chosen) == 0:
+            raise DataError(
+                f"{train.name} has {len(train)} samples, and calibration takes {used}: none is left to rank trials on; "
+                "lower calibration.samples"
+            )
+        split = subset(train, chosen)
+        if split.labels is None:
+            raise DataError(f"{train.name} has no labels; trials cannot be ranked")
+        return split
+
+    def _float_metric(self) -> dict[str, Any]:
+        """The metric of the float network, which must see a difference between its answers and noise."""
+        size, outputs = self.recipe.data.eval_batch_size, self.objects.deployed_outputs
+        answers = output_arrays(to_cell(self.objects.captured), self.tuning, size, outputs)
+        labels, where = self.tuning.labels, self.tuning.name
+        found = self.metric(answers, labels, where)
+        order = np.random.default_rng(self.recipe.seed).permutation(len(self.tuning))
+        noise = self.metric(tuple(output[order] for output in answers), labels, where)
+        if self._lost(noise, found) < 0:
+            raise DataError(
+                f"evaluation.metric gives {self.metric.words(found)} for the float network and better, "
+                f"{self.metric.words(noise)}, for its answers in random order; set evaluation.higher_is_better: "
+                f"{'false' if self.metric.higher_is_better else 'true'}, or mend the metric"
+            )
+        return {"metric": found, "noise": noise}
+
+    def _float_words(self, result: Mapping[str, Any]) -> str:
+        return f"float {self.metric.words(result['metric'])} on the {len(self.tuning)} samples trials are ranked on"
+
+    # -- trials -------------------------------------------------------------------------------------------------------
+    def _candidates(self) -> Iterator[Candidate]:
+        """What is tried next, given what was found so far."""
+        start = Candidate("as the recipe says", _plain(self.recipe))
+        yield start
+        own = self.recipe.calibration
+        for observer in _OBSERVERS:
+            if (observer["observer"], observer["percentile"]) != (own.observer, own.percentile):
+                name = observer["observer"] + (f" {observer['percentile']}" if observer["percentile"] else "")
+                yield _with(start, f"observer {name}", calibration=observer)
+        best = self._best(start)
+        if not self.recipe.quantization.weight.per_channel:
+            yield _with(best, "weights with a scale for each channel", quantization={"weight": {"per_channel": True}})
+            best = self._best(best)
+        for names in _METHODS:
+            added = _with_methods(best, names)
+            if added is not None:
+                yield added
+                best = self._best(best)
+        worst = self._worst_layers(best)
+        for count in (number for number in _FLOAT_LAYERS if number <= len(worst)):
+            layers = worst[:count]
+            rules = [rule for name in layers for rule in self._float_rule(name)]
+            title = f"float: {', '.join(layers)}"
+            held = list(best.values.get("quantization", {}).get("rules", []))
+            yield _with(best, title, quantization={"rules": [*held, *rules]})
+        best = self._best(best)
+        values = {**best.values, "ptq": {}, "compare": []}
+        yield Candidate(f"{best.title}; training", values, trains=True)
+
+    def _best(self, before: Candidate) -> Candidate:
+        """The candidate of the best trial without training so far."""
+        untrained = [trial for trial in self.trials if not trial["trains"]]
+        if not untrained:
+            return before
+        found = min(untrained, key=lambda trial: trial["drop"])
+        return Candidate(found["title"], yaml.safe_load(found["recipe"]))
+
+    def _try(self, candidate: Candidate, base: float, on_test: float) -> dict[str, Any]:
+        recipe = candidate.recipe
+        key = f"trial {recipe.sha()[:16]}" + (" with training" if candidate.trains else "")
+        self.reporter.stages += 1
+
+        def work() -> dict[str, Any]:
+            told = {"title": candidate.title, "trains": candidate.trains, "recipe": dump_recipe(recipe)}
+            if candidate.trains:
+                place = self.folder.path.with_name(f"{self.folder.path.name}_trained")
+                result = run_recipe(recipe, place, self.reporter)
+                found = result["accuracy"]["exported"]
+                return {**told, "metric": None, "drop": self._lost(found, on_test), **self._on_test(found, on_test)}
+            try:
+                found = self._measured(recipe, self.tuning)
+            except MsqkdError as error:  # this network has no place for it: a transformer nothing to equalise
+                return {**told, "metric": None, "drop": math.inf, "error": str(error)}
+            return {**told, "metric": found, "drop": self._lost(found, base)}
+
+        def words(result: Mapping[str, Any]) -> str:
+            if result.get("error"):
+                return f"not possible: {result['error']}"
+            found = result["metric"] if result["metric"] is not None else result["test_metric"]
+            return f"{self.metric.words(found)}, {result['drop']:+.{self.metric.scale.digits}f} lost"
+
+        title = f"Trial {len(self.trials) + 1}{self._of()}: {candidate.title}"
+        trial: dict[str, Any] = self.stage(key, title, work, words)
+        self.trials.append(trial)
+        self.reporter.say(f"best so far: {self.metric.scale.number(min(t['drop'] for t in self.trials))} lost")
+        return trial
+
+    def _confirm(self, candidate: Candidate, trial: dict[str, Any], on_test: float) -> dict[str, Any]:
+        """The same on the whole test set."""
+
+        def work() -> dict[str, Any]:
+            return self._on_test(self._measured(candidate.recipe, self.objects.bundle.test), on_test)
+
+        self.reporter.stages += 1
+        key = f"confirmed {candidate.recipe.sha()[:16]}"
+        title = f"Confirmation on the whole test set: {candidate.title}"
+        found = self.stage(key, title, work, lambda r: f"{self.metric.words(r['test_metric'])} on the test set")
+        trial.update({name: found[name] for name in ("test_metric", "test_drop")})
+        return trial
+
+    def _measured(self, recipe: Recipe, split: Split) -> float:
+        objects, found = self._build(recipe)
+        cell = quantize_cell(found.graph, found.plan)
+        cell.set_phase(QUANTIZE)
+        return measured(cell, split, recipe.data.eval_batch_size, objects.metric)
+
+    def _build(self, recipe: Recipe) -> tuple[Objects, Improved]:
+        """The network of a recipe; the last one is kept, to be confirmed or looked into."""
+        key = recipe.sha()
+        if key not in self.built:
+            objects = self.objects.variant(recipe)
+            self.built = {key: (objects, quantised_without_training(objects))}
+        return self.built[key]
+
+    def _worst_layers(self, best: Candidate) -> list[str]:
+        """The layers whose quantisation does most harm, the worst first."""
+
+        def work() -> dict[str, Any]:
+            _, found = self._build(best.recipe)
+            size = min(64, len(self.tuning))
+            samples = subset(self.tuning, whole_batches(self.tuning, min(size, _SENSITIVITY_SAMPLES)))
+            samples = subset(samples, min(len(samples), _SENSITIVITY_SAMPLES // size * size or size))
+            network = SwitchedNetwork(found.graph, found.plan, found.reference)
+            kind = loss_kind(found.graph, self.metric)
+            ranked = measured_sensitivity(network, samples, size, self.metric, kind).ranked()
+            return {"layers": [row.name for row in ranked if row.only_loss > 0]}
+
+        self.reporter.stages += 1
+        key = f"layers {best.recipe.sha()[:16]}"
+        found = self.stage(key, "Which layers do most harm", work, lambda r: ", ".join(r["layers"][:5]))
+        nodes = {node.name for node in self.objects.plan.nodes}
+        return [name for name in found["layers"] if name in nodes]
+
+    def _float_rule(self, name: str) -> Sequence[Mapping[str, Any]]:
+        fragment = rule_for(self.objects.deployed.node(name), precision="float")
+        rules: list[Mapping[str, Any]] = fragment["quantization"]["rules"]
+        return rules
+
+    # -- what it comes to ----------------------------------------------------------------------------------------------
+    def _lost(self, found: float, base: float) -> float:
+        return base - found if self.metric.higher_is_better else found - base
+
+    def _on_test(self, found: float, on_test: float) -> dict[str, Any]:
+        return {"test_metric": found, "test_drop": self._lost(found, on_test)}
+
+    def _beats(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        return bool(one["drop"] < other["drop"])
+
+    def _is_over(self) -> bool:
+        goal, spent = self.goal, (time.monotonic() - self.begun) / 60
+        return (goal.trials is not None and len(self.trials) >= goal.trials) or (
+            goal.minutes is not None and bool(self.trials) and spent >= goal.minutes
+        )
+
+    def _of(self) -> str:
+        return f" of at most {self.goal.trials}" if self.goal.trials is not None else ""
+
+    def _tell(self, best: dict[str, Any], reached: bool, base: float, on_test: float) -> dict[str, Any]:
+        if "test_metric" not in best:
+            candidate = Candidate(best["title"], yaml.safe_load(best["recipe"]))
+            best = self._confirm(candidate, best, on_test)
+        write_text(self.folder.file(TUNED), best["recipe"])
+        result = {
+            "name": self.recipe.name,
+            "reached": reached,
+            "max_drop": self.goal.max_drop,
+            "metric": self.metric.to_dict(),
+            "float": {"tuning": base, "test": on_test},
+            "best": {key: best[key] for key in ("title", "drop", "test_metric", "test_drop", "trains")},
+            "sets": {
+                "calibration": {"name": self.objects.calibration.name, "samples": len(self.objects.calibration)},
+                "tuning": {"name": self.tuning.name, "samples": len(self.tuning)},
+                "evaluation": {"name": self.objects.bundle.test.name, "samples": len(self.objects.bundle.test)},
+            },
+            "trials": [{key: value for key, value in trial.items() if key != "recipe"} for trial in self.trials],
+            "recipe": best["recipe"],
+        }
+        write_tuning(result, self.folder.path)
+        return result
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as the mapping of its YAML."""
+    loaded: dict[str, Any] = yaml.safe_load(dump_recipe(recipe))
+    return loaded
+
+
+def _with(before: Candidate, what: str, **sections: Mapping[str, Any]) -> Candidate:
+    """`before` with other keys in some of its sections."""
+    values = dict(before.values)
+    for name, changes in sections.items():
+        values[name] = _merged(values.get(name) or {}, changes)
+    return Candidate(what if before.title == "as the recipe says" else f"{before.title}; {what}", values)
+
+
+def _merged(held: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(held)
+    for key, value in changes.items():
+        result[key] = _merged(result.get(key) or {}, value) if isinstance(value, Mapping) else value
+    return result
+
+
+def _with_methods(before: Candidate, names: Sequence[str]) -> Optional[Candidate]:
+    """`before` with further methods, in an order that is possible; None where there is none."""
+    held = list((before.values.get("ptq") or {}).get("methods", []))
+    wanted = [name for name in STAGES if name in {*held, *names}]
+    if wanted == held or against_order(wanted):
+        return None
+    return _with(before, ", ".join(names), ptq={"methods": wanted})

@@ -1,0 +1,380 @@
+"""Cross-layer equalisation: scales moved between layers until their channels need the same step size.
+
+Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv:1906.04721, §4.1
+(equalisation) and §4.2 (high biases absorbed).
+
+A layer's output channel i divided by s_i > 0, and all that reads it multiplied by s_i, is the same network as long as
+what lies between is positively homogeneous, f(x / s) = f(x) / s. With r₁ and r₂ the largest weights of the channel on
+both sides, s = √(r₁ / r₂) makes them equal, and repeated over the network, all of a chain: one scale a weight then
+serves every channel. Of several layers on a side it is the geometric mean of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Optional
+
+import numpy as np
+
+from msqkd.errors import PlanError, did_you_mean
+from msqkd.graph.ir import Graph, Node
+from msqkd.quant import uses
+from msqkd.quant.algorithms.base import FLOAT_STAGE, Method, Work
+from msqkd.quant.algorithms.biases import layers, own, put
+from msqkd.quant.algorithms.channels import Channels, Moments, layer_input, layer_output, moved, watch
+
+SKIP, WITHIN = "skip", "within"
+RELU6_MODES = (SKIP, WITHIN)
+
+_RELUS = ("ReLU", "LeakyReLU", "PReLU")
+_POOLS = ("MaxPool", "AvgPool", "AdaptiveAvgPool2D")
+_RESIZES = (
+    "ResizeNearestNeighbor", "ResizeNearestNeighborV2", "ResizeBilinear", "ResizeBilinearV2", "UpsampleBilinear2D",
+)  # fmt: skip
+_SCALINGS = ("Mul", "Muls", "Div", "Divs", "RealDiv")
+_BOUND = 6.0
+_GROWTH = 4.0
+"""How far beyond the largest value of a layer's output one channel may be enlarged; its mean, not at all. What is all
+bias, as the dead channels of a trained BatchNorm are, would otherwise take the range of the whole value for weights of
+no account."""
+
+
+@dataclass
+class Equalize(Method):
+    """Cross-layer equalisation with absorption of high biases (arXiv:1906.04721, §4.1–4.2).
+
+    It takes the channels that layers (Conv2D of any grouping, Dense) write and layers alone read, through ReLU,
+    LeakyReLU, PReLU, pools, means, zero paddings, resizes, products with a positive number, reshapes and
+    transpositions, with as many readers as there are. The outputs of the float network stay as they are up to float
+    rounding; those of samples that no calibration sample is like, see `relu6` and `absorb`.
+
+    Attributes:
+        iterations: most rounds over the network (1 or more).
+        tolerance: it ends when no scale changes by more than this share in a round (above 0, below 1).
+        absorb: subtract c = max(0, mean − 3 · deviation) of a channel, over the samples, from its bias, and add what
+            it was worth to the biases of its readers. Exact where a value is not below c. Only where no reader pads,
+            since zeros at the border would stand for c from then on.
+        relu6: ``skip`` leaves channels with a ReLU6 on the way as they are. ``within`` scales those that reach 6 on
+            no sample, so far that they reach it on none afterwards: what is clipped is the same on every sample.
+        additions: take channels that are added to others too (the residual stream); one scale then serves all layers
+            that write or read it. It repairs an imbalance there, and costs where there is none: what a shortcut
+            multiplies by is 1 no more.
+    """
+
+    name: ClassVar[str] = "equalize"
+    stage: ClassVar[str] = FLOAT_STAGE
+
+    iterations: int = 20
+    tolerance: float = 1e-3
+    absorb: bool = True
+    relu6: str = SKIP
+    additions: bool = False
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise PlanError(f"equalize.iterations is {self.iterations}; allowed: 1 or more")
+        if not 0 < self.tolerance < 1:
+            raise PlanError(f"equalize.tolerance is {self.tolerance}; allowed: above 0, below 1")
+        if self.relu6 not in RELU6_MODES:
+            raise PlanError(
+                f"equalize.relu6 is '{self.relu6}'; allowed: {', '.join(RELU6_MODES)}"
+                f"{did_you_mean(self.relu6, RELU6_MODES)}"
+            )
+
+    def apply(self, work: Work) -> list[str]:
+        """Scale the weights and biases of `work.graph`."""
+        graph = work.graph
+        spaces = [space for space in _Survey(graph).spaces() if self.additions or not space.added]
+        taken = [space for space in spaces if self.relu6 == WITHIN or not space.bounded]
+        told = []
+        if len(taken) < len(spaces):
+            names = [space.writers[0].node.name for space in spaces if space not in taken]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            told.append(f"not across the ReLU6 behind {', '.join(names[:3])}{more} (relu6: {WITHIN} may take them)")
+        if not taken:
+            return ["no channels of a layer are read by layers alone: nothing to equalise", *told]
+        _measure(work, graph, taken)
+        weights = {end.node.name: _blocks(graph, end.node) for space in taken for end in space.ends}
+        change, rounds = np.inf, 0
+        while change > self.tolerance and rounds < self.iterations:
+            change = max(_scale(space, weights) for space in taken)
+            rounds += 1
+            work.progress(rounds, self.iterations)
+        for name, blocks in weights.items():
+            put(graph, graph.node(name).inputs[1], blocks)
+        for space in taken:
+            for end in space.writers:
+                if len(end.node.inputs) == 3:
+                    bias = graph.params[end.node.inputs[2]].data
+                    put(graph, end.node.inputs[2], bias / end.channels.spread(space.scale))
+        spread = max(float(space.scale.max() / space.scale.min()) for space in taken)
+        told.insert(0, f"groups of channels equalised: {len(taken)} (rounds: {rounds}, scales up to 1:{spread:.3g})")
+        if change > self.tolerance:
+            told.append(f"the scales still changed by {change:.2g} in the last round (iterations: {self.iterations})")
+        absorbed = sum(_absorb(graph, space) for space in taken) if self.absorb else 0
+        if absorbed:
+            told.append(f"the high biases of {absorbed} channels absorbed")
+        return told
+
+
+@dataclass(frozen=True)
+class _End:
+    """A layer that writes or reads channels, and where they are in its output or input."""
+
+    node: Node
+    channels: Channels
+
+
+@dataclass(eq=False)
+class _Space:
+    """Channels that have one scale each: those of the values between layers that write and layers that read them.
+
+    Attributes:
+        count: of channels.
+        writers, readers: the layers.
+        bounded: what a ReLU6 on the way reads.
+        closed: something else reads them, or writes them.
+        added: they are sums.
+        shifts: a number subtracted from a channel is still subtracted where it is read, as long as nothing is negative.
+        scale: s (C,), so far.
+        moments: of what each writer gives, before any scaling.
+        highest: (C,), the largest value in front of a ReLU6, before any scaling.
+    """
+
+    count: int
+    writers: list[_End] = field(default_factory=list)
+    readers: list[_End] = field(default_factory=list)
+    bounded: dict[str, Channels] = field(default_factory=dict)
+    closed: bool = False
+    added: bool = False
+    shifts: bool = True
+    merged_into: Optional[_Space] = None
+    scale: np.ndarray = field(default_factory=lambda: np.ones(1))
+    moments: dict[str, Moments] = field(default_factory=dict)
+    highest: Optional[np.ndarray] = None
+
+    @property
+    def ends(self) -> list[_End]:
+        return [*self.writers, *self.readers]
+
+    def final(self) -> _Space:
+        return self if self.merged_into is None else self.merged_into.final()
+
+    def merge(self, other: _Space) -> None:
+        self.writers += other.writers
+        self.readers += other.readers
+        self.bounded.update(other.bounded)
+        self.closed |= other.closed
+        other.merged_into = self
+
+
+class _Survey:
+    """Finds the spaces of a graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.layers = {
+            node.name for node in layers(graph) if all(own(graph, parameter) for parameter in node.inputs[1:])
+        }
+        self.found: list[_Space] = []
+        self.places: dict[str, tuple[_Space, Channels]] = {}
+
+    def spaces(self) -> list[_Space]:
+        """Those that can be scaled, in execution order of their first writers."""
+        for node in self.graph.nodes:
+            self._visit(node)
+        for name in self.graph.outputs:
+            self._close(name)
+        found = [space for space in self.found if space.merged_into is None and not space.closed and space.readers]
+        for space in found:
+            space.scale = np.ones(space.count)
+        return found
+
+    def _visit(self, node: Node) -> None:
+        if node.name in self.layers:
+            self._layer(node)
+            return
+        if node.op in ("Add", "Sub") and self._added(node):
+            return
+        tensors = self.graph.tensor_inputs(node)
+        place = self.places.get(tensors[0]) if len(tensors) == len(node.outputs) == 1 else None
+        channels = self._through(node, *place) if place is not None else None
+        if place is not None and channels is not None:
+            self.places[node.output] = (place[0], channels)
+            return
+        for name in tensors:
+            self._close(name)
+
+    def _layer(self, node: Node) -> None:
+        graph = self.graph
+        place = self.places.get(node.inputs[0])
+        if place is not None:
+            space, channels = place[0].final(), place[1]
+            if channels.axis == layer_input(graph, node):
+                space.readers.append(_End(node, channels))
+            else:
+                space.closed = True
+        channels = layer_output(graph, node)
+        space = _Space(channels.count, [_End(node, channels)])
+        self.found.append(space)
+        self.places[node.output] = (space, channels)
+
+    def _added(self, node: Node) -> bool:
+        """Whether `node` joins two spaces to one."""
+        one, other = (self.places.get(name) for name in node.inputs[:2])
+        same = len({self.graph.shape(name) for name in node.inputs[:2]}) == 1
+        if one is None or other is None or one[1] != other[1] or not same:
+            return False
+        space, second = one[0].final(), other[0].final()
+        if second is not space:
+            space.merge(second)
+        space.added, space.shifts = True, False
+        self.places[node.output] = (space, one[1])
+        return True
+
+    def _close(self, value: str) -> None:
+        if value in self.places:
+            self.places[value][0].final().closed = True
+
+    def _through(self, node: Node, space: _Space, channels: Channels) -> Optional[Channels]:
+        """The channels behind an operation that f(x / s) = f(x) / s holds for; None behind any other."""
+        graph, space = self.graph, space.final()
+        on_maps = channels.axis == 1 and len(graph.shape(node.inputs[0])) == 4
+        if node.op == "PReLU" and graph.values[node.inputs[1]].kind != "param":
+            return None
+        if node.op in _RELUS:
+            return channels
+        if node.op == "ReLU6":
+            space.bounded[node.inputs[0]] = channels
+            return channels
+        if node.op in _POOLS and on_maps:
+            space.shifts &= node.op != "AvgPool" or not uses.pads(graph, node)
+            return channels
+        if node.op in _RESIZES and on_maps:
+            return channels
+        if node.op == "ReduceMean":
+            return _reduced(graph, node, channels)
+        if node.op in ("Pad", "PadV3"):
+            added = uses.paddings(graph, node)
+            space.shifts = False
+            return channels if added is not None and added[channels.axis] == (0, 0) else None
+        if node.op in _SCALINGS and uses.rescale_factor(graph, node) is not None:
+            space.shifts = False
+            return channels
+        return moved(graph, node, channels)
+
+
+def _reduced(graph: Graph, node: Node, channels: Channels) -> Optional[Channels]:
+    axes = uses.axes_of(graph, node, 1)
+    if channels.axis in axes:
+        return None
+    kept = bool(graph.const(node.inputs[2]))
+    before = 0 if kept else sum(axis < channels.axis for axis in axes)
+    return Channels(channels.axis - before, channels.count, channels.repeat)
+
+
+def _measure(work: Work, graph: Graph, spaces: Sequence[_Space]) -> None:
+    """What the layers give on the samples, before anything is scaled."""
+    watched: dict[str, Moments] = {}
+    for space in spaces:
+        space.moments = {end.node.output: Moments(end.channels) for end in space.writers}
+        watched.update(space.moments)
+        watched.update({value: Moments(channels) for value, channels in space.bounded.items() if value not in watched})
+    watch(graph, work.samples(), list(watched), lambda name, value: watched[name].update(value))
+    for space in spaces:
+        if space.bounded:
+            highs = [watched[value].high for value in space.bounded]
+            space.highest = np.max(highs, axis=0)
+
+
+def _blocks(graph: Graph, node: Node) -> np.ndarray:
+    """The weight of a layer as float64 (groups, outputs of a group, inputs of a group, the rest)."""
+    weight = graph.params[node.inputs[1]].data
+    groups = int(node.attrs.get("group", 1)) if node.op == "Conv2D" else 1
+    return weight.astype(np.float64).reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+
+
+def _rows(blocks: np.ndarray) -> np.ndarray:
+    """The largest weight of every output channel."""
+    return np.abs(blocks).max((2, 3)).reshape(-1)
+
+
+def _columns(blocks: np.ndarray) -> np.ndarray:
+    """The largest weight of every input channel."""
+    return np.abs(blocks).max((1, 3)).reshape(-1)
+
+
+def _scale(space: _Space, weights: dict[str, np.ndarray]) -> float:
+    """Bring both sides of a space to the same ranges, in place; returns by what share a scale changed at most."""
+    ahead = [end.channels.gathered(_rows(weights[end.node.name])).max(1) for end in space.writers]
+    behind = [end.channels.gathered(_columns(weights[end.node.name])).max(1) for end in space.readers]
+    first, second = _middle(ahead), _middle(behind)
+    live = (first > 0) & (second > 0)
+    if not live.any():
+        return 0.0
+    factor = np.sqrt(first[live] / second[live])
+    wanted = space.scale.copy()
+    wanted[live] *= factor
+    wanted[~live] *= np.median(factor)  # without weights on one side: it must only keep its place among the others
+    wanted = _allowed(space, wanted)
+    factor = wanted / space.scale
+    for end in space.writers:
+        blocks = weights[end.node.name]
+        blocks /= end.channels.spread(factor).reshape(*blocks.shape[:2], 1, 1)
+    for end in space.readers:
+        blocks = weights[end.node.name]
+        blocks *= end.channels.spread(factor).reshape(blocks.shape[0], 1, blocks.shape[2], 1)
+    space.scale = wanted
+    return float(np.abs(factor - 1).max())
+
+
+def _middle(ranges: Sequence[np.ndarray]) -> np.ndarray:
+    """The geometric mean of the ranges (C,) that layers have for each channel.
+
+    Where a layer has none (zeros, as a shortcut that pads with channels) that of the others stands, each taken beside
+    the middle of its own layer, so that layers with large weights do not decide.
+    """
+    found = np.stack(ranges)
+    there = found > 0
+    logs = np.log(found, where=there, out=np.zeros_like(found))
+    level = logs.sum(1, keepdims=True) / np.maximum(there.sum(1, keepdims=True), 1)
+    apart = np.where(there, logs - level, 0.0).sum(0) / np.maximum(there.sum(0), 1)
+    return np.where(there.any(0), np.exp(apart + level[there.any(1)].mean()), 0.0) if there.any() else apart
+
+
+def _allowed(space: _Space, scale: np.ndarray) -> np.ndarray:
+    """The scales nearest to those wanted that neither enlarge a channel too far nor change what a ReLU6 clips."""
+    reach = np.max([moments.reach for moments in space.moments.values()], axis=0)
+    mean = np.max([np.abs(moments.mean) for moments in space.moments.values()], axis=0)
+    if reach.max() > 0:
+        scale = np.maximum(scale, np.median(scale) * np.maximum(mean, reach / _GROWTH) / reach.max())
+    if space.highest is None:
+        return scale
+    clipped = space.highest >= _BOUND
+    least = np.maximum(space.highest, 0.0) / _BOUND
+    # All scales times one number are the same to every weight: it is chosen such that fewest are held back.
+    if not clipped.any():
+        return np.asarray(scale * max(1.0, float((least / scale).max())))
+    scale = np.maximum(scale / np.exp(np.log(scale[clipped]).mean()), least)
+    return np.where(clipped, 1.0, scale)
+
+
+def _absorb(graph: Graph, space: _Space) -> int:
+    """Move the high biases of a space into its readers; returns the number of channels concerned."""
+    if len(space.writers) != 1 or not space.shifts or space.bounded:
+        return 0
+    writer, readers = space.writers[0], space.readers
+    padded = any(end.node.op == "Conv2D" and any(end.node.attrs["pad_list"]) for end in readers)
+    if padded or any(len(end.node.inputs) != 3 for end in (writer, *readers)):
+        return 0
+    moments = space.moments[writer.node.output]
+    amount = np.maximum(0.0, moments.mean - 3.0 * moments.deviation) / space.scale
+    if not amount.any():
+        return 0
+    put(graph, writer.node.inputs[2], graph.params[writer.node.inputs[2]].data - amount)
+    for end in readers:
+        blocks = _blocks(graph, end.node)
+        worth = blocks.sum(3) * end.channels.spread(amount).reshape(blocks.shape[0], 1, blocks.shape[2])
+        put(graph, end.node.inputs[2], graph.params[end.node.inputs[2]].data + worth.sum(2).reshape(-1))
+    return int((amount > 0).sum())

@@ -1,0 +1,78 @@
+"""`msqkd analyze`: what is said of a run, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+import yaml
+
+from msqkd.analysis.diagnosis import with_fragment
+from msqkd.pipeline.rundir import RunDirectory
+from msqkd.recipe import load_recipe, make_recipe
+
+Command = Callable[..., tuple[int, str, str]]
+Recipe = Callable[..., Path]
+
+LEARNT = {"epoch_size": 12, "batch_size": 12, "lr": 0.05}
+BROKEN = {"rules": [{"match": {"path": "block.conv"}, "weight": {"bits": 2}}], "weight": {"per_channel": True}}
+
+
+def calibrated(tiny: Recipe, msqkd: Command, **sections: Any) -> Path:
+    """The folder of a finished run."""
+    code, _, err = msqkd("calibrate", tiny(pretrain=LEARNT, **sections), "-o", "out")
+    assert code == 0, err
+    return Path("out")
+
+
+def test_the_broken_layer_of_a_run_is_named_first_with_a_cure_its_recipe_takes(tiny: Recipe, msqkd: Command) -> None:
+    methods = {"methods": ["equalize", "adaround"], "adaround": {"iterations": 10}}
+    folder = calibrated(tiny, msqkd, quantization=BROKEN, ptq=methods)
+    before = {child.name: child.read_bytes() for child in folder.iterdir()}
+    code, out, err = msqkd("analyze", folder, "--samples", "40")
+    assert code == 0, err
+    assert "1. block.conv (Conv2D): quantised alone it costs a KL divergence of" in out
+    assert "report: out/analysis.html" in out
+    result = json.loads((folder / "analysis.json").read_text())
+    assert (result["name"], result["trained"], result["warnings"]) == ("tiny", False, [])
+    assert 24 <= result["samples"]["statistics"] <= 40
+    assert result["ranking"][0] == "block.conv"
+    first = result["diagnoses"][0]
+    assert first["layer"] == "block.conv"
+    cure = yaml.safe_load(first["remedies"][0]["yaml"])
+    assert make_recipe(with_fragment(load_recipe("tiny.yaml").to_dict(), cure)).quantization.rules[-1].weight.bits == 8
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    RunDirectory(folder, load_recipe("tiny.yaml"), verb="calibrate").__exit__()  # what was written is known there
+
+
+def test_a_run_is_analysed_as_far_as_it_got_and_what_is_lacking_is_one_sentence(tiny: Recipe, msqkd: Command) -> None:
+    code, _, err = msqkd("analyze", "nowhere")
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert "nowhere is not the folder of a run: there is no such folder" in err
+    code, _, err = msqkd("run", tiny(distillation=None), "-o", "out")
+    assert code == 0, err
+    folder = Path("out")
+    code, out, err = msqkd("analyze", folder, "--samples", "12", "--json", "-o", "elsewhere")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result == json.loads((Path("elsewhere") / "analysis.json").read_text())
+    assert (result["trained"], result["warnings"]) == (True, [])
+    state = json.loads((folder / "state.json").read_text())
+    del state["stages"]["calibration"], state["stages"]["export"]
+    (folder / "state.json").write_text(json.dumps(state))
+    code, out, err = msqkd("analyze", folder, "--samples", "12", "--json")
+    assert code == 0, err
+    unfinished = json.loads(out)
+    assert unfinished["trained"] is False
+    assert "not finished: its float network is analysed" in unfinished["warnings"][0]
+    assert unfinished["outputs"]["values"][0]["float"] != result["outputs"]["values"][0]["float"]
+    Path("data.npz").unlink()
+    code, _, err = msqkd("analyze", folder)
+    assert code == 2
+    assert "data.npz" in err.strip().splitlines()[-1]
+    state["stages"] = {name: state["stages"][name] for name in ("float", "plan")}
+    (folder / "state.json").write_text(json.dumps(state))
+    code, _, err = msqkd("analyze", folder)
+    assert code == 2
+    assert "has no ranges to analyse: the stage ptq, its calibration, is missing (done: float, plan)" in err

@@ -1,0 +1,54 @@
+"""Methods of post-training quantisation in a recipe: applied, told, exported, and found again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+
+from msqkd.checkpoints import read_checkpoint
+from msqkd.exporters.verify import load_portable
+
+METHODS = ["equalize", "weight_ranges", "adaround", "bias_correction"]
+
+
+def test_calibrate_applies_the_methods_and_exports_their_result(
+    tmp_path: Path, tiny: Callable[..., Path], msqkd: Callable[..., tuple[int, str, str]]
+) -> None:
+    sections: dict[str, Any] = {
+        "quantization": {"weight": {"bits": 4}, "activation": {"delay": 3}}, "distillation": None, "train": None,
+        "ptq": {"methods": METHODS, "adaround": {"iterations": 20, "batch_size": 8}},
+        "export": {"formats": ["portable_mindir", "ms"]},
+    }  # fmt: skip
+    recipe = tiny("improved", **sections)
+    code, _, err = msqkd("calibrate", recipe, "-o", "improved")
+    assert code == 0, err
+    report = json.loads((tmp_path / "improved" / "report.json").read_text())
+    assert list(report["calibration"]["methods"]) == METHODS
+    assert "adaround: " in err
+    before, after = (read_checkpoint(str(tmp_path / "improved" / name)) for name in ("ptq_reference.ckpt", "ptq.ckpt"))
+    assert (before["block.conv.weight"] != after["block.conv.weight"]).any()
+    # What a method rounded is what the file holds: the scale times an integer.
+    scale = next(w["scale"] for w in report["plan"]["weights"] if w["node"] == "block.conv")
+    levels = after["block.conv.weight"] / np.float32(scale)
+    np.testing.assert_allclose(levels, np.round(levels), atol=1e-5)
+    (portable,) = (tmp_path / "improved").glob("*portable.mindir")
+    assert load_portable(portable) is not None
+    # The same command again finds it done, and a verification makes the same network again.
+    code, _, err = msqkd("verify", "improved", "--json")
+    assert code == 0, err
+
+
+def test_the_same_recipe_gives_the_same_weights(
+    tmp_path: Path, tiny: Callable[..., Path], msqkd: Callable[..., tuple[int, str, str]]
+) -> None:
+    ptq = {"methods": ["adaround"], "adaround": {"iterations": 10, "batch_size": 8}}
+    recipe = tiny("twice", ptq=ptq, distillation=None, train=None, export={"formats": ["portable_mindir"]})
+    for folder in ("one", "two"):
+        code, _, err = msqkd("calibrate", recipe, "-o", folder)
+        assert code == 0, err
+    one, two = (read_checkpoint(str(tmp_path / folder / "ptq.ckpt")) for folder in ("one", "two"))
+    for name, array in one.items():
+        np.testing.assert_array_equal(two[name], array, err_msg=name)

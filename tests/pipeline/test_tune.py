@@ -1,0 +1,113 @@
+"""`msqkd tune`: cures are tried until the goal is reached; an interrupted tuning ends with the same recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from msqkd.pipeline import tune
+from msqkd.progress import Reporter
+from msqkd.recipe import load_recipe
+
+Write, Command = Callable[..., Path], Callable[..., tuple[int, str, str]]
+METRICS = """
+import numpy as np
+
+
+def likelihood(outputs, labels):
+    shifted = outputs - outputs.max(-1, keepdims=True)
+    return float((shifted[np.arange(len(labels)), labels] - np.log(np.exp(shifted).sum(-1))).mean())
+
+
+def nothing(outputs, labels):
+    return float("nan")
+
+
+def wrong(outputs, labels):
+    return float((outputs.argmax(-1) != labels).mean())
+"""
+
+
+def few_bits(tiny: Write, **sections: Any) -> Path:
+    bits = {"weight": {"bits": 2}, "activation": {"bits": 4, "delay": 3}}
+    sections = {"quantization": bits, "calibration": {"samples": 24, "batch_size": 12}, **sections}
+    return tiny("few_bits", **sections)
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two methods, and one count of layers."""
+    monkeypatch.setattr(tune, "_METHODS", (("weight_ranges",), ("bias_correction",)))
+    monkeypatch.setattr(tune, "_OBSERVERS", tune._OBSERVERS[-1:])
+    monkeypatch.setattr(tune, "_FLOAT_LAYERS", (1, 2))
+
+
+@pytest.mark.usefixtures("cheap", "graph_mode")
+def test_cures_are_tried_and_the_recipe_gives_the_best_again(
+    tiny: Write, msqkd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.py").write_text(METRICS)
+    recipe = load_recipe(str(few_bits(tiny, evaluation={"metric": "metrics.py:likelihood"})))
+    goal = tune.Goal(max_drop=-1e9, trials=7)  # never reached
+    result = tune.tune_recipe(recipe, tmp_path / "whole", goal, Reporter(quiet=True))
+    assert not result["reached"]
+    titles = [trial["title"] for trial in result["trials"]]
+    assert titles[:2] == ["as the recipe says", "observer minmax"]
+    assert sum("float: " in title for title in titles) == 2
+    assert result["best"]["drop"] == min(trial["drop"] for trial in result["trials"])
+    assert {name: item["samples"] for name, item in result["sets"].items()} == {
+        "calibration": 24, "tuning": 48, "evaluation": 30,
+    }  # fmt: skip
+    page = (tmp_path / "whole" / "tune.html").read_text()
+    assert all(title in page for title in titles)
+    # The recipe gives what was confirmed.
+    code, _, err = msqkd("calibrate", "whole/tuned.yaml", "-o", "again")
+    assert code == 0, err
+    report = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert report["accuracy"]["ptq"] == result["best"]["test_metric"]
+
+    real, left = tune._Tuning._try, [3]
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune._Tuning, "_try", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tune.tune_recipe(recipe, tmp_path / "stopped", goal, Reporter(quiet=True))
+    again = tune.tune_recipe(recipe, tmp_path / "stopped", goal, Reporter(quiet=True))
+    assert again["recipe"] == result["recipe"]
+    assert [trial["drop"] for trial in again["trials"]] == [trial["drop"] for trial in result["trials"]]
+
+
+def test_a_goal_that_is_reached_at_once_ends_it(tiny: Write, msqkd: Command, tmp_path: Path) -> None:
+    code, out, err = msqkd("tune", tiny(), "-o", "easy", "--max-drop", "100", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["reached"]
+    assert [trial["title"] for trial in result["trials"]] == ["as the recipe says"]
+
+
+@pytest.mark.parametrize(("evaluation", "text"), [
+    ({"metric": "metrics.py:nothing"}, "evaluation.metric 'nothing': it is nan on the 30 samples"),
+    ({"metric": "metrics.py:wrong"}, "set evaluation.higher_is_better: false, or mend the metric"),
+])  # fmt: skip
+def test_a_metric_that_tells_nothing_is_refused(
+    tiny: Write, msqkd: Command, tmp_path: Path, evaluation: dict[str, Any], text: str
+) -> None:
+    (tmp_path / "metrics.py").write_text(METRICS)
+    code, _, err = msqkd("tune", tiny(evaluation=evaluation), "-o", "out")
+    assert code == 2
+    assert text in " ".join(err.split())
+
+
+def test_nothing_left_to_rank_trials_on(tiny: Write, msqkd: Command) -> None:
+    code, _, err = msqkd("tune", tiny(calibration={"samples": 72, "batch_size": 12}), "-o", "out")
+    assert code == 2
+    assert "has 72 samples, and calibration takes 72: none is left to rank trials on" in " ".join(err.split())
