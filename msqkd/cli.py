@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from msqkd.errors import MsqkdError
+from msqkd.errors import MsqkdError, PlanError, did_you_mean
 from msqkd.platform import leave_quietly, without_kernel
 from msqkd.version import __version__
 
@@ -273,13 +273,16 @@ def analyze(
         Optional[Path], typer.Option("--output", "-o", help="Folder for analysis.html and analysis.json [RUN].")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Training samples to look at, at most.")] = 1000,
+    layer_samples: Annotated[
+        Optional[int], typer.Option(min=1, help="Of these, computed layer by layer [200, or what takes 90 seconds].")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the layers that quantisation harms most, say why, and what to write into the recipe against it."""
     from msqkd.analysis.analysis_report import analysis_table, diagnosis_lines
     from msqkd.pipeline.analyze import REPORT, analyze_run
 
-    result = analyze_run(run, output, samples=samples)
+    result = analyze_run(run, output, samples=samples, sensitivity_samples=layer_samples)
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -327,6 +330,46 @@ def tune(
         console.print(f"recipe: {folder / TUNED}; story: {folder / 'tune.html'}", markup=False, soft_wrap=True)
     if not result["reached"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def search(
+    recipe: RecipeArgument,
+    rest: RestArgument = None,
+    output: OutputOption = None,
+    settings: SetOption = None,
+    budget: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of what the float network takes, above 0.")
+    ] = 0.25,
+    by: Annotated[
+        str, typer.Option(help="What the budget is of: size (of weights) or bops (bit operations).")
+    ] = "size",
+    samples: Annotated[
+        int, typer.Option(min=1, help="Labelled training samples that networks are measured on.")
+    ] = 2000,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the bits of every layer so that the network loses least within a budget; ends with its recipe."""
+    from msqkd.recipe import load_recipe
+
+    loaded = load_recipe(recipe, _overrides(settings, rest))
+    folder = output or Path("runs") / f"{loaded.name}_search"
+    from msqkd.analysis.precisions import COSTS
+    from msqkd.analysis.search_report import verdict
+    from msqkd.pipeline.search import FOUND, Budget, search_recipe
+    from msqkd.progress import Reporter
+
+    if by not in COSTS:
+        raise PlanError(f"--by: found '{by}', allowed: {', '.join(COSTS)}{did_you_mean(by, COSTS)}")
+    with _resumable(folder):
+        result = search_recipe(loaded, folder, Budget(budget, by, samples=samples), Reporter(), fresh)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(verdict(result), markup=False, soft_wrap=True)
+    console.print(f"recipe: {folder / FOUND}; the front: {folder / 'search.html'}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -38,7 +38,7 @@ from msqkd.train.evaluate import agreement, input_batches, output_arrays
 from msqkd.train.metric import ACCURACY, Metric, Outputs
 
 API_VERSION = "msqkd/analysis/v1"
-BATCH_SIZE, SENSITIVITY_SAMPLES = 50, 200
+BATCH_SIZE, SENSITIVITY_SAMPLES, SENSITIVITY_SECONDS = 50, 200, 90.0
 
 _BINS = 64  # of the histograms of outputs
 
@@ -105,7 +105,7 @@ def analyze(
     base: Optional[Graph] = None,
     metric: Metric = ACCURACY,
     batch: int = BATCH_SIZE,
-    sensitivity_samples: int = SENSITIVITY_SAMPLES,
+    sensitivity_samples: Optional[int] = None,
     methods: bool = False,
     reporter: Optional[Reporter] = None,
 ) -> Analysis:
@@ -124,7 +124,8 @@ def analyze(
         metric: of the outputs. With accuracy, the layers of a classifier are judged by the divergence of its logits;
             those of any other network by the relative error of its outputs.
         batch: samples a batch, at most.
-        sensitivity_samples: of `samples`, so many at most are computed twice a layer, and again for the bad ones.
+        sensitivity_samples: of `samples`, so many at most are computed twice a layer, and again for the bad ones. None
+            takes 200, or fewer where these would take more than 90 seconds.
         methods: methods of post-training quantisation are possible: equalisation is tried as a remedy.
         reporter: where progress is told.
 
@@ -137,11 +138,17 @@ def analyze(
     network = SwitchedNetwork(graph, plan, base)
     if not network.layers:
         raise PlanError(f"no layer of {graph.name} is quantised: there is nothing to analyse")
-    few = subset(samples, sensitivity_samples)
-    size = min(batch_size(graph, batch), len(few), len(samples))
-    few, samples = (subset(split, whole_batches(split, size)) for split in (few, samples))
+    wanted = SENSITIVITY_SAMPLES if sensitivity_samples is None else sensitivity_samples
+    size = min(batch_size(graph, batch), len(subset(samples, wanted)))
+    samples = subset(samples, whole_batches(samples, size))
     values, exact = _float_pass(network, samples, size, reporter)
+    passed = time.monotonic()
     rounded = _quantised_pass(network, samples, size)
+    if sensitivity_samples is None:
+        once = (time.monotonic() - passed) * (2 * len(network.layers) + 2)  # all samples, every layer
+        wanted = min(wanted, int(len(samples) * SENSITIVITY_SECONDS / once))
+    few = subset(samples, max(wanted, size))
+    few = subset(few, whole_batches(few, size))
     kind = loss_kind(graph, metric)
     with reporter.task("layer by layer", (2 * len(network.layers) + 2) * (len(few) // size)) as task:
         found = measured_sensitivity(network, few, size, metric, kind, task.update)

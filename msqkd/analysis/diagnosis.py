@@ -340,14 +340,13 @@ class _Doctor:
         return self._offer(f"calibration with {best}", gain, losses[best], row, {"calibration": settings}, after)
 
     @cached_property
-    def _calibrated(self) -> dict[str, dict[str, Group]]:
+    def _calibrated(self) -> dict[str, Mapping[str, Group]]:
         """By observer, the groups with the range it takes from their histograms."""
         free = [g for g in self.plan.groups.values() if not (g.fixed or g.source) and g.learned == NONE]
         return {
-            words: {
-                group.name: replace(group, range=_range(self.values[group.name], words, group), scale=None)
-                for group in free
-            }
+            words: self.plan.with_ranges(
+                {group.name: _range(self.values[group.name], words, group) for group in free}
+            ).groups
             for words in ("minmax", "percentile 99.99", "percentile 99.9", "mse")
         }
 
@@ -376,7 +375,8 @@ class _Doctor:
 
     # -- float ----------------------------------------------------------------------------------------------------
     def _float(self, layer: Layer, row: Sensitivity) -> list[Remedy]:
-        node = self.graph.node(layer.name if layer.op != "input" else self.ruled_by(layer.value))
+        elsewhere = layer.op == "input" or (not layer.weights and self.plan.node(layer.name).precision != INT8)
+        node = self.graph.node(self.ruled_by(layer.value) if elsewhere else layer.name)
         saved = self.found.quantised_loss - row.float_loss
         if saved <= 0:
             return []

@@ -354,6 +354,27 @@ def training(curves: Sequence[Curve], name: str) -> str:
         return _svg(figure, name)
 
 
+def front(points: Sequence[tuple[float, float]], across: str, up: str, marked: float, name: str) -> str:
+    """A Pareto front: (cost, value) points by rising cost, with a dashed line at the cost `marked`.
+
+    Args:
+        points: one at least.
+        across, up: labels of the axes.
+        marked: the cost chosen.
+        name: distinguishes the charts of one page.
+    """
+    with _style():
+        figure, axes = _figure(_HALF, 3.0)
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        axes.axvline(marked, color=HIGHLIGHT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        many = len(points) > 40
+        axes.plot(xs, ys, color=COLOURS["int8"], linewidth=1.2, marker="" if many else "o", markersize=4, zorder=2)
+        axes.grid(axis="both")
+        axes.set_xlabel(across, fontsize=8)
+        axes.set_title(up)
+        return _svg(figure, name)
+
+
 def losses(rows: Sequence[tuple[str, float]], name: str, label: str) -> list[str]:
     """Charts of what each layer costs, a bar a layer in the order given; the largest are highlighted.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from msqkd.analysis.analysis_report import REPORT as REPORT
 from msqkd.analysis.analysis_report import write_analysis
-from msqkd.analysis.analyze import SENSITIVITY_SAMPLES, Analysis, analyze
+from msqkd.analysis.analyze import Analysis, analyze
 from msqkd.analysis.diagnosis import Remedy, with_fragment
 from msqkd.analysis.report import plain
 from msqkd.data import Split, subset
@@ -30,7 +30,7 @@ def analyze_run(
     output: Optional[Path] = None,
     *,
     samples: int = 1000,
-    sensitivity_samples: int = SENSITIVITY_SAMPLES,
+    sensitivity_samples: Optional[int] = None,
     reporter: Optional[Reporter] = None,
 ) -> dict[str, Any]:
     """Analyse the network of a run: the trained one where the run has got so far, else the calibrated float one.
@@ -42,7 +42,7 @@ def analyze_run(
         path: the folder of a run that has been calibrated.
         output: where to write; the run's folder by default.
         samples: to look at, at most.
-        sensitivity_samples: of these, so many at most are computed layer by layer.
+        sensitivity_samples: of these, so many at most are computed layer by layer; None as in `analyze`.
         reporter: where progress is told.
 
     Returns:

@@ -23,16 +23,15 @@ from msqkd.graph.cell import to_cell
 from msqkd.pipeline.checks import check_run
 from msqkd.pipeline.objects import Objects
 from msqkd.pipeline.ptq import quantised_without_training
+from msqkd.pipeline.ranking import quantised_metric, ranking_split, sets_of
 from msqkd.pipeline.run import run_recipe
 from msqkd.pipeline.rundir import RunDirectory
 from msqkd.pipeline.stages import Stages
 from msqkd.progress import Reporter
 from msqkd.quant.algorithms.methods import Improved
 from msqkd.quant.algorithms.order import STAGES, against_order
-from msqkd.quant.fake_quant import QUANTIZE
-from msqkd.quant.qat import quantize_cell
 from msqkd.recipe import Recipe, dump_recipe, make_recipe
-from msqkd.train.evaluate import measured, output_arrays
+from msqkd.train.evaluate import output_arrays
 
 VERB = "tune"
 TUNED = "tuned.yaml"
@@ -129,7 +128,7 @@ class _Tuning(Stages):
         for warning in self.recipe.warnings():
             self.reporter.warn(warning)
         check_run(objects)
-        self.tuning = self._tuning_split()
+        self.tuning = ranking_split(objects, self.goal.samples)
         on_test = self.float_network()["accuracy"]
         base = self.stage("float on the tuning set", "Metric", self._float_metric, self._float_words)["metric"]
         best: Optional[dict[str, Any]] = None
@@ -147,20 +146,6 @@ class _Tuning(Stages):
                     break
         assert best is not None
         return self._tell(best, confirmed is not None, base, on_test)
-
-    # -- sets ---------------------------------------------------------------------------------------------------------
-    def _tuning_split(self) -> Split:
-        train, used = self.objects.bundle.train, len(self.objects.calibration)
-        chosen = np.arange(used, min(used + self.goal.samples, len(train)))
-        if len(chosen) == 0:
-            raise DataError(
-                f"{train.name} has {len(train)} samples, and calibration takes {used}: none is left to rank trials on; "
-                "lower calibration.samples"
-            )
-        split = subset(train, chosen)
-        if split.labels is None:
-            raise DataError(f"{train.name} has no labels; trials cannot be ranked")
-        return split
 
     def _float_metric(self) -> dict[str, Any]:
         """The metric of the float network, which must see a difference between its answers and noise."""
@@ -263,10 +248,7 @@ class _Tuning(Stages):
         return trial
 
     def _measured(self, recipe: Recipe, split: Split) -> float:
-        objects, found = self._build(recipe)
-        cell = quantize_cell(found.graph, found.plan)
-        cell.set_phase(QUANTIZE)
-        return measured(cell, split, recipe.data.eval_batch_size, objects.metric)
+        return quantised_metric(*self._build(recipe), split)
 
     def _build(self, recipe: Recipe) -> tuple[Objects, Improved]:
         """The network of a recipe; the last one is kept, to be confirmed or looked into."""
@@ -331,11 +313,7 @@ class _Tuning(Stages):
             "metric": self.metric.to_dict(),
             "float": {"tuning": base, "test": on_test},
             "best": {key: best[key] for key in ("title", "drop", "test_metric", "test_drop", "trains")},
-            "sets": {
-                "calibration": {"name": self.objects.calibration.name, "samples": len(self.objects.calibration)},
-                "tuning": {"name": self.tuning.name, "samples": len(self.tuning)},
-                "evaluation": {"name": self.objects.bundle.test.name, "samples": len(self.objects.bundle.test)},
-            },
+            "sets": sets_of(self.objects, self.tuning),
             "trials": [{key: value for key, value in trial.items() if key != "recipe"} for trial in self.trials],
             "recipe": best["recipe"],
         }

@@ -129,6 +129,13 @@ def test_without_labels_there_is_no_metric_and_a_healthy_network_has_no_diagnosi
     assert "accuracy" not in shown(found.to_dict())
 
 
+def test_a_slow_network_is_computed_layer_by_layer_with_fewer_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("msqkd.analysis.analyze.SENSITIVITY_SECONDS", 1e-9)
+    graph, plan = prepared()
+    found = analyze(graph, plan, graph, samples(), batch=BATCH)
+    assert found.samples == {"split": "noise test", "statistics": 24, "sensitivity": 12}
+
+
 def test_equalisation_is_tried_where_methods_are_possible() -> None:
     graph = with_spread_channels(30)
     plan = with_weight_bits(calibrate(graph, prepared(per_channel=False)[1], [X]), "left", 4)

@@ -53,11 +53,11 @@ def test_a_run_is_analysed_as_far_as_it_got_and_what_is_lacking_is_one_sentence(
     code, _, err = msqkd("run", tiny(distillation=None), "-o", "out")
     assert code == 0, err
     folder = Path("out")
-    code, out, err = msqkd("analyze", folder, "--samples", "12", "--json", "-o", "elsewhere")
+    code, out, err = msqkd("analyze", folder, "--samples", "12", "--layer-samples", "5", "--json", "-o", "elsewhere")
     assert code == 0, err
     result = json.loads(out)
     assert result == json.loads((Path("elsewhere") / "analysis.json").read_text())
-    assert (result["trained"], result["warnings"]) == (True, [])
+    assert (result["trained"], result["warnings"], result["samples"]["sensitivity"]) == (True, [], 5)
     state = json.loads((folder / "state.json").read_text())
     del state["stages"]["calibration"], state["stages"]["export"]
     (folder / "state.json").write_text(json.dumps(state))

@@ -110,4 +110,4 @@ def test_a_metric_that_tells_nothing_is_refused(
 def test_nothing_left_to_rank_trials_on(tiny: Write, msqkd: Command) -> None:
     code, _, err = msqkd("tune", tiny(calibration={"samples": 72, "batch_size": 12}), "-o", "out")
     assert code == 2
-    assert "has 72 samples, and calibration takes 72: none is left to rank trials on" in " ".join(err.split())
+    assert "has 72 samples, and calibration takes 72: none is left to rank candidates on" in " ".join(err.split())

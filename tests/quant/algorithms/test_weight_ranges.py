@@ -123,7 +123,7 @@ class Product(nn.Cell):
 
 def test_the_weight_of_a_product_has_its_channels_along_columns() -> None:
     x = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
-    work = work_of(randomized(Product()), x, rules=[Rule("op", "MatMulExt", {"precision": "weight-only"})])
+    work = work_of(randomized(Product()), x, rules=[Rule("op", "MatMul", {"precision": "weight-only"})])
     SequentialMSE(candidates=7).apply(work)
     (quant,) = work.plan.weights.values()
     node = work.graph.node(quant.node)
