@@ -43,8 +43,9 @@ _OBSERVERS: tuple[dict[str, Any], ...] = (
     {"observer": "kl", "percentile": None},
     {"observer": "minmax", "percentile": None},
 )
-_METHODS: tuple[tuple[str, ...], ...] = (
-    ("equalize",), ("smoothquant",), ("weight_ranges",), ("bias_correction",), ("adaround",), ("reconstruct",),
+_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("equalize", {}), ("equalize", {"relu6": "within"}), ("smoothquant", {}), ("weight_ranges", {}),
+    ("bias_correction", {}), ("adaround", {}), ("reconstruct", {}),
 )  # fmt: skip
 _FLOAT_LAYERS = (1, 2, 4, 8, 16)
 _SENSITIVITY_SAMPLES = 256
@@ -180,9 +181,9 @@ class _Tuning(Stages):
         if not self.recipe.quantization.weight.per_channel:
             yield _with(best, "weights with a scale for each channel", quantization={"weight": {"per_channel": True}})
             best = self._best(best)
-        for names in _METHODS:
-            added = _with_methods(best, names)
-            if added is not None:
+        for name, settings in _METHODS:
+            added = _with_method(best, name, settings)
+            if added is not None and ("relu6" not in settings or self._has_relu6):
                 yield added
                 best = self._best(best)
         worst = self._worst_layers(best)
@@ -195,6 +196,10 @@ class _Tuning(Stages):
         best = self._best(best)
         values = {**best.values, "ptq": {}, "compare": []}
         yield Candidate(f"{best.title}; training", values, trains=True)
+
+    @property
+    def _has_relu6(self) -> bool:
+        return any(node.op == "ReLU6" for node in self.objects.deployed.nodes)
 
     def _best(self, before: Candidate) -> Candidate:
         """The candidate of the best trial without training so far."""
@@ -264,8 +269,8 @@ class _Tuning(Stages):
         def work() -> dict[str, Any]:
             _, found = self._build(best.recipe)
             size = min(64, len(self.tuning))
-            samples = subset(self.tuning, whole_batches(self.tuning, min(size, _SENSITIVITY_SAMPLES)))
-            samples = subset(samples, min(len(samples), _SENSITIVITY_SAMPLES // size * size or size))
+            samples = subset(self.tuning, min(_SENSITIVITY_SAMPLES, len(self.tuning)))
+            samples = subset(samples, whole_batches(samples, size))
             network = SwitchedNetwork(found.graph, found.plan, found.reference)
             kind = loss_kind(found.graph, self.metric)
             ranked = measured_sensitivity(network, samples, size, self.metric, kind).ranked()
@@ -342,10 +347,11 @@ def _merged(held: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return result
 
 
-def _with_methods(before: Candidate, names: Sequence[str]) -> Optional[Candidate]:
-    """`before` with further methods, in an order that is possible; None where there is none."""
+def _with_method(before: Candidate, method: str, settings: Mapping[str, Any]) -> Optional[Candidate]:
+    """`before` with one more method, or another setting of it; None where no order of the methods is possible."""
     held = list((before.values.get("ptq") or {}).get("methods", []))
-    wanted = [name for name in STAGES if name in {*held, *names}]
-    if wanted == held or against_order(wanted):
+    wanted = [name for name in STAGES if name in {*held, method}]
+    if (wanted == held and not settings) or against_order(wanted):
         return None
-    return _with(before, ", ".join(names), ptq={"methods": wanted})
+    words = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return _with(before, f"{method} ({words})" if words else method, ptq={"methods": wanted, method: settings})

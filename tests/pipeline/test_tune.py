@@ -40,7 +40,7 @@ def few_bits(tiny: Write, **sections: Any) -> Path:
 @pytest.fixture
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two methods, and one count of layers."""
-    monkeypatch.setattr(tune, "_METHODS", (("weight_ranges",), ("bias_correction",)))
+    monkeypatch.setattr(tune, "_METHODS", (("weight_ranges", {}), ("bias_correction", {})))
     monkeypatch.setattr(tune, "_OBSERVERS", tune._OBSERVERS[-1:])
     monkeypatch.setattr(tune, "_FLOAT_LAYERS", (1, 2))
 
