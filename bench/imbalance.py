@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/imbalance"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    start = recipe(pretrain={"epoch_size": 8, "batch_size": 64, "lr": 0.05})
+    start = recipe(pretrain={"epoch_size": 20, "batch_size": 64, "lr": 0.05})
     train_recipe(start, args.output / "trained")
     weights = read_checkpoint(str(args.output / "trained" / "float.ckpt"))
     result: dict[str, Any] = {"factor": args.factor, "date": date.today().isoformat(), "versions": versions()}
@@ -86,6 +86,7 @@ def recipe(checkpoint: Any = None, pretrain: Any = None) -> Any:
     model = {"source": "python", "target": f"{__file__}:Mobile", "input_shape": [1, 32, 32], "checkpoint": checkpoint}
     return make_recipe({
         "apiversion": "msqkd/v1", "name": "imbalance", "model": model, "data": {"name": "digits"},
+        "quantization": {"activation": {"delay": 10}},
         "pretrain": pretrain, "calibration": {"samples": 500}, "distillation": None, "compare": [],
         "train": {"epoch_size": 1, "batch_size": 64, "lr": 0.001}, "export": {"formats": ["portable_mindir"]},
     })  # fmt: skip

@@ -13,6 +13,9 @@ from mindspore import nn, ops
 
 import msqkd
 from msqkd.errors import ExportError, PlanError
+from msqkd.quant.algorithms.base import Method
+from msqkd.quant.algorithms.bias_correction import BiasCorrection
+from msqkd.quant.algorithms.equalize import Equalize
 from msqkd.quant.fake_quant import QUANTIZE
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -91,11 +94,31 @@ def test_weights_clipped_by_mse_are_exported_as_they_were_trained(bits: int, tmp
     assert np.abs(load_portable(Path(file))(x).asnumpy() - cell(x).asnumpy()).max() <= 1e-4
 
 
+def test_a_method_repairs_channels_out_of_balance() -> None:
+    net, x = Net(), ms.Tensor(batches()[1])
+    scale = np.array([256, 1, 1, 1], np.float32)
+    net.conv1.weight.set_data(ms.Tensor(net.conv1.weight.asnumpy() * scale.reshape(-1, 1, 1, 1)))
+    net.conv2.weight.set_data(ms.Tensor(net.conv2.weight.asnumpy() / scale.reshape(1, -1, 1, 1)))
+    exact = net(x).asnumpy()
+
+    def error(*methods: Method) -> float:
+        cell = msqkd.quantize(msqkd.create_ptq_network(net, None, iter(batches()), methods=methods))
+        return float(np.square(cell(x).asnumpy() - exact).mean())
+
+    assert error(Equalize(), BiasCorrection()) < 0.1 * error()
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
         (lambda: msqkd.export(Net(), SHAPE, "x"), "export takes a quantised network, found a Net"),
         (lambda: msqkd.prepare_qat(Net(), SHAPE, batchnorm="froze"), "did you mean 'freeze'"),
+        (
+            lambda: msqkd.create_ptq_network(
+                msqkd.prepare_qat(Net(), SHAPE, calib_dataset=batches()), methods=[BiasCorrection()]
+            ),
+            "already has its quantisation plan; leave out config, rules, preset and methods",
+        ),
         (lambda: msqkd.QuantConfig(weight_quantizer=8), "allowed: a WeightQuantizer"),  # type: ignore[arg-type]
         (
             lambda: msqkd.plan_network(Net(), SHAPE, rules=[msqkd.Rule("path", "fc", {"bits": 4})]),

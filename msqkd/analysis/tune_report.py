@@ -37,7 +37,7 @@ def tuning_html(result: Mapping[str, Any]) -> str:
     """The page of a tuning: one file that loads nothing."""
     scale, best, sets = Scale.of(result["metric"]), result["best"], result["sets"]
     measured = [trial for trial in result["trials"] if trial["drop"] is not None]
-    rows = [(f"{i}. {trial['title']}", max(trial["drop"], 0.0)) for i, trial in enumerate(measured, start=1)]
+    rows = [(_short(i, trial["title"]), max(trial["drop"], 0.0)) for i, trial in enumerate(measured, start=1)]
     counts = ", ".join(f"{sets[name]['samples']} for {name}" for name in ("calibration", "tuning", "evaluation"))
     allowed = f"allowed {scale.number(result['max_drop'])}"
     tiles = [
@@ -59,6 +59,12 @@ def tuning_html(result: Mapping[str, Any]) -> str:
         "recipe": result["recipe"],
     }
     return rendered("tune.html.j2", view)
+
+
+def _short(number: int, title: str) -> str:
+    """``7. … equalize``: what is new in a trial."""
+    *before, last = title.split("; ")
+    return f"{number}. {'… ' if before else ''}{last}"
 
 
 def _row(number: int, trial: Mapping[str, Any], scale: Scale) -> list[str]:

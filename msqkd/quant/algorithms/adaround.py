@@ -19,7 +19,7 @@ class AdaRound(Method):
     is what it gives in float on float inputs; its input is what arrives in the quantised network, the layers before
     being rounded already (the asymmetric reconstruction of the paper).
 
-    The squared error is counted in units of what the nearest roundings make of it, 0.0005 for each weight, so that
+    The squared error is counted in units of what the nearest roundings make of it, 0.0002 for each weight, so that
     `reg` weighs the same at any number of bits and size of outputs. Adam moves a V by up to `lr` a step, and it
     has to travel up to 5 to decide for the other side: the default of 0.01 lets it go twice that way in 1000
     iterations, where the paper takes 10000 at a tenth. Fewer iterations need a larger one.

@@ -42,7 +42,7 @@ from msqkd.quant.qparams import QParams, quant_limits
 _STRETCH, _SHIFT = 1.2, -0.1
 _DECIDED = 100.0
 """A V whose h is exactly 0 or 1."""
-_SHARE = 5e-4
+_SHARE = 2e-4
 """What the error that the nearest roundings make counts for each weight. With it the regulariser, at the weight 0.01,
 leaves V free at first and has all but decided at the end, whatever the number of weights and the size of outputs."""
 _CHECKED = 512

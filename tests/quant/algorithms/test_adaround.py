@@ -16,6 +16,7 @@ from msqkd.quant.algorithms.adaround import AdaRound
 from msqkd.quant.algorithms.base import Work
 from msqkd.quant.algorithms.stream import Stream
 from msqkd.quant.config import Rule
+from msqkd.quant.integers import int8_weight
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
@@ -69,6 +70,8 @@ def test_ordinary_rounding_gives_the_trained_integers(trained: tuple[Work, list[
         found = qparams.quantize(weight)
         assert weight.dtype == np.float32
         np.testing.assert_array_equal(qparams.dequantize(found), weight)
+        bias = work.graph.params[work.graph.node(name).inputs[2]].data
+        np.testing.assert_array_equal(int8_weight(quant, weight, bias, 0.02, 0.05)[0], found)
         assert np.abs(found).max() == 3
         assert np.abs(found - nearest[name]).max() == 1, "some are rounded to the other side, none beyond it"
         exact = np.clip(work.reference.params[work.graph.node(name).inputs[1]].data.T / quant.scale, -3, 3).T
@@ -79,7 +82,6 @@ def test_outputs_come_closer_than_with_nearest_roundings(trained: tuple[Work, li
     work, told = trained
     nearest = work_of(randomized(Net()), X)
     fresh = images(64, 2, 6, 6, seed=9)
-    print(error(work, X) / error(nearest, X), error(work, fresh) / error(nearest, fresh))
     assert error(work, X) < 0.5 * error(nearest, X)
     assert error(work, fresh) < 0.6 * error(nearest, fresh)
     assert told[0].startswith("roundings of 3 of 3 parts trained on 48 samples")

@@ -77,7 +77,7 @@ def small() -> Work:
 def trained() -> tuple[Work, list[str]]:
     ms.set_context(mode=ms.GRAPH_MODE)
     work = small()
-    return work, Reconstruct(iterations=150, lr=0.05).apply(work)
+    return work, Reconstruct(iterations=300, lr=0.03).apply(work)
 
 
 def test_blocks_are_those_between_a_split_and_a_sum() -> None:
@@ -122,10 +122,10 @@ def test_weights_are_on_the_grid_of_their_scales_and_outputs_come_closer(trained
         found = quant.qparams(weight).quantize(weight)
         np.testing.assert_array_equal(quant.qparams(weight).dequantize(found), weight)
         exact = np.clip(work.reference.params[work.graph.node(name).inputs[1]].data.T / quant.scale, -3, 3).T
-        assert np.abs(found - exact).max() < 1
+        assert np.abs(found - exact).max() <= 1
     nearest, fresh = small(), images(64, 4, 6, 6, seed=9)
-    assert error(work, SMALL_X) < 0.7 * error(nearest, SMALL_X)
-    assert error(work, fresh) < 0.8 * error(nearest, fresh)
+    assert error(work, SMALL_X) < 0.5 * error(nearest, SMALL_X)
+    assert error(work, fresh) < 0.6 * error(nearest, fresh)
     assert told[0].startswith("roundings of 2 of 2 parts trained on 96 samples")
 
 
