@@ -243,11 +243,12 @@ def reconstruct(work: Work, parts: Sequence[Part], training: Training, *, whole:
     told: list[str] = []
     falls: list[float] = []
     for number, part in enumerate(parts):
+        work.progress(number, len(parts))
         exact.wanted = {name for later in parts[number:] for name in (*later.inputs, *later.outputs)}
         quantized.wanted = {name for later in parts[number:] for name in later.inputs}
         data = _data(part, exact, quantized, training.drop > 0)
         if data is None:
-            told.append(f"{part.name}: rounded to the nearest, its values have no rows that belong to samples")
+            told.append(f"{part.name}: rounded to the nearest, it reads or gives values that are not made of samples")
             continue
         piece = piece_of(graph, part.nodes, part.outputs)
         key = _signature(work, piece, part, whole)
@@ -259,7 +260,7 @@ def reconstruct(work: Work, parts: Sequence[Part], training: Training, *, whole:
         elif before > 0:
             told.append(f"{part.name}: rounded to the nearest, training found nothing better")
         quantized.plan = work.plan
-        work.progress(number + 1, len(parts))
+    work.progress(len(parts), len(parts))
     fall = f", which brought the squared error of their outputs to {np.mean(falls):.2f} of what it was" if falls else ""
     return [f"roundings of {len(falls)} of {len(parts)} parts trained on {quantized.samples} samples{fall}", *told]
 
@@ -287,7 +288,7 @@ def _by_sample(array: np.ndarray, samples: int) -> np.ndarray:
 
 
 def _data(part: Part, exact: Stream, quantized: Stream, drops: bool) -> Optional[_Data]:
-    """The rows of a part; None where one of its values is not as many rows a sample as every other batch has."""
+    """The rows of a part; None where one of its values is not made of as many rows for each sample."""
     quantized.compute(part.inputs)
     exact.compute([*part.inputs, *part.outputs])
 

@@ -60,6 +60,7 @@ class SequentialMSE(Method):
         layers = [node for node in graph.nodes if node.name in work.plan.weights]
         told, falls = [], []
         for number, node in enumerate(layers):
+            work.progress(number, len(layers))
             quant = work.plan.weights[node.name]
             obstacle = _obstacle(graph, node, quant)
             if obstacle is not None:
@@ -71,7 +72,7 @@ class SequentialMSE(Method):
                 falls.append(after / before)
             work.plan = replace(work.plan, weights={**work.plan.weights, node.name: replace(quant, clip_ratio=ratio)})
             stream.plan = work.plan
-            work.progress(number + 1, len(layers))
+        work.progress(len(layers), len(layers))
         fall = f", and their outputs' squared error to {np.mean(falls):.2f} of what it was on average" if falls else ""
         count = len(layers) - len(told)
         return [f"clip ratios of {count} weights searched on {stream.samples} samples{fall}", *told]
