@@ -120,7 +120,7 @@ def test_auto_says_why_not(
     from msqkd.pipeline import run
 
     def enough(self: Any) -> None:
-        assert not self.teacher_cache.used
+        assert not self.objects.teacher_cache.used
         raise DataError("nothing needs to be trained")
 
     monkeypatch.setattr(run._Run, "float_network", enough)
