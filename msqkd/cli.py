@@ -268,10 +268,18 @@ def _verified(result: dict[str, Any], folder: Path) -> None:
 
 @app.command()
 def analyze(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that was calibrated at least.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|RECIPE", help="The folder of a run that was calibrated at least, or a recipe to be calibrated."
+        ),
+    ],
+    rest: RestArgument = None,
     output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="Folder for analysis.html and analysis.json [RUN].")
+        Optional[Path],
+        typer.Option("--output", "-o", help="Folder for analysis.html and analysis.json [RUN, runs/NAME_ptq]."),
     ] = None,
+    settings: SetOption = None,
     samples: Annotated[int, typer.Option(min=1, help="Training samples to look at, at most.")] = 1000,
     layer_samples: Annotated[
         Optional[int], typer.Option(min=1, help="Of these, computed layer by layer [200, or what takes 90 seconds].")
@@ -282,7 +290,8 @@ def analyze(
     from msqkd.analysis.analysis_report import analysis_table, diagnosis_lines
     from msqkd.pipeline.analyze import REPORT, analyze_run
 
-    result = analyze_run(run, output, samples=samples, sensitivity_samples=layer_samples)
+    folder = _calibrated(run, _overrides(settings, rest), output)
+    result = analyze_run(folder, output, samples=samples, sensitivity_samples=layer_samples)
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -290,7 +299,26 @@ def analyze(
     console.print(analysis_table(result))
     for line in diagnosis_lines(result):
         console.print(line, markup=False, soft_wrap=True)
-    console.print(f"report: {(output or run) / REPORT}.html", markup=False, soft_wrap=True)
+    console.print(f"report: {(output or folder) / REPORT}.html", markup=False, soft_wrap=True)
+
+
+def _calibrated(run: str, overrides: list[str], output: Optional[Path]) -> Path:
+    """The folder of a run; a recipe is calibrated first."""
+    from msqkd.recipe import list_builtin, load_recipe
+
+    is_recipe = run.endswith((".yaml", ".yml")) or run in {recipe.name for recipe in list_builtin()}
+    if Path(run).is_dir() or not is_recipe:
+        if overrides:
+            raise PlanError(f"{run} is the folder of a run, whose recipe is fixed; --set is for a recipe")
+        return Path(run)
+    loaded = load_recipe(run, overrides)
+    folder = output or Path("runs") / f"{loaded.name}_ptq"
+    from msqkd.pipeline.run import run_recipe
+    from msqkd.progress import Reporter
+
+    with _resumable(folder):
+        run_recipe(loaded, folder, Reporter(), train=False)
+    return folder
 
 
 @app.command()

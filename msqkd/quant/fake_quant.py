@@ -54,6 +54,7 @@ class _ClippedRound(nn.Cell):
         return self.mul(self.sub(self.add(steps, self.magic), self.magic), scale)
 
     def bprop(self, x, inverse, scale, low, high, slope, offset, out, dout):  # type: ignore[no-untyped-def]
+        slope = ops.depend(slope, dout)  # else it is computed in the forward pass already, and held until here
         position = self.mul(x, slope)  # the range is mapped to (0, 6)
         if not self.non_negative:
             position = self.add(position, offset)

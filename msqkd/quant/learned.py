@@ -141,6 +141,7 @@ class LearnedRound(nn.Cell):
         """Gradients of all operands; those of the limits are 0."""
         levels = self.sub(high, low)
         slope = self.div(self.six, self.mul(levels, scale))  # the range is mapped to (0, 6)
+        slope = ops.depend(slope, dout)  # else x · slope is computed in the forward pass already, and held until here
         position = self.mul(x, slope)
         if not self.non_negative:
             position = self.sub(position, self.div(self.mul(low, self.six), levels))

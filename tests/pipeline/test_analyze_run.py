@@ -46,6 +46,17 @@ def test_the_broken_layer_of_a_run_is_named_first_with_a_cure_its_recipe_takes(t
     RunDirectory(folder, load_recipe("tiny.yaml"), verb="calibrate").__exit__()  # what was written is known there
 
 
+def test_a_recipe_is_calibrated_and_analysed(tiny: Recipe, msqkd: Command) -> None:
+    recipe = tiny(pretrain=LEARNT)
+    code, out, err = msqkd("analyze", recipe, "--set", "quantization.weight.bits=3", "--samples", "24", "--json")
+    assert code == 0, err
+    assert json.loads(out) == json.loads(Path("runs/tiny_ptq/analysis.json").read_text())
+    assert load_recipe("runs/tiny_ptq/recipe.yaml").quantization.weight.bits == 3
+    code, _, err = msqkd("analyze", "runs/tiny_ptq", "--set", "quantization.weight.bits=4")
+    assert code == 2
+    assert "is the folder of a run, whose recipe is fixed; --set is for a recipe" in " ".join(err.split())
+
+
 def test_a_run_is_analysed_as_far_as_it_got_and_what_is_lacking_is_one_sentence(tiny: Recipe, msqkd: Command) -> None:
     code, _, err = msqkd("analyze", "nowhere")
     assert (code, len(err.strip().splitlines())) == (2, 1)
