@@ -216,12 +216,9 @@ class _Tuning(Stages):
 
         def work() -> dict[str, Any]:
             told = {"title": candidate.title, "trains": candidate.trains, "recipe": dump_recipe(recipe)}
-            if candidate.trains:
-                place = self.folder.path.with_name(f"{self.folder.path.name}_trained")
-                result = run_recipe(recipe, place, self.reporter)
-                found = result["accuracy"]["exported"]
-                return {**told, "metric": None, "drop": self._lost(found, on_test), **self._on_test(found, on_test)}
             try:
+                if candidate.trains:
+                    return {**told, **self._trained(recipe, on_test)}
                 found = self._measured(recipe, self.tuning)
             except MsqkdError as error:  # this network has no place for it: a transformer nothing to equalise
                 return {**told, "metric": None, "drop": math.inf, "error": str(error)}
@@ -238,6 +235,12 @@ class _Tuning(Stages):
         self.trials.append(trial)
         self.reporter.say(f"best so far: {self.metric.scale.number(min(t['drop'] for t in self.trials))} lost")
         return trial
+
+    def _trained(self, recipe: Recipe, on_test: float) -> dict[str, Any]:
+        """Train; the network is exported and measured on the test set at once."""
+        place = self.folder.path.with_name(f"{self.folder.path.name}_trained_{recipe.sha()[:8]}")
+        found = run_recipe(recipe, place, self.reporter)["accuracy"]["exported"]
+        return {"metric": None, "drop": self._lost(found, on_test), **self._on_test(found, on_test)}
 
     def _confirm(self, candidate: Candidate, trial: dict[str, Any], on_test: float) -> dict[str, Any]:
         """The same on the whole test set."""

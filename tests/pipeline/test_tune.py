@@ -33,7 +33,10 @@ def wrong(outputs, labels):
 
 def few_bits(tiny: Write, **sections: Any) -> Path:
     bits = {"weight": {"bits": 2}, "activation": {"bits": 4, "delay": 3}}
-    sections = {"quantization": bits, "calibration": {"samples": 24, "batch_size": 12}, **sections}
+    sections = {
+        "quantization": bits, "calibration": {"samples": 24, "batch_size": 12},
+        "export": {"formats": ["portable_mindir"]}, **sections,
+    }  # fmt: skip
     return tiny("few_bits", **sections)
 
 
@@ -51,12 +54,15 @@ def test_cures_are_tried_and_the_recipe_gives_the_best_again(
 ) -> None:
     (tmp_path / "metrics.py").write_text(METRICS)
     recipe = load_recipe(str(few_bits(tiny, evaluation={"metric": "metrics.py:likelihood"})))
-    goal = tune.Goal(max_drop=-1e9, trials=7)  # never reached
+    goal = tune.Goal(max_drop=-1e9)  # never reached: the training comes last
     result = tune.tune_recipe(recipe, tmp_path / "whole", goal, Reporter(quiet=True))
     assert not result["reached"]
     titles = [trial["title"] for trial in result["trials"]]
     assert titles[:2] == ["as the recipe says", "observer minmax"]
-    assert sum("float: " in title for title in titles) == 2
+    assert sum("float: " in title for title in titles[:-1]) == 2
+    assert [trial["trains"] for trial in result["trials"]] == [False] * 7 + [True]
+    assert titles[-1].endswith("; training")
+    assert result["trials"][-1]["test_metric"] is not None
     assert result["best"]["drop"] == min(trial["drop"] for trial in result["trials"])
     assert {name: item["samples"] for name, item in result["sets"].items()} == {
         "calibration": 24, "tuning": 48, "evaluation": 30,
@@ -64,10 +70,11 @@ def test_cures_are_tried_and_the_recipe_gives_the_best_again(
     page = (tmp_path / "whole" / "tune.html").read_text()
     assert all(title in page for title in titles)
     # The recipe gives what was confirmed.
-    code, _, err = msqkd("calibrate", "whole/tuned.yaml", "-o", "again")
+    trained = result["best"]["trains"]
+    code, _, err = msqkd("run" if trained else "calibrate", "whole/tuned.yaml", "-o", "again")
     assert code == 0, err
     report = json.loads((tmp_path / "again" / "report.json").read_text())
-    assert report["accuracy"]["ptq"] == result["best"]["test_metric"]
+    assert report["accuracy"]["exported" if trained else "ptq"] == result["best"]["test_metric"]
 
     real, left = tune._Tuning._try, [3]
 
