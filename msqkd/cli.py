@@ -116,15 +116,7 @@ def calibrate(
 
 
 def _run(recipe: str, overrides: list[str], output: Optional[Path], fresh: bool, as_json: bool, train: bool) -> None:
-    from msqkd.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
-    folder = output or Path("runs") / (loaded.name if train else f"{loaded.name}_ptq")
-    from msqkd.pipeline.run import run_recipe
-    from msqkd.progress import Reporter
-
-    with _resumable(folder):
-        result = run_recipe(loaded, folder, Reporter(), fresh, train=train)
+    result, folder = _chain(recipe, overrides, output, fresh, train)
     if not result:
         return  # of several workers the first tells
     if as_json:
@@ -135,6 +127,21 @@ def _run(recipe: str, overrides: list[str], output: Optional[Path], fresh: bool,
         _summary(result, folder)
     if result["parity"]["exceeded"]:
         raise typer.Exit(1)
+
+
+def _chain(
+    recipe: str, overrides: list[str], output: Optional[Path], fresh: bool, train: bool
+) -> tuple[dict[str, Any], Path]:
+    """Run a recipe; returns the report's data, and the folder."""
+    from msqkd.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    folder = output or Path("runs") / (loaded.name if train else f"{loaded.name}_ptq")
+    from msqkd.pipeline.run import run_recipe
+    from msqkd.progress import Reporter
+
+    with _resumable(folder):
+        return run_recipe(loaded, folder, Reporter(), fresh, train=train), folder
 
 
 @contextmanager
@@ -304,21 +311,14 @@ def analyze(
 
 def _calibrated(run: str, overrides: list[str], output: Optional[Path]) -> Path:
     """The folder of a run; a recipe is calibrated first."""
-    from msqkd.recipe import list_builtin, load_recipe
+    from msqkd.recipe import list_builtin
 
     is_recipe = run.endswith((".yaml", ".yml")) or run in {recipe.name for recipe in list_builtin()}
     if Path(run).is_dir() or not is_recipe:
         if overrides:
             raise PlanError(f"{run} is the folder of a run, whose recipe is fixed; --set is for a recipe")
         return Path(run)
-    loaded = load_recipe(run, overrides)
-    folder = output or Path("runs") / f"{loaded.name}_ptq"
-    from msqkd.pipeline.run import run_recipe
-    from msqkd.progress import Reporter
-
-    with _resumable(folder):
-        run_recipe(loaded, folder, Reporter(), train=False)
-    return folder
+    return _chain(run, overrides, output, fresh=False, train=False)[1]
 
 
 @app.command()

@@ -110,32 +110,29 @@ class Mean(nn.Cell):
         return self.sum(x) / self.workers
 
 
-class MeanGradients(nn.Cell):
-    """The mean over all workers of gradients (float32), in one message; for compiled code.
+class Means(nn.Cell):
+    """The means over all workers of several float32 Tensors, in one message; for compiled code.
 
-    On CPU every message costs milliseconds, and `nn.DistributedGradReducer` sends one for each gradient. Elsewhere
-    MindSpore joins them itself.
+    On CPU every message costs milliseconds.
 
     Args:
-        shapes: of the gradients, in order.
+        shapes: of the Tensors, in order.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
         super().__init__()
         self.mean = Mean()
         self.shapes = tuple(shapes)
-        ends = np.cumsum([math.prod(shape) for shape in self.shapes]).tolist()
-        self.spans = tuple(zip([0, *ends], ends))
+        self.sizes = [math.prod(shape) for shape in self.shapes]
 
-    def construct(self, gradients):  # type: ignore[no-untyped-def]
+    def construct(self, tensors):  # type: ignore[no-untyped-def]
         """A tuple of Tensors; returns one."""
         flat = ()
-        for gradient in gradients:
-            flat = (*flat, gradient.reshape(-1))
-        mean = self.mean(ops.concat(flat))
+        for tensor in tensors:
+            flat = (*flat, tensor.reshape(-1))
         means = ()
-        for index, (start, end) in enumerate(self.spans):
-            means = (*means, mean[start:end].reshape(self.shapes[index]))
+        for part, shape in zip(ops.split(self.mean(ops.concat(flat)), self.sizes), self.shapes):
+            means = (*means, part.reshape(shape))
         return means
 
 

@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from msqkd.analysis import plots
-from msqkd.analysis.report import inline, plain, rendered
+from msqkd.analysis.report import inline, plain, rendered, write_pages
 from msqkd.analysis.sensitivity import KL
 from msqkd.analysis.statistics import OUTLIER_RATIO
-from msqkd.files import PathLike, write_json, write_text
+from msqkd.files import PathLike
 from msqkd.train.metric import Scale
 
 REPORT = "analysis"
@@ -38,11 +38,7 @@ def write_analysis(result: Mapping[str, Any], folder: PathLike, name: str = REPO
     Returns:
         The two paths, under ``json`` and ``html``.
     """
-    data = plain(result)
-    paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("json", "html")}
-    write_json(paths["json"], data)
-    write_text(paths["html"], analysis_html(data))
-    return paths
+    return write_pages(result, folder, name, analysis_html)
 
 
 def analysis_html(result: Mapping[str, Any]) -> str:

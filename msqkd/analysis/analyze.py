@@ -140,15 +140,14 @@ def analyze(
         raise PlanError(f"no layer of {graph.name} is quantised: there is nothing to analyse")
     wanted = SENSITIVITY_SAMPLES if sensitivity_samples is None else sensitivity_samples
     size = min(batch_size(graph, batch), len(subset(samples, wanted)))
-    samples = subset(samples, whole_batches(samples, size))
+    samples = whole_batches(samples, size)
     values, exact = _float_pass(network, samples, size, reporter)
     passed = time.monotonic()
     rounded = _quantised_pass(network, samples, size)
     if sensitivity_samples is None:
         once = (time.monotonic() - passed) * (2 * len(network.layers) + 2)  # all samples, every layer
         wanted = min(wanted, int(len(samples) * SENSITIVITY_SECONDS / once))
-    few = subset(samples, max(wanted, size))
-    few = subset(few, whole_batches(few, size))
+    few = whole_batches(subset(samples, max(wanted, size)), size)
     kind = loss_kind(graph, metric)
     with reporter.task("layer by layer", (2 * len(network.layers) + 2) * (len(few) // size)) as task:
         found = measured_sensitivity(network, few, size, metric, kind, task.update)

@@ -261,8 +261,8 @@ class _Doctor:
         return decibel(float(np.square(exact).sum()), float(np.square(noise).sum()))
 
     def _rounded(self, name: str, quant: WeightQuant) -> np.ndarray:
-        chosen = replace(self.plan, weights={name: quant}).with_weight_observers(self.graph).weights[name]
-        return chosen.qparams(self.arrays[name]).fake_quantize(self.arrays[name])
+        weight = self.arrays[name]
+        return quant.settled(weight).qparams(weight).fake_quantize(weight)
 
     def _takes_channels(self, name: str) -> bool:
         """Whether the target lets this weight have a scale a channel."""

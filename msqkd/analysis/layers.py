@@ -79,7 +79,7 @@ def _weight(graph: Graph, plan: QuantPlan, owner: Optional[str]) -> Optional[dic
     quant = plan.weights.get(owner or "")
     if quant is None:
         return None
-    data = graph.params[graph.node(quant.node).inputs[quant.index]].data
+    data = quant.held_in(graph)
     scale = np.atleast_1d(quant.qparams(data).scale)
     return {
         "min": float(data.min()), "max": float(data.max()), "bits": quant.bits, "per_channel": quant.axis is not None,

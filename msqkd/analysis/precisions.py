@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Callable, Optional
+from typing import Callable, Optional
 
 import numpy as np
 
 from msqkd.analysis.sensitivity import Layer, Probe
 from msqkd.graph.ir import Graph
 from msqkd.quant.plan import QuantPlan, WeightQuant
-from msqkd.quant.qparams import weight_clip_ratio
 from msqkd.quant.search import Choice
 
 FLOAT = "float"
@@ -47,7 +46,7 @@ def cost_of(graph: Graph, quant: WeightQuant, bits: Optional[int], act_bits: int
         by: ``size``, the bytes of the weight, or ``bops``, multiplications times the bits of both factors (Baskin et
             al. 2021, arXiv:1804.10969).
     """
-    weight = graph.params[graph.node(quant.node).inputs[quant.index]].data
+    weight = quant.held_in(graph)
     if by == BOPS:
         wide, narrow = (_FLOAT_BITS, _FLOAT_BITS) if bits is None else (bits, act_bits)
         return float(multiplications(graph, quant.node, quant.index) * wide * narrow)
@@ -101,8 +100,6 @@ def _bits_in(graph: Graph, plan: QuantPlan, layer: Layer) -> int:
 
 def _rounded(graph: Graph, quant: WeightQuant, bits: int) -> np.ndarray:
     """The weight as it is with so many bits, by the layer's own observer."""
-    data: Any = graph.params[graph.node(quant.node).inputs[quant.index]].data
-    other = replace(quant, bits=bits, clip_ratio=None, scale=None)
-    if other.observer == "mse":
-        other = replace(other, clip_ratio=weight_clip_ratio(data, bits, other.axis, where=quant.node))
+    data = quant.held_in(graph)
+    other = replace(quant, bits=bits, clip_ratio=None, scale=None).settled(data)
     return np.asarray(other.qparams(data).fake_quantize(data))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from msqkd.analysis import plots
 from msqkd.files import PathLike, write_json, write_text
@@ -81,10 +81,21 @@ def write_report(result: Mapping[str, Any], folder: PathLike, name: str = "repor
     Returns:
         The two paths, under ``json`` and ``html``.
     """
-    data = plain({"apiversion": API_VERSION, **result})
+    return write_pages({"apiversion": API_VERSION, **result}, folder, name, render_html)
+
+
+def write_pages(
+    result: Mapping[str, Any], folder: PathLike, name: str, page: Callable[[Mapping[str, Any]], str]
+) -> dict[str, Path]:
+    """Write a result as JSON, and the page that `page` makes of it, into `folder`; each whole or not at all.
+
+    Returns:
+        The two paths, under ``json`` and ``html``.
+    """
+    data = plain(result)
     paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("json", "html")}
     write_json(paths["json"], data)
-    write_text(paths["html"], render_html(data))
+    write_text(paths["html"], page(data))
     return paths
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from msqkd.analysis import plots
-from msqkd.analysis.report import inline, plain, rendered
-from msqkd.files import PathLike, write_json, write_text
+from msqkd.analysis.report import inline, rendered, write_pages
+from msqkd.files import PathLike
 from msqkd.train.metric import Scale
 
 REPORT = "search"
@@ -17,9 +16,7 @@ REPORT = "search"
 
 def write_search(result: Mapping[str, Any], folder: PathLike) -> None:
     """Write `search.json` and `search.html`, each whole or not at all; `result` is what `search_recipe` returns."""
-    data = plain(result)
-    write_json(Path(folder) / f"{REPORT}.json", data)
-    write_text(Path(folder) / f"{REPORT}.html", search_html(data))
+    write_pages(result, folder, REPORT, search_html)
 
 
 def verdict(result: Mapping[str, Any]) -> str:

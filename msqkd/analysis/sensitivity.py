@@ -17,10 +17,11 @@ import numpy as np
 from mindspore import nn, ops
 
 from msqkd.analysis.layers import decibel, owner_of
-from msqkd.data import Split, as_tuple
+from msqkd.data import Split, as_tuple, subset
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
-from msqkd.quant.fake_quant import QUANTIZE, FakeQuantActivation, FakeQuantDynamic
+from msqkd.quant.algorithms.stream import activation_cell, dynamic_cell
+from msqkd.quant.fake_quant import FakeQuantActivation
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.ptq import divergence, relative_error
 from msqkd.quant.qparams import QParams
@@ -211,7 +212,7 @@ class SwitchedNetwork:
         for layer in self.layers:
             switches = self._switches[layer.name] = []
             for value in layer.values:
-                self._quantizers[value] = self._activation(value)
+                self._quantizers[value] = activation_cell(graph, self.plan, value)
                 switch = _Switch(self._quantizers[value], value)
                 quant = self.plan.activations[value]
                 edges.update(dict.fromkeys(quant.edges, switch))
@@ -226,9 +227,7 @@ class SwitchedNetwork:
                 edges[name, quant_weight.index] = self._weights[name] = weight
                 switches.append(weight)
             for name in layer.dynamic:
-                quantizer = FakeQuantDynamic(self.plan.dynamic[name])
-                quantizer.phase_of_quant = QUANTIZE
-                edges[name, 0] = _Switch(quantizer, f"{name}.dynamic")
+                edges[name, 0] = _Switch(dynamic_cell(self.plan, name), f"{name}.dynamic")
                 switches.append(edges[name, 0])
         self.cell = to_cell(base, Hooks(values=values, edges=edges, observe=self.values))
         held_by = {name: getattr(self.cell, attribute) for attribute, name in self.cell.parameter_names.items()}
@@ -240,12 +239,6 @@ class SwitchedNetwork:
                     plain, other = base.params[parameter].data, graph.params[parameter].data
                     if not np.array_equal(plain, other):
                         self._switches[layer.name].append(_Plain(held_by[parameter], plain, other))
-
-    def _activation(self, value: str) -> FakeQuantActivation:
-        cell = FakeQuantActivation(self.plan.group_of(value))
-        cell.set_qparams(self.plan.group_of(value).qparams())
-        cell.phase_of_quant = QUANTIZE
-        return cell
 
     @property
     def names(self) -> list[str]:
@@ -317,9 +310,9 @@ class _Likeness:
         return min(self.product / norm, 1.0) if norm else None
 
 
-def whole_batches(samples: Split, size: int) -> int:
-    """How many of the first `samples` fill batches of `size`; all where they do not fill one."""
-    return len(samples) // size * size or len(samples)
+def whole_batches(samples: Split, size: int) -> Split:
+    """The first samples that fill batches of `size`; all where they do not fill one."""
+    return subset(samples, len(samples) // size * size or len(samples))
 
 
 def output_loss(found: Outputs, reference: Outputs, kind: str) -> float:

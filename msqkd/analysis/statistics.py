@@ -244,4 +244,4 @@ def weight_statistics(graph: Graph, plan: QuantPlan) -> dict[str, Distribution]:
 
 def weights_of(graph: Graph, plan: QuantPlan) -> Mapping[str, np.ndarray]:
     """The array of every weight the plan quantises, by node."""
-    return {name: graph.params[graph.node(name).inputs[quant.index]].data for name, quant in plan.weights.items()}
+    return {name: quant.held_in(graph) for name, quant in plan.weights.items()}

@@ -63,7 +63,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
     lowered, plan = lower_for_lite(round_stored(graph, plan), plan)
     hooks = Hooks(values={}, edges={})
     grids = {
-        (name, quant.index): quant.qparams(lowered.params[lowered.node(name).inputs[quant.index]].data)
+        (name, quant.index): quant.qparams(quant.held_in(lowered))
         for name, quant in plan.with_weight_observers(lowered).int8_weights().items()
     }
     _separate_weights(lowered, grids)

@@ -15,7 +15,6 @@ from msqkd.pipeline.build import (
 )  # fmt: skip
 from msqkd.pipeline.export import preflight
 from msqkd.pipeline.objects import Objects
-from msqkd.pipeline.trainings import delays
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qat import (
     deployment_graph,
@@ -93,7 +92,7 @@ def _check_plan(objects: Objects, plan: QuantPlan) -> None:
         return
     plan = objects.in_steps(plan)
     steps = objects.recipe.train.epoch_size * objects.steps_per_epoch
-    late = next(((delay, name) for delay, name in delays(plan) if delay >= steps), None)
+    late = next(((delay, name) for delay, name in plan.delays() if delay >= steps), None)
     if late:
         raise PlanError(
             f"quantization.activation.delay is {late[0]} steps, but the training has {steps}: "

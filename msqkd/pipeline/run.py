@@ -12,10 +12,10 @@ from msqkd.analysis.layers import layer_table
 from msqkd.analysis.report import write_report
 from msqkd.data import subset
 from msqkd.files import write_json
-from msqkd.pipeline.checks import check_run
 from msqkd.pipeline.export import Exported, deviation_words, export_files
 from msqkd.pipeline.objects import ROLES, Objects
 from msqkd.pipeline.ptq import quantised_without_training
+from msqkd.pipeline.ranking import quantised_metric
 from msqkd.pipeline.result import assemble, training_only_rows
 from msqkd.pipeline.rundir import RunDirectory
 from msqkd.pipeline.stages import Stages
@@ -24,11 +24,8 @@ from msqkd.progress import Reporter
 from msqkd.quant.algorithms.methods import Improved
 from msqkd.quant.config import INT8, NONE
 from msqkd.quant.fake_quant import QUANTIZE
-from msqkd.quant.qat import (
-    quantize_cell,
-)
 from msqkd.recipe import Recipe
-from msqkd.train.evaluate import input_batches, measured
+from msqkd.train.evaluate import input_batches
 
 _SQNR_SAMPLES = 256
 
@@ -110,10 +107,7 @@ def reopen(folder: RunDirectory, recipe: Recipe, reporter: Reporter) -> Exported
 
 class _Run(Stages):
     def run(self) -> dict[str, Any]:
-        self.reporter.stages = 5 + (len(self.objects.trainings) + 1 if self.objects.trainings else 0)
-        for warning in self.recipe.warnings():
-            self.reporter.warn(warning)
-        check_run(self.objects)
+        self.begin(5 + (len(self.objects.trainings) + 1 if self.objects.trainings else 0))
         self.float_network()
         self._plan_stage()
         self._ptq()
@@ -129,10 +123,7 @@ class _Run(Stages):
 
     def train(self) -> dict[str, Any]:
         """The trainings alone."""
-        self.reporter.stages = 2 + len(self.objects.trainings)
-        for warning in self.recipe.warnings():
-            self.reporter.warn(warning)
-        check_run(self.objects)
+        self.begin(2 + len(self.objects.trainings))
         self.float_network()
         self._plan_stage()
         for role in self.objects.trainings:
@@ -165,11 +156,8 @@ class _Run(Stages):
         def work() -> dict[str, Any]:
             found = quantised_without_training(self.objects)
             told = self._keep(found) if found.told else {}
-            cell = quantize_cell(found.graph, found.plan)
-            cell.set_phase(QUANTIZE)
-            split, size = self.objects.bundle.test, self.recipe.data.eval_batch_size
             return {
-                "accuracy": measured(cell, split, size, self.objects.metric),
+                "accuracy": quantised_metric(self.objects, found, self.objects.bundle.test),
                 "ranges": found.plan.ranges(),
                 "samples": len(self.objects.calibration),
                 "observer": self.recipe.calibration.observer,

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 import mindspore as ms
 
-from msqkd.analysis.diagnosis import rule_for
+from msqkd.analysis.diagnosis import rule_for, with_fragment
 from msqkd.analysis.precisions import COSTS, FLOAT, SIZE, layer_choices
 from msqkd.analysis.search_report import write_search
 from msqkd.analysis.sensitivity import Probe, SwitchedNetwork, loss_kind, whole_batches
 from msqkd.data import subset
 from msqkd.errors import PlanError
 from msqkd.files import write_text
-from msqkd.pipeline.checks import check_run
 from msqkd.pipeline.objects import Objects
 from msqkd.pipeline.ptq import quantised_without_training
 from msqkd.pipeline.ranking import quantised_metric, ranking_split, sets_of
@@ -102,10 +101,7 @@ class _Search(Stages):
 
     def run(self) -> dict[str, Any]:
         objects, budget = self.objects, self.budget
-        self.reporter.stages = 4
-        for warning in self.recipe.warnings():
-            self.reporter.warn(warning)
-        check_run(objects)
+        self.begin(4)
         self.ranking = ranking_split(objects, budget.samples)
         on_test = self.float_network()["accuracy"]
         layers = self._choices()
@@ -146,8 +142,7 @@ class _Search(Stages):
         def work() -> dict[str, Any]:
             found = quantised_without_training(self.objects)
             size = min(64, len(self.ranking))
-            samples = subset(self.ranking, min(_PROBED, len(self.ranking)))
-            samples = subset(samples, whole_batches(samples, size))
+            samples = whole_batches(subset(self.ranking, _PROBED), size)
             network = SwitchedNetwork(found.graph, found.plan)
             probe = Probe(network, samples, size, loss_kind(found.graph, self.objects.metric))
             count = sum(bool(layer.weights) for layer in network.layers)
@@ -194,20 +189,12 @@ class _Search(Stages):
 
     def _recipe(self, item: Assignment) -> Recipe:
         """The recipe with a rule for every layer that is not as the recipe says."""
-        plan, rules = self.objects.plan, []
+        plan, values = self.objects.plan, self.recipe.to_dict()
         for name, precision in item.names.items():
             node = self.objects.deployed.node(name)
             bits = None if precision == FLOAT else int(precision.split()[0])
             if bits is None:
-                rules += _rules(rule_for(node, precision="float"))
+                values = with_fragment(values, rule_for(node, precision="float"))
             elif plan.weights[name].bits != bits:
-                rules += _rules(rule_for(node, weight={"bits": bits}))
-        values = self.recipe.model_dump(exclude_none=True)
-        quantization = dict(values["quantization"])
-        quantization["rules"] = [*quantization.get("rules", []), *rules]
-        return make_recipe({**values, "quantization": quantization})
-
-
-def _rules(fragment: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rules: list[dict[str, Any]] = fragment["quantization"]["rules"]
-    return rules
+                values = with_fragment(values, rule_for(node, weight={"bits": bits}))
+        return make_recipe(values)

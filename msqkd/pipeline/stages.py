@@ -8,6 +8,7 @@ from typing import Any, Callable
 
 from msqkd import parallel
 from msqkd.graph.cell import to_cell
+from msqkd.pipeline.checks import check_run
 from msqkd.pipeline.objects import Objects
 from msqkd.pipeline.trainings import pretrain
 
@@ -26,6 +27,17 @@ class Stages:
         self.recipe, self.folder, self.reporter = objects.recipe, objects.folder, objects.reporter
         self.warnings: list[str] = []
         self.started = datetime.now(timezone.utc)
+
+    def begin(self, stages: int) -> None:
+        """Say what the recipe warns of, and refuse what cannot be done, before so many stages.
+
+        Raises:
+            MsqkdError: whatever the user can mend.
+        """
+        self.reporter.stages = stages
+        for warning in self.recipe.warnings():
+            self.reporter.warn(warning)
+        check_run(self.objects)
 
     def stage(self, name: str, title: str, work: Callable[[], Any], tell: Callable[[Any], str]) -> Any:
         """Do a stage, unless the folder has its result.

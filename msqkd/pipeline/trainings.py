@@ -19,7 +19,6 @@ from msqkd.pipeline.build import (
 )  # fmt: skip
 from msqkd.pipeline.objects import ROLES, Objects
 from msqkd.quant.fake_quant import QUANTIZE
-from msqkd.quant.plan import QuantPlan
 from msqkd.recipe import TrainSection
 from msqkd.train.ema import AveragingOptimizer
 from msqkd.train.loop import Training, fit, steps_per_epoch
@@ -72,7 +71,7 @@ def train(objects: Objects, role: str) -> dict[str, Any]:
         optimizer = _optimizer(objects, network, settings, network)
         step = TrainStep(WithLoss(network, training_loss(settings, graph, "train"), inputs), optimizer, **options)
     delay = min((g.delay for g in objects.plan.groups.values() if not g.fixed), default=None) if quantised else None
-    settled = max(objects.schedule.last_change(), *(step for step, _ in delays(objects.plan))) if quantised else 0
+    settled = max(objects.schedule.last_change(), *(step for step, _ in objects.plan.delays())) if quantised else 0
     history = _fit(objects, role, title, network, step, settings, delay, train, settled)
     result: dict[str, Any] = {"history": history}
     if quantised:
@@ -118,9 +117,3 @@ def _step_options(settings: TrainSection) -> dict[str, Any]:
     """What of a training's settings its step takes."""
     scale = LossScale.of(settings.loss_scale)
     return {"clip_grad": settings.clip_grad, "accumulate": settings.accumulate, "loss_scale": scale}
-
-
-def delays(plan: QuantPlan) -> list[tuple[int, str]]:
-    """The step from which each activation is quantised, and what it is called; `plan` has its delays in steps."""
-    delays = [(group.delay, group.name) for group in plan.groups.values()]
-    return [*delays, *((quant.delay, f"the input of {quant.node}") for quant in plan.dynamic.values())]

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
-import yaml
 
-from msqkd.analysis.diagnosis import rule_for
-from msqkd.analysis.sensitivity import SwitchedNetwork, loss_kind, measured_sensitivity, whole_batches
+from msqkd.analysis.diagnosis import rule_for, with_fragment
+from msqkd.analysis.sensitivity import Probe, SwitchedNetwork, loss_kind, whole_batches
 from msqkd.analysis.tune_report import write_tuning
 from msqkd.data import Split, subset
 from msqkd.errors import DataError, MsqkdError
 from msqkd.files import write_text
 from msqkd.graph.cell import to_cell
-from msqkd.pipeline.checks import check_run
 from msqkd.pipeline.objects import Objects
 from msqkd.pipeline.ptq import quantised_without_training
 from msqkd.pipeline.ranking import quantised_metric, ranking_split, sets_of
@@ -49,6 +47,7 @@ _METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
 )  # fmt: skip
 _FLOAT_LAYERS = (1, 2, 4, 8, 16)
 _SENSITIVITY_SAMPLES = 256
+_FIRST = "as the recipe says"
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Candidate:
     """A recipe to be tried: what is new in it, and all of it as a mapping."""
 
     title: str
-    values: Mapping[str, Any]
+    values: dict[str, Any]
     trains: bool = False
 
     @property
@@ -124,29 +123,18 @@ class _Tuning(Stages):
         self.built: dict[str, tuple[Objects, Improved]] = {}
 
     def run(self) -> dict[str, Any]:
-        objects = self.objects
-        self.reporter.stages = 2
-        for warning in self.recipe.warnings():
-            self.reporter.warn(warning)
-        check_run(objects)
-        self.tuning = ranking_split(objects, self.goal.samples)
+        self.begin(2)
+        self.tuning = ranking_split(self.objects, self.goal.samples)
         on_test = self.float_network()["accuracy"]
         base = self.stage("float on the tuning set", "Metric", self._float_metric, self._float_words)["metric"]
-        best: Optional[dict[str, Any]] = None
-        confirmed: Optional[dict[str, Any]] = None
         for candidate in self._candidates():
             if self._is_over():
                 break
             trial = self._try(candidate, base, on_test)
-            if best is None or self._beats(trial, best):
-                best = trial
-            if trial["drop"] <= self.goal.max_drop:
-                found = trial if candidate.trains else self._confirm(candidate, trial, on_test)
-                if found["test_drop"] <= self.goal.max_drop:
-                    confirmed = best = found
-                    break
-        assert best is not None
-        return self._tell(best, confirmed is not None, base, on_test)
+            if trial["drop"] <= self.goal.max_drop and self._confirm(trial, on_test)["test_drop"] <= self.goal.max_drop:
+                return self._tell(trial, True, base, on_test)
+        best = self._confirm(min(self.trials, key=lambda trial: trial["drop"]), on_test)
+        return self._tell(best, False, base, on_test)
 
     def _float_metric(self) -> dict[str, Any]:
         """The metric of the float network, which must see a difference between its answers and noise."""
@@ -170,16 +158,18 @@ class _Tuning(Stages):
     # -- trials -------------------------------------------------------------------------------------------------------
     def _candidates(self) -> Iterator[Candidate]:
         """What is tried next, given what was found so far."""
-        start = Candidate("as the recipe says", _plain(self.recipe))
+        start = Candidate(_FIRST, self.recipe.to_dict())
         yield start
         own = self.recipe.calibration
         for observer in _OBSERVERS:
             if (observer["observer"], observer["percentile"]) != (own.observer, own.percentile):
                 name = observer["observer"] + (f" {observer['percentile']}" if observer["percentile"] else "")
-                yield _with(start, f"observer {name}", calibration=observer)
+                yield _with(start, f"observer {name}", {"calibration": observer})
         best = self._best(start)
         if not self.recipe.quantization.weight.per_channel:
-            yield _with(best, "weights with a scale for each channel", quantization={"weight": {"per_channel": True}})
+            yield _with(
+                best, "weights with a scale for each channel", {"quantization": {"weight": {"per_channel": True}}}
+            )
             best = self._best(best)
         for name, settings in _METHODS:
             added = _with_method(best, name, settings)
@@ -189,10 +179,10 @@ class _Tuning(Stages):
         worst = self._worst_layers(best)
         for count in (number for number in _FLOAT_LAYERS if number <= len(worst)):
             layers = worst[:count]
-            rules = [rule for name in layers for rule in self._float_rule(name)]
-            title = f"float: {', '.join(layers)}"
-            held = list(best.values.get("quantization", {}).get("rules", []))
-            yield _with(best, title, quantization={"rules": [*held, *rules]})
+            values = best.values
+            for name in layers:
+                values = with_fragment(values, rule_for(self.objects.deployed.node(name), precision="float"))
+            yield Candidate(_titled(best, f"float: {', '.join(layers)}"), values)
         best = self._best(best)
         values = {**best.values, "ptq": {}, "compare": []}
         yield Candidate(f"{best.title}; training", values, trains=True)
@@ -207,7 +197,7 @@ class _Tuning(Stages):
         if not untrained:
             return before
         found = min(untrained, key=lambda trial: trial["drop"])
-        return Candidate(found["title"], yaml.safe_load(found["recipe"]))
+        return Candidate(found["title"], found["recipe"])
 
     def _try(self, candidate: Candidate, base: float, on_test: float) -> dict[str, Any]:
         recipe = candidate.recipe
@@ -215,7 +205,7 @@ class _Tuning(Stages):
         self.reporter.stages += 1
 
         def work() -> dict[str, Any]:
-            told = {"title": candidate.title, "trains": candidate.trains, "recipe": dump_recipe(recipe)}
+            told = {"title": candidate.title, "trains": candidate.trains, "recipe": recipe.to_dict()}
             try:
                 if candidate.trains:
                     return {**told, **self._trained(recipe, on_test)}
@@ -242,16 +232,21 @@ class _Tuning(Stages):
         found = run_recipe(recipe, place, self.reporter)["accuracy"]["exported"]
         return {"metric": None, "drop": self._lost(found, on_test), **self._on_test(found, on_test)}
 
-    def _confirm(self, candidate: Candidate, trial: dict[str, Any], on_test: float) -> dict[str, Any]:
-        """The same on the whole test set."""
+    def _confirm(self, trial: dict[str, Any], on_test: float) -> dict[str, Any]:
+        """The trial, with what its network reaches on the whole test set."""
+        if "test_metric" in trial:
+            return trial
+        recipe = make_recipe(trial["recipe"])
 
         def work() -> dict[str, Any]:
-            return self._on_test(self._measured(candidate.recipe, self.objects.bundle.test), on_test)
+            return self._on_test(self._measured(recipe, self.objects.bundle.test), on_test)
 
         self.reporter.stages += 1
-        key = f"confirmed {candidate.recipe.sha()[:16]}"
-        title = f"Confirmation on the whole test set: {candidate.title}"
-        found = self.stage(key, title, work, lambda r: f"{self.metric.words(r['test_metric'])} on the test set")
+        title = f"Confirmation on the whole test set: {trial['title']}"
+        words = self.metric.words
+        found = self.stage(
+            f"confirmed {recipe.sha()[:16]}", title, work, lambda r: f"{words(r['test_metric'])} on the test set"
+        )
         trial.update({name: found[name] for name in ("test_metric", "test_drop")})
         return trial
 
@@ -272,12 +267,11 @@ class _Tuning(Stages):
         def work() -> dict[str, Any]:
             _, found = self._build(best.recipe)
             size = min(64, len(self.tuning))
-            samples = subset(self.tuning, min(_SENSITIVITY_SAMPLES, len(self.tuning)))
-            samples = subset(samples, whole_batches(samples, size))
+            samples = whole_batches(subset(self.tuning, _SENSITIVITY_SAMPLES), size)
             network = SwitchedNetwork(found.graph, found.plan, found.reference)
-            kind = loss_kind(found.graph, self.metric)
-            ranked = measured_sensitivity(network, samples, size, self.metric, kind).ranked()
-            return {"layers": [row.name for row in ranked if row.only_loss > 0]}
+            probe = Probe(network, samples, size, loss_kind(found.graph, self.metric))
+            losses = {name: probe.loss({name}) for name in network.names}
+            return {"layers": sorted((name for name in losses if losses[name] > 0), key=lambda name: -losses[name])}
 
         self.reporter.stages += 1
         key = f"layers {best.recipe.sha()[:16]}"
@@ -285,20 +279,12 @@ class _Tuning(Stages):
         nodes = {node.name for node in self.objects.plan.nodes}
         return [name for name in found["layers"] if name in nodes]
 
-    def _float_rule(self, name: str) -> Sequence[Mapping[str, Any]]:
-        fragment = rule_for(self.objects.deployed.node(name), precision="float")
-        rules: list[Mapping[str, Any]] = fragment["quantization"]["rules"]
-        return rules
-
     # -- what it comes to ----------------------------------------------------------------------------------------------
     def _lost(self, found: float, base: float) -> float:
         return base - found if self.metric.higher_is_better else found - base
 
     def _on_test(self, found: float, on_test: float) -> dict[str, Any]:
         return {"test_metric": found, "test_drop": self._lost(found, on_test)}
-
-    def _beats(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-        return bool(one["drop"] < other["drop"])
 
     def _is_over(self) -> bool:
         goal, spent = self.goal, (time.monotonic() - self.begun) / 60
@@ -310,10 +296,8 @@ class _Tuning(Stages):
         return f" of at most {self.goal.trials}" if self.goal.trials is not None else ""
 
     def _tell(self, best: dict[str, Any], reached: bool, base: float, on_test: float) -> dict[str, Any]:
-        if "test_metric" not in best:
-            candidate = Candidate(best["title"], yaml.safe_load(best["recipe"]))
-            best = self._confirm(candidate, best, on_test)
-        write_text(self.folder.file(TUNED), best["recipe"])
+        recipe = dump_recipe(make_recipe(best["recipe"]))
+        write_text(self.folder.file(TUNED), recipe)
         result = {
             "name": self.recipe.name,
             "reached": reached,
@@ -323,38 +307,28 @@ class _Tuning(Stages):
             "best": {key: best[key] for key in ("title", "drop", "test_metric", "test_drop", "trains")},
             "sets": sets_of(self.objects, self.tuning),
             "trials": [{key: value for key, value in trial.items() if key != "recipe"} for trial in self.trials],
-            "recipe": best["recipe"],
+            "recipe": recipe,
         }
         write_tuning(result, self.folder.path)
         return result
 
 
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as the mapping of its YAML."""
-    loaded: dict[str, Any] = yaml.safe_load(dump_recipe(recipe))
-    return loaded
+def _titled(before: Candidate, what: str) -> str:
+    return what if before.title == _FIRST else f"{before.title}; {what}"
 
 
-def _with(before: Candidate, what: str, **sections: Mapping[str, Any]) -> Candidate:
-    """`before` with other keys in some of its sections."""
-    values = dict(before.values)
-    for name, changes in sections.items():
-        values[name] = _merged(values.get(name) or {}, changes)
-    return Candidate(what if before.title == "as the recipe says" else f"{before.title}; {what}", values)
-
-
-def _merged(held: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(held)
-    for key, value in changes.items():
-        result[key] = _merged(result.get(key) or {}, value) if isinstance(value, Mapping) else value
-    return result
+def _with(before: Candidate, what: str, fragment: Mapping[str, Any]) -> Candidate:
+    """`before` with a fragment of a recipe put in."""
+    return Candidate(_titled(before, what), with_fragment(before.values, fragment))
 
 
 def _with_method(before: Candidate, method: str, settings: Mapping[str, Any]) -> Optional[Candidate]:
     """`before` with one more method, or another setting of it; None where no order of the methods is possible."""
-    held = list((before.values.get("ptq") or {}).get("methods", []))
+    held = before.values["ptq"]["methods"]
     wanted = [name for name in STAGES if name in {*held, method}]
     if (wanted == held and not settings) or against_order(wanted):
         return None
     words = ", ".join(f"{key} {value}" for key, value in settings.items())
-    return _with(before, f"{method} ({words})" if words else method, ptq={"methods": wanted, method: settings})
+    added = _with(before, f"{method} ({words})" if words else method, {"ptq": {method: settings}})
+    added.values["ptq"]["methods"] = wanted
+    return added

@@ -75,6 +75,16 @@ class WeightQuant:
         """For a weight that is `factor` times smaller."""
         return self if self.scale is None else replace(self, scale=np.float32(self.scale) / np.float32(factor))
 
+    def held_in(self, graph: Graph) -> np.ndarray:
+        """The weight itself, in the graph the plan is for."""
+        return graph.params[graph.node(self.node).inputs[self.index]].data
+
+    def settled(self, weight: np.ndarray) -> WeightQuant:
+        """With the clip ratio that the observer ``mse`` finds for `weight`, where nothing was chosen before."""
+        if self.observer != "mse" or self.clip_ratio is not None or self.scale is not None:
+            return self
+        return replace(self, clip_ratio=weight_clip_ratio(weight, self.bits, self.axis, where=self.node))
+
     @property
     def kept_part(self) -> Any:
         """The clip ratio in force: 1 where none was chosen."""
@@ -217,13 +227,7 @@ class QuantPlan:
 
     def with_weight_observers(self, graph: Graph) -> QuantPlan:
         """A copy whose ``mse`` weights have clip ratios: those chosen before, else the best for `graph`."""
-        weights = {}
-        for name, quant in self.weights.items():
-            if quant.observer == "mse" and quant.clip_ratio is None and quant.scale is None:
-                weight = graph.params[graph.node(name).inputs[quant.index]].data
-                quant = replace(quant, clip_ratio=weight_clip_ratio(weight, quant.bits, quant.axis, where=name))
-            weights[name] = quant
-        return replace(self, weights=weights)
+        return replace(self, weights={name: q.settled(q.held_in(graph)) for name, q in self.weights.items()})
 
     def with_scales(self, weights: Mapping[str, Any], groups: Mapping[str, Any]) -> QuantPlan:
         """A copy with trained scales: of weights by node (numbers or lists), and of groups, whose ranges are set
@@ -250,6 +254,11 @@ class QuantPlan:
 
         groups = {name: steps(group) for name, group in self.groups.items()}
         return replace(self, groups=groups, dynamic={name: steps(quant) for name, quant in self.dynamic.items()})
+
+    def delays(self) -> list[tuple[int, str]]:
+        """The step from which each activation is quantised, and what it is called; delays in epochs do not count."""
+        delays = [(group.delay, group.name) for group in self.groups.values()]
+        return [*delays, *((quant.delay, f"the input of {quant.node}") for quant in self.dynamic.values())]
 
     def int8_weights(self) -> dict[str, WeightQuant]:
         """Those of `weights` whose layers compute in int8."""

@@ -178,7 +178,7 @@ class QuantCell(nn.Cell):
         graph = self._deployed_now() if due else None
         for cell in due:
             assert graph is not None
-            cell.start(graph.params[graph.node(cell.quant.node).inputs[cell.quant.index]].data)
+            cell.start(cell.quant.held_in(graph))
 
     def _set_batchnorm(self, frozen: bool) -> bool:
         """Let BatchNorm compute with its running statistics in training too, or not."""

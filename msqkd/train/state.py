@@ -60,7 +60,7 @@ class History:
 
 def save_state(step: TrainStep, network: Any, history: History, key: str, path: PathLike) -> None:
     """Write parameters, ranges, optimiser and history; `key` says which training it is."""
-    arrays = {f"net/{name}": value for name, value in _arrays(network.get_parameters()).items()}
+    arrays = _of_network(network)
     arrays.update({f"opt/{name}": value for name, value in _arrays(_own(step, network)).items()})
     write_archive(arrays, {"key": key, "steps": step.steps_done, "history": asdict(history)}, path)
 
@@ -78,9 +78,7 @@ def load_state(step: TrainStep, network: Any, key: str, path: PathLike) -> Histo
 def _loaded(
     step: TrainStep, network: Any, key: str, path: PathLike, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]
 ) -> History:
-    if meta.get("key") != key:
-        raise CheckpointError(f"{path} belongs to another training; remove it to start this training over")
-    restore(network.get_parameters(), arrays, "net/", path)
+    _restore_network(network, key, path, arrays, meta)
     restore(_own(step, network), arrays, "opt/", path)
     step.steps_done = int(meta["steps"])
     return History.of(meta["history"])
@@ -107,8 +105,7 @@ def best_file(path: PathLike) -> Path:
 
 def save_best(network: Any, key: str, path: PathLike) -> None:
     """Write what the network holds as the best of the training whose state is in `path`."""
-    arrays = {f"net/{name}": value for name, value in _arrays(network.get_parameters()).items()}
-    write_archive(arrays, {"key": key}, best_file(path))
+    write_archive(_of_network(network), {"key": key}, best_file(path))
 
 
 def take_best(network: Any, key: str, path: PathLike) -> None:
@@ -117,10 +114,7 @@ def take_best(network: Any, key: str, path: PathLike) -> None:
     Raises:
         CheckpointError: the file is damaged, or belongs to another training.
     """
-    arrays, meta = read_archive(best_file(path))
-    if meta.get("key") != key:
-        raise CheckpointError(f"{best_file(path)} belongs to another training; remove it to start this training over")
-    restore(network.get_parameters(), arrays, "net/", best_file(path))
+    _restore_network(network, key, best_file(path), *read_archive(best_file(path)))
 
 
 def keep_previous(path: PathLike, keep: int) -> None:
@@ -197,6 +191,18 @@ def _read(path: PathLike) -> dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, BadZipFile) as error:
         raise DamagedStateError(f"{path} cannot be read ({error}); remove it to start this training over") from error
+
+
+def _of_network(network: Any) -> dict[str, np.ndarray]:
+    return {f"net/{name}": value for name, value in _arrays(network.get_parameters()).items()}
+
+
+def _restore_network(
+    network: Any, key: str, path: PathLike, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]
+) -> None:
+    if meta.get("key") != key:
+        raise CheckpointError(f"{path} belongs to another training; remove it to start this training over")
+    restore(network.get_parameters(), arrays, "net/", path)
 
 
 def _own(step: TrainStep, network: Any) -> list[Any]:

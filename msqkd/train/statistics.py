@@ -32,24 +32,20 @@ class SharedStatistics(nn.Cell):
             pairs = zip(optimizer.weights, optimizer.averages)
             found += [average for weight, average in pairs if id(weight) in known]
         self.parameters_shared = ms.ParameterTuple(found)
-        self.sizes = [int(parameter.size) for parameter in found]
-        self.mean = parallel.Mean()
+        self.means = parallel.Means([tuple(parameter.shape) for parameter in found])
         self.watched = [part for _, part in network.cells_and_names() if hasattr(part, "batchnorm_frozen")]
 
     def share(self) -> None:
         """Do it, unless they stand still."""
-        if self.sizes and not (self.watched and all(part.batchnorm_frozen for part in self.watched)):
+        if self.means.sizes and not (self.watched and all(part.batchnorm_frozen for part in self.watched)):
             self()
 
     def construct(self):  # type: ignore[no-untyped-def]
         """One message for all of them."""
-        parts = ()
-        for parameter in self.parameters_shared:
-            parts = (*parts, parameter.reshape(-1))
-        means = ops.split(self.mean(ops.concat(parts)), self.sizes)
+        means = self.means(self.parameters_shared)
         done = means[0].sum()
         for parameter, mean in zip(self.parameters_shared, means):
-            done = ops.depend(done, ops.assign(parameter, mean.reshape(parameter.shape)))
+            done = ops.depend(done, ops.assign(parameter, mean))
         return done
 
 

@@ -87,8 +87,8 @@ class TrainStep(nn.TrainOneStepCell):
         self.has_others = parallel.size() > 1
         if self.has_others:
             self.mean = parallel.Mean()
-            if ms.get_context("device_target") == "CPU":
-                self.grad_reducer = parallel.MeanGradients([tuple(weight.shape) for weight in self.weights])
+            if ms.get_context("device_target") == "CPU":  # elsewhere MindSpore joins the messages itself
+                self.grad_reducer = parallel.Means([tuple(weight.shape) for weight in self.weights])
             self.statistics = SharedStatistics(self.quantized_part(), optimizer)
         self.parts = accumulate
         self.map_gradients = ops.HyperMap()

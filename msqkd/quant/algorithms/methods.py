@@ -98,6 +98,6 @@ def with_fixed_scales(graph: Graph, plan: QuantPlan) -> QuantPlan:
     weights = dict(plan.weights)
     for name, quant in plan.weights.items():
         if quant.clip_ratio is not None and quant.scale is None:
-            weight = graph.params[graph.node(name).inputs[quant.index]].data
-            weights[name] = replace(quant, scale=np.asarray(quant.qparams(weight).scale), clip_ratio=None)
+            scale = quant.qparams(quant.held_in(graph)).scale
+            weights[name] = replace(quant, scale=np.asarray(scale), clip_ratio=None)
     return replace(plan, weights=weights)

@@ -9,13 +9,13 @@ from typing import ClassVar, Optional
 from msqkd.graph.ir import Graph, Node
 from msqkd.graph.passes.padded_pools import NON_NEGATIVE
 from msqkd.quant.algorithms.adaround import layer_part
-from msqkd.quant.algorithms.base import INTEGER_STAGE, Method, Work
-from msqkd.quant.algorithms.rounding import Part, Training, part_of, reconstruct, roundable
+from msqkd.quant.algorithms.base import Work
+from msqkd.quant.algorithms.rounding import Part, TrainedRounding, part_of, reconstruct, roundable
 from msqkd.quant.plan import QuantPlan
 
 
 @dataclass
-class Reconstruct(Method):
+class Reconstruct(TrainedRounding):
     """Roundings of all weights of a block are trained together, with the scales of its activations, for what the block
     gives.
 
@@ -27,33 +27,24 @@ class Reconstruct(Method):
     The scales trained are those of activations whose values are all computed in one block, starting from the observed
     ranges, with the gradient of LSQ (`msqkd.quant.learned`); the others stay.
 
-    Attributes:
-        iterations, batch_size, lr, warmup, beta, reg: as of `msqkd.quant.algorithms.adaround.AdaRound`, for each block.
+    Attributes: as of `msqkd.quant.algorithms.rounding.TrainedRounding`, for each block, and
         drop: the share that is not quantised; 0 to below 1.
     """
 
-    iterations: int = 1000
-    batch_size: int = 32
-    lr: float = 1e-2
-    warmup: float = 0.2
-    beta: tuple[float, float] = (20.0, 2.0)
-    reg: float = 0.01
     drop: float = 0.5
 
     name: ClassVar[str] = "reconstruct"
-    stage: ClassVar[str] = INTEGER_STAGE
 
-    def __post_init__(self) -> None:
-        self._training().check(self.name)
-
-    def _training(self) -> Training:
-        return Training(self.iterations, self.batch_size, self.lr, self.warmup, self.beta, self.reg, self.drop)
+    @property
+    def dropped(self) -> float:
+        """See `drop`."""
+        return self.drop
 
     def apply(self, work: Work) -> list[str]:
         """Set the weights of layers to scale · integer (float32), and scales and ranges in the plan."""
         layers, told = roundable(work)
         parts = blocks(work.graph, work.plan, layers)
-        return reconstruct(work, parts, self._training(), whole=True) + told
+        return reconstruct(work, parts, self, whole=True) + told
 
 
 def blocks(graph: Graph, plan: QuantPlan, layers: list[str]) -> list[Part]:

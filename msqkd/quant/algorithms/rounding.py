@@ -13,7 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Optional, Union
+from typing import Any, ClassVar, Optional, Union
 
 import mindspore as ms
 import numpy as np
@@ -23,7 +23,7 @@ from msqkd.errors import PlanError
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.dropout import CountedDropout
 from msqkd.graph.ir import Graph, Node
-from msqkd.quant.algorithms.base import Work
+from msqkd.quant.algorithms.base import INTEGER_STAGE, Method, Work
 from msqkd.quant.algorithms.stream import (
     Stream,
     activation_cell,
@@ -52,23 +52,33 @@ _SCALE_RATE = 0.1
 
 
 @dataclass
-class Training:
-    """How roundings are trained; what the settings mean is said in `msqkd.quant.algorithms.adaround`."""
+class TrainedRounding(Method):
+    """Base of the methods that train roundings.
 
-    iterations: int
-    batch_size: int
-    lr: float
-    warmup: float
-    beta: tuple[float, float]
-    reg: float
-    drop: float = 0.0
+    Attributes:
+        iterations: training steps a part; 1 or more.
+        batch_size: samples a step; 1 or more, at most all there are.
+        lr: of Adam; above 0, up to 1.
+        warmup: share of the iterations without the regulariser; 0 to below 1.
+        beta: its exponent after the warm-up and at the end, which it falls to evenly; not rising, from 1.
+        reg: its weight; 0 or more.
+    """
 
-    def check(self, where: str) -> None:
-        """Refuse settings out of range; `where` is the name of the method.
+    iterations: int = 1000
+    batch_size: int = 32
+    lr: float = 1e-2
+    warmup: float = 0.2
+    beta: tuple[float, float] = (20.0, 2.0)
+    reg: float = 0.01
 
-        Raises:
-            PlanError: one is.
-        """
+    stage: ClassVar[str] = INTEGER_STAGE
+
+    @property
+    def dropped(self) -> float:
+        """The share of activations that is not quantised in training, 0 to below 1."""
+        return 0.0
+
+    def __post_init__(self) -> None:
         ends = tuple(self.beta)
         for key, fine, allowed in (
             ("iterations", self.iterations >= 1, "1 or more"),
@@ -77,10 +87,10 @@ class Training:
             ("warmup", 0 <= self.warmup < 1, "0 to below 1"),
             ("beta", len(ends) == 2 and ends[0] >= ends[1] >= 1, "two numbers, the first not below the second, from 1"),
             ("reg", self.reg >= 0, "0 or more"),
-            ("drop", 0 <= self.drop < 1, "0 to below 1"),
+            ("drop", 0 <= self.dropped < 1, "0 to below 1"),
         ):
             if not fine:
-                raise PlanError(f"{where}.{key} is {getattr(self, key)}; allowed: {allowed}")
+                raise PlanError(f"{self.name}.{key} is {getattr(self, key)}; allowed: {allowed}")
 
     def pressure(self, step: int) -> tuple[float, float]:
         """The weight of the regulariser and its β at a step: none in the warm-up, then a β that falls evenly."""
@@ -219,7 +229,7 @@ def roundable(work: Work) -> tuple[list[str], list[str]]:
     return layers, told
 
 
-def reconstruct(work: Work, parts: Sequence[Part], training: Training, *, whole: bool) -> list[str]:
+def reconstruct(work: Work, parts: Sequence[Part], training: TrainedRounding, *, whole: bool) -> list[str]:
     """Train the roundings of all parts, one after the other, on what arrives in the quantised network before them.
 
     The target is what the float network gives with the parameters that `work.graph` has now. What is trained is written
@@ -246,7 +256,7 @@ def reconstruct(work: Work, parts: Sequence[Part], training: Training, *, whole:
         work.progress(number, len(parts))
         exact.wanted = {name for later in parts[number:] for name in (*later.inputs, *later.outputs)}
         quantized.wanted = {name for later in parts[number:] for name in later.inputs}
-        data = _data(part, exact, quantized, training.drop > 0)
+        data = _data(part, exact, quantized, training.dropped > 0)
         if data is None:
             told.append(f"{part.name}: rounded to the nearest, it reads or gives values that are not made of samples")
             continue
@@ -317,7 +327,7 @@ class _Trainer:
     It is built for the first of them; `train` gives it the numbers of each.
     """
 
-    def __init__(self, work: Work, piece: Graph, part: Part, training: Training, whole: bool) -> None:
+    def __init__(self, work: Work, piece: Graph, part: Part, training: TrainedRounding, whole: bool) -> None:
         self.training, self.whole = training, whole
         self.parameters = list(piece.params)
         self.quantizers: list[FakeQuantActivation] = []
@@ -335,7 +345,7 @@ class _Trainer:
         groups: list[dict[str, Any]] = [{"params": trained}]
         if steps:
             groups.append({"params": steps, "lr": training.lr * _SCALE_RATE})
-        self.network = _Reconstruction(body, self.roundings, len(piece.inputs), len(piece.outputs), training.drop)
+        self.network = _Reconstruction(body, self.roundings, len(piece.inputs), len(piece.outputs), training.dropped)
         optimizer = nn.Adam(groups, learning_rate=training.lr)
         names = {parameter.name for parameter in (*trained, *steps)}
         self.state = [parameter for parameter in optimizer.get_parameters() if parameter.name not in names]
@@ -366,8 +376,8 @@ class _Trainer:
             if isinstance(place, tuple):
                 edges[place] = cell
             else:
-                dropped = self.training.drop > 0
-                values[place] = _Dropped(cell, f"value{number}", self.training.drop) if dropped else cell
+                dropped = self.training.dropped > 0
+                values[place] = _Dropped(cell, f"value{number}", self.training.dropped) if dropped else cell
         for node in piece.nodes:
             if node.name in plan.dynamic:
                 edges[node.name, 0] = dynamic_cell(plan, node.name)
