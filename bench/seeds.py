@@ -1,9 +1,9 @@
 """Run a recipe for several seeds and print the accuracies as mean ± standard deviation.
 
-    python bench/seeds.py RECIPE [--seeds 0 1 2] [--set key=value …] [--output DIR] [--json]
+    python bench/seeds.py RECIPE [--calibrate] [--seeds 0 1 2] [--set key=value …] [--output DIR] [--json]
 
 Each seed is a run of its own in DIR/seedN (finished ones are not repeated): `msqkd run RECIPE --set seed=N` gives the
-same numbers.
+same numbers. With --calibrate it is `msqkd calibrate`: nothing is trained.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ ROWS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe")
+    parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="settings", nargs="*", default=[])
     parser.add_argument("--output", type=Path, default=None)
@@ -42,7 +43,8 @@ def main() -> None:
     results = []
     for seed in args.seeds:
         recipe = load_recipe(args.recipe, [*args.settings, f"seed={seed}"])
-        results.append(run_recipe(recipe, (args.output or Path("runs") / f"{recipe.name}_seeds") / f"seed{seed}"))
+        folder = (args.output or Path("runs") / f"{recipe.name}_seeds") / f"seed{seed}"
+        results.append(run_recipe(recipe, folder, train=not args.calibrate))
     table = summary([result["accuracy"] for result in results])
     if args.json:
         print(

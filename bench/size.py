@@ -1,8 +1,10 @@
 """What the exported files weigh beside the float32 MindIR of the captured network.
 
     python bench/size.py [--json] [--networks resnet20 resnet50] [--per-channel] [--precision weight-only] [--bits 4]
+        [--clusters 16 [--shared]] [--deflated]
 
-Weights are random and the ranges come from one random batch, which hardly matters to a size. Every format of
+Weights are random and the ranges come from one random batch, which hardly matters to a size. --clusters applies the
+method cluster of docs/ptq.md; --deflated gives the bytes of each file in a ZIP archive instead. Every format of
 `msqkd.exporters.FORMATS` for the target lite_arm is a row; one whose package is not installed, or that cannot hold the
 network in this precision, is left out, with a note.
 """
@@ -13,6 +15,8 @@ import argparse
 import json
 import sys
 import tempfile
+import zlib
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,8 @@ from msqkd.exporters.portable import write_float
 from msqkd.graph.capture import capture
 from msqkd.models import build_model
 from msqkd.platform import leave_quietly
+from msqkd.quant.algorithms.base import Method
+from msqkd.quant.algorithms.cluster import Cluster
 from msqkd.quant.config import INT8, STORING
 
 NETWORKS = {"resnet20": ("msqkd", (3, 32, 32)), "resnet50": ("mindcv", (3, 224, 224))}
@@ -40,10 +46,16 @@ def main() -> None:
     parser.add_argument("--per-channel", action="store_true")
     parser.add_argument("--precision", default=INT8, choices=(INT8, *STORING))
     parser.add_argument("--bits", type=int, default=8, help="of weights, 2 to 8")
+    parser.add_argument("--clusters", type=int, help="integers that the weights of a layer may take, 2 to 128")
+    parser.add_argument("--shared", action="store_true", help="the same ones for all layers")
+    parser.add_argument("--deflated", action="store_true", help="compressed as in a ZIP archive")
     args = parser.parse_args()
+    if args.shared and args.clusters is None:
+        parser.error("--shared goes with --clusters")
     ms.set_context(mode=ms.GRAPH_MODE)
     changes = {"weight.per_channel": args.per_channel, "weight.quant_dtype": args.bits, "precision": args.precision}
-    sizes = {name: file_sizes(name, changes) for name in args.networks}
+    methods = [Cluster(args.clusters, args.shared)] if args.clusters is not None else []
+    sizes = {name: file_sizes(name, changes, methods, args.deflated) for name in args.networks}
     if args.json:
         print(json.dumps({"sizes": sizes, "date": date.today().isoformat(), "versions": versions()}, indent=2))
         return
@@ -53,14 +65,16 @@ def main() -> None:
             print(f"| {name} | {kind} | {size:,} | {size / files['float']:.4f} |")
 
 
-def file_sizes(name: str, changes: dict[str, Any]) -> dict[str, int]:
+def file_sizes(
+    name: str, changes: dict[str, Any], methods: Sequence[Method] = (), deflated: bool = False
+) -> dict[str, int]:
     """Bytes by format, `float` first; `changes` of the settings are as in `QuantConfig.override`."""
     ms.set_seed(0)
     source, shape = NETWORKS[name]
     net = build_model(source, name, {})
     images = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
     config = QuantConfig(act_observer="minmax").override(changes)
-    graph, plan = quantize(create_ptq_network(net, config, [images])).sync()
+    graph, plan = quantize(create_ptq_network(net, config, [images], methods=methods)).sync()
     with tempfile.TemporaryDirectory() as folder:
         files = {"float": write_float(capture(net, shape), Path(folder) / "float.mindir")}
         for form in FORMATS.values():
@@ -70,7 +84,11 @@ def file_sizes(name: str, changes: dict[str, Any]) -> dict[str, int]:
                 files[form.name] = form.write(graph, plan, Path(folder) / (form.name + form.suffix))
             except (MissingDependencyError, ExportError) as error:
                 print(f"{form.name}: {error}", file=sys.stderr)
-        return {kind: file.stat().st_size for kind, file in files.items()}
+        return {kind: _deflated(file) if deflated else file.stat().st_size for kind, file in files.items()}
+
+
+def _deflated(file: Path) -> int:
+    return len(zlib.compress(file.read_bytes(), 9))
 
 
 if __name__ == "__main__":

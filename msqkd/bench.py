@@ -7,6 +7,7 @@ moments; medians and quartiles, because what disturbs a measurement only ever ma
 from __future__ import annotations
 
 import platform
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,10 +16,13 @@ from typing import Any, Callable, Optional, Union
 
 import numpy as np
 
+from msqkd.analysis.layer_times import FLOAT_KEY, INT8_KEY, LayerTimes
 from msqkd.environment import version_of
 from msqkd.errors import DataError
 from msqkd.files import PathLike
+from msqkd.graph.ir import Graph
 from msqkd.platform import cpu_flags
+from msqkd.quant.plan import QuantPlan
 
 MIN_ROUNDS, WARM_UP = 10, 3
 _INT8_INSTRUCTIONS = {
@@ -133,21 +137,119 @@ def bench_onnx(
     """
     from msqkd.exporters.onnx import executed_kernels, load_onnx
 
+    arrays = _checked(inputs, threads, rounds)
+    files = [Path(float_file), Path(int8_file)]
+    calls = [_call(file, load_onnx(file, threads), arrays) for file in files]
+    rounds = _warmed_up(calls, rounds, seconds)
+    times = np.array([_times(calls) for _ in range(rounds)]) * 1e3
+    float32, int8 = (_latency(name, file, column) for name, file, column in zip(("float32", "int8"), files, times.T))
+    return Comparison(float32, int8, len(arrays[0]), rounds, executed_kernels(files[1]), environment(threads))
+
+
+_PROFILED = 400_000
+"""The kernels a profile may hold, which onnxruntime keeps in memory."""
+
+_SOFT = ("HSigmoid", "LeakyReLU", "ReLU", "ReLU6", "Sigmoid", "Tanh")
+"""Activations that onnxruntime computes in the kernel before them."""
+
+
+def bench_layers(
+    graph: Graph,
+    plan: QuantPlan,
+    inputs: Union[np.ndarray, Sequence[np.ndarray]],
+    *,
+    threads: int = 1,
+    rounds: Optional[int] = None,
+    seconds: float = 5.0,
+) -> LayerTimes:
+    """Measure every layer in the float and in the int8 ONNX file of a network, called in turns.
+
+    A layer's time is that of the kernels it is computed in, with the activation behind it and what quantises its
+    values; what belongs to no layer with a weight, pools and additions among it, is the `LayerTimes.rest`.
+
+    Args:
+        graph, plan: the deployment graph and its plan, every range known. Its layers are those of `plan.weights`.
+        inputs, threads, rounds, seconds: as for `bench_onnx`.
+
+    Raises:
+        DataError, ExportError, MissingDependencyError: as `bench_onnx`; or the network cannot be written as ONNX.
+    """
+    from msqkd.exporters.onnx.profile import Profile
+    from msqkd.exporters.onnx.qdq import export_onnx, export_onnx_float, onnx_owners
+    from msqkd.exporters.onnx.runtime import onnxruntime_package
+
+    onnxruntime_package()
+    arrays = _checked(inputs, threads, rounds)
+    layers = layers_of_operations(graph, plan)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        files = [export_onnx_float(graph, scratch / "float.onnx"), export_onnx(graph, plan, scratch / "int8.onnx")]
+        profiles = [Profile(file, threads, scratch) for file in files]
+        calls = [_call(file, profile.run, arrays) for file, profile in zip(files, profiles)]
+        most = max(MIN_ROUNDS, _PROFILED // max(profile.kernels for profile in profiles))
+        rounds = min(_warmed_up(calls, rounds, seconds), most)
+        for _ in range(rounds):
+            _times(calls)
+        plans = (QuantPlan(FLOAT_KEY, graph.name), plan)
+        found = [profile.times(onnx_owners(graph, one), rounds) for profile, one in zip(profiles, plans)]
+    rows: dict[str, dict[str, float]] = {name: {} for name in plan.weights}
+    rest: dict[str, float] = {}
+    for key, times in zip((FLOAT_KEY, INT8_KEY), found):
+        for row in (*rows.values(), rest):
+            row[key] = 0.0
+        for operation, microseconds in times.items():
+            row = rows.get(layers.get(operation, ""), rest)
+            row[key] += microseconds / len(arrays[0])
+    return LayerTimes(rows, rest)
+
+
+def layers_of_operations(graph: Graph, plan: QuantPlan) -> dict[str, str]:
+    """The layer with a weight that each operation is measured with, where it is: itself, or an activation behind it."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        decision, source = plan.node(node.name), graph.producer(node.inputs[0])
+        if node.name in plan.weights:
+            found[node.name] = node.name
+        elif decision.fused_into in found:
+            found[node.name] = found[decision.fused_into]
+        elif node.op in _SOFT and source is not None and source.name in found:
+            alone = len(graph.consumers(source.output)) == 1 and source.output not in graph.outputs
+            found.update({node.name: found[source.name]} if alone else {})
+    return found
+
+
+def times_table(times: LayerTimes) -> str:
+    """The times as Markdown: a line a layer, then what belongs to none, and the sum."""
+    keys = times.precisions
+    sums = {key: sum(row[key] for row in times.layers.values()) + times.rest.get(key, 0.0) for key in keys}
+    lines = [
+        f"| layer | {' | '.join(f'{key} µs' for key in keys)} |",
+        f"|---|{'---:|' * len(keys)}",
+        *(
+            f"| {name} | {' | '.join(f'{row[key]:.2f}' if key in row else '' for key in keys)} |"
+            for name, row in (*times.layers.items(), ("the rest", times.rest), ("all", sums))
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _checked(
+    inputs: Union[np.ndarray, Sequence[np.ndarray]], threads: int, rounds: Optional[int]
+) -> Sequence[np.ndarray]:
     arrays = [inputs] if isinstance(inputs, np.ndarray) else list(inputs)
     for name, number in (("threads", threads), ("rounds", rounds)):
         if number is not None and number < 1:
             raise DataError(f"{name} is {number}; allowed: 1 or more")
     if not arrays:
         raise DataError("there is no input to measure with; give one array for each input of the network")
-    files = [Path(float_file), Path(int8_file)]
-    calls = [_call(file, load_onnx(file, threads), arrays) for file in files]
+    return arrays
+
+
+def _warmed_up(calls: Sequence[Callable[[], Any]], rounds: Optional[int], seconds: float) -> int:
+    """How often each call is measured: `rounds`, or what fits into the time, after the calls that warm up."""
     for _ in range(WARM_UP - 1):
         _times(calls)
-    if rounds is None:
-        rounds = max(MIN_ROUNDS, int(seconds / sum(_times(calls))))
-    times = np.array([_times(calls) for _ in range(rounds)]) * 1e3
-    float32, int8 = (_latency(name, file, column) for name, file, column in zip(("float32", "int8"), files, times.T))
-    return Comparison(float32, int8, len(arrays[0]), rounds, executed_kernels(files[1]), environment(threads))
+    return rounds or max(MIN_ROUNDS, int(seconds / sum(_times(calls))))
 
 
 def _call(file: Path, run: Callable[..., Any], arrays: Sequence[np.ndarray]) -> Callable[[], Any]:

@@ -322,6 +322,35 @@ def _calibrated(run: str, overrides: list[str], output: Optional[Path]) -> Path:
 
 
 @app.command()
+def teachers(
+    recipe: RecipeArgument,
+    rest: RestArgument = None,
+    output: OutputOption = None,
+    settings: SetOption = None,
+    samples: Annotated[int, typer.Option(min=1, help="Training samples that teachers are asked about.")] = 2000,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the teachers of a recipe with its network: what they know more, and what asking them costs."""
+    from msqkd.recipe import load_recipe
+
+    loaded = load_recipe(recipe, _overrides(settings, rest))
+    folder = output or Path("runs") / f"{loaded.name}_teachers"
+    from msqkd.analysis.teachers import teachers_table
+    from msqkd.pipeline.teachers import compare_teachers
+    from msqkd.progress import Reporter
+
+    with _resumable(folder):
+        result = compare_teachers(loaded, folder, samples, Reporter(), fresh)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+    console.print(teachers_table(result))
+    console.print(result["verdict"], markup=False, soft_wrap=True)
+
+
+@app.command()
 def tune(
     recipe: RecipeArgument,
     rest: RestArgument = None,
@@ -370,8 +399,15 @@ def search(
         float, typer.Option(min=0.0, max=1.0, help="Share of what the float network takes, above 0.")
     ] = 0.25,
     by: Annotated[
-        str, typer.Option(help="What the budget is of: size (of weights) or bops (bit operations).")
+        str, typer.Option(help="What the budget is of: size (of weights), bops (bit operations) or latency.")
     ] = "size",
+    times: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="With --by latency: a JSON or YAML table {layer: {precision: µs a sample}} from a device [measured "
+            "here with onnxruntime]."
+        ),
+    ] = None,
     samples: Annotated[
         int, typer.Option(min=1, help="Labelled training samples that networks are measured on.")
     ] = 2000,
@@ -391,7 +427,7 @@ def search(
     if by not in COSTS:
         raise PlanError(f"--by: found '{by}', allowed: {', '.join(COSTS)}{did_you_mean(by, COSTS)}")
     with _resumable(folder):
-        result = search_recipe(loaded, folder, Budget(budget, by, samples=samples), Reporter(), fresh)
+        result = search_recipe(loaded, folder, Budget(budget, by, samples=samples, times=times), Reporter(), fresh)
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -408,14 +444,29 @@ def bench(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of one operation.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.1, help="Time for each measurement.")] = 5.0,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Measure layer by layer, for `msqkd search --by latency --times`.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the float and the int8 network of a run with onnxruntime, and write the table.
 
     Needs the extra onnx.
     """
-    from msqkd.pipeline.latency import REPORT, bench_run
+    from msqkd.pipeline.latency import LAYERS, REPORT, bench_run, bench_run_layers
 
+    if layers:
+        from msqkd.bench import times_table
+
+        if batch and len(batch) > 1:
+            raise PlanError(f"--batch: found {len(batch)} sizes, allowed with --layers: one")
+        times = bench_run_layers(run, batch=batch[0] if batch else 1, threads=threads, seconds=seconds)
+        if as_json:
+            print(json.dumps(times.to_dict(), indent=2))
+        else:
+            print(times_table(times), end="")
+            Console(highlight=False).print(f"\ntimes: {run / LAYERS}", markup=False, soft_wrap=True)
+        return
     results = bench_run(run, batches=batch or [1, 32], threads=threads, seconds=seconds)
     if as_json:
         print(json.dumps(results, indent=2))

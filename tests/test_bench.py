@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,23 @@ import numpy as np
 import pytest
 
 from msqkd import bench
-from msqkd.bench import MIN_ROUNDS, Comparison, Environment, Latency, bench_onnx, int8_instructions, markdown
+from msqkd.analysis.layer_times import LayerTimes
+from msqkd.bench import (
+    MIN_ROUNDS,
+    Comparison,
+    Environment,
+    Latency,
+    bench_layers,
+    bench_onnx,
+    int8_instructions,
+    layers_of_operations,
+    markdown,
+    times_table,
+)
 from msqkd.errors import DataError, ExportError, MissingDependencyError
 from msqkd.exporters.onnx import export_onnx, export_onnx_float
+from msqkd.exporters.onnx.profile import Profile, middle_mean
+from msqkd.exporters.onnx.qdq import onnx_owners
 from msqkd.graph.ir import Graph, Node, TensorType, Value
 from msqkd.quant.config import INT8
 from msqkd.quant.plan import ActivationQuant, Group, NodePlan, QuantPlan, WeightQuant
@@ -24,6 +39,11 @@ X = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
+    graph, plan = one_layer()
+    return export_onnx_float(graph, tmp_path / "float.onnx"), export_onnx(graph, plan, tmp_path / "int8.onnx")
+
+
+def one_layer() -> tuple[Graph, QuantPlan]:
     """One dense layer in float and in int8."""
     graph = Graph("Net")
     graph.inputs = [graph.add_value(Value("x", "input", TensorType((-1, 16))))]
@@ -35,7 +55,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     for name in ("x", "y"):
         plan.groups[name] = Group(name, 8, False, "minmax", 100.0, 0, "test", (-4.0, 4.0))
         plan.activations[name] = ActivationQuant(name, name)
-    return export_onnx_float(graph, tmp_path / "float.onnx"), export_onnx(graph, plan, tmp_path / "int8.onnx")
+    return graph, plan
 
 
 class Clock:
@@ -121,6 +141,79 @@ def test_without_onnxruntime(files: tuple[Path, Path], monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'msqkd\[onnx\]'$"):
         bench_onnx(*files, X, rounds=1)
+
+
+# -- layer by layer ----------------------------------------------------------------------------------------------------
+def chain(*ops: str) -> tuple[Graph, QuantPlan]:
+    """Operations one after the other; those called Dense have a weight, and are quantised."""
+    graph = Graph("Net")
+    value = graph.add_value(Value("x", "input", TensorType((-1, 16))))
+    graph.inputs, plan = [value], QuantPlan("lite_arm", "Net")
+    for number, op in enumerate(ops):
+        name, inputs = f"{op.lower()}{number}", [value]
+        if op == "Dense":
+            inputs.append(graph.add_param(f"{name}.weight", np.full((16, 16), 0.1, np.float32)))
+            plan.weights[name] = WeightQuant(name, 8, None, "minmax", "test")
+        value = graph.add_value(Value(f"{name}_value", "node", TensorType((-1, 16))))
+        graph.nodes.append(Node(name, op, inputs, [value]))
+        plan.nodes.append(NodePlan(name, op, "", (), INT8 if op == "Dense" else "float", "", "test"))
+    graph.outputs = [value]
+    return graph, plan
+
+
+def test_activations_are_measured_with_the_layer_before_them() -> None:
+    graph, plan = chain("Dense", "ReLU", "Tanh", "Dense", "Softmax", "Sigmoid")
+    plan.nodes[2] = replace(plan.nodes[2], fused_into="dense0")
+    assert layers_of_operations(graph, plan) == {
+        "dense0": "dense0", "relu1": "dense0", "tanh2": "dense0", "dense3": "dense3",
+    }  # fmt: skip
+    graph.outputs.append("dense0_value")  # the ReLU cannot be computed in the kernel before it
+    assert "relu1" not in layers_of_operations(graph, plan)
+
+
+def test_every_kernel_is_that_of_an_operation(files: tuple[Path, Path], tmp_path: Path) -> None:
+    graph, plan = one_layer()
+    owners = onnx_owners(graph, plan)
+    assert {owners[name] for name in ("fc", "x.QuantizeLinear", "y.DequantizeLinear", "y")} == {"fc"}
+    profile = Profile(files[1], 1, tmp_path)
+    for _ in range(3):
+        profile.run(X)
+    found = profile.times(owners, 3)
+    assert set(found) == {"fc"}, "what quantises the input is the layer's, too"
+    assert found["fc"] >= 0
+
+
+def test_layers_are_measured_in_both_files() -> None:
+    graph, plan = one_layer()
+    times = bench_layers(graph, plan, X, rounds=4)
+    assert times.precisions == ["float", "8"]
+    assert set(times.layers) == {"fc"}
+    assert set(times.rest) == {"float", "8"}
+    assert LayerTimes.of(times.to_dict()) == times
+    with pytest.raises(DataError, match="rounds is 0"):
+        bench_layers(graph, plan, X, rounds=0)
+
+
+def test_times_are_a_sample_and_disturbances_hardly_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert middle_mean([1, 2, 2, 3, 3, 3, 4, 900]) == 2.75
+    assert middle_mean([5]) == 5
+    graph, plan = one_layer()
+    monkeypatch.setattr(Profile, "times", lambda self, owners, rounds: {"fc": 40.0, "": 8.0})
+    times = bench_layers(graph, plan, X, rounds=1)
+    assert times == LayerTimes({"fc": {"float": 10.0, "8": 10.0}}, {"float": 2.0, "8": 2.0})
+    assert times_table(times).splitlines() == [
+        "| layer | float µs | 8 µs |",
+        "|---|---:|---:|",
+        "| fc | 10.00 | 10.00 |",
+        "| the rest | 2.00 | 2.00 |",
+        "| all | 12.00 | 12.00 |",
+    ]
+
+
+def test_layers_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'msqkd\[onnx\]'$"):
+        bench_layers(*one_layer(), X)
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,20 @@ most energy, and gains all the same in the network's answers; so these decide wh
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Optional
 
 import numpy as np
-import yaml
 
+from msqkd.analysis.fragments import as_yaml, rule_of
 from msqkd.analysis.layers import decibel
 from msqkd.analysis.sensitivity import KL, RELATIVE_ERROR, Layer, Probe, Sensitivities, Sensitivity
 from msqkd.analysis.statistics import OUTLIER_RATIO, Distribution, weights_of
 from msqkd.graph.ir import Graph, Node
+from msqkd.quant.algorithms.order import against_order
+from msqkd.quant.algorithms.split import rounded_in_parts
 from msqkd.quant.config import INT8, NONE
 from msqkd.quant.observers import MSEObserver, PercentileObserver
 from msqkd.quant.plan import Group, WeightQuant
@@ -46,6 +47,7 @@ MOST = 5
 
 _SPREAD = 8.0  # of the largest weights of channels, from which one scale for all wastes three bits
 _FAR = {99.99: 2.0, 99.9: 3.0}  # a range that is more times a percentile is made by few values
+_RATIOS = (0.02, 0.1)  # of input channels that splitting may add
 _CLIPPED = 1e-3  # part of the values beyond the range that is worth a word
 
 
@@ -68,7 +70,7 @@ class Remedy:
     @property
     def yaml(self) -> str:
         """The fragment as it is written in a recipe."""
-        return yaml.safe_dump(self.fragment, sort_keys=False, allow_unicode=True)
+        return as_yaml(self.fragment)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class Diagnosis:
 def with_fragment(recipe: Mapping[str, Any], fragment: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a recipe, as a mapping, with a fragment put in.
 
-    Rules come behind those there are, methods (`ptq.methods`) in front of them; other keys replace those there are.
+    Rules come behind those there are, methods (`ptq.methods`) in front of them, or where an order allows them first;
+    other keys replace those there are.
     """
     result = copy.deepcopy(dict(recipe))
     for key, value in fragment.items():
@@ -109,10 +112,15 @@ def with_fragment(recipe: Mapping[str, Any], fragment: Mapping[str, Any]) -> dic
             result[key] = with_fragment(held if isinstance(held, Mapping) else {}, value)
         elif isinstance(value, list) and isinstance(held, list):
             added = copy.deepcopy(value)
-            result[key] = [*added, *held] if key == "methods" else [*held, *added]
+            result[key] = _with_methods(held, added) if key == "methods" else [*held, *added]
         else:
             result[key] = copy.deepcopy(value)
     return result
+
+
+def _with_methods(held: list[str], added: list[str]) -> list[str]:
+    orders = [[*held[:place], *added, *held[place:]] for place in range(len(held) + 1)]
+    return next((methods for methods in orders if against_order(methods) is None), orders[0])
 
 
 def diagnose(
@@ -135,7 +143,7 @@ def diagnose(
         values: of every group of the plan (see `msqkd.analysis.statistics.value_statistics`).
         weights: of every weight (see `msqkd.analysis.statistics.weight_statistics`).
         equalised: makes `graph` with equalised channels, where the recipe's `ptq.methods` are carried out; called once,
-            for a bad layer whose weight has one scale.
+            for a bad layer whose weight has one scale. Without it splitting of channels is not tried either.
     """
     doctor = _Doctor(graph, probe, found, values, weights, equalised)
     by_name = {layer.name: layer for layer in probe.network.layers}
@@ -231,6 +239,8 @@ class _Doctor:
             remedies.extend(self._offer(f"{words} for its weight", gain, loss, row, fragment))
         if quant.axis is None and self._equalised is not None:
             remedies.extend(self._equalisation(name, row, plain, now))
+        if self._equalise is not None:
+            remedies.extend(self._splitting(name, row, now))
 
     def _equalisation(self, name: str, row: Sensitivity, quant: WeightQuant, now: float) -> list[Remedy]:
         """What its weight loses where its channels are equalised with those of the layers around it.
@@ -250,6 +260,25 @@ class _Doctor:
         loss = self.probe.loss({row.name}, weights={name: rounded})
         words = "equalisation with the layers around it for its weight"
         return self._offer(words, gain, loss, row, {"ptq": {"methods": ["equalize"]}})
+
+    def _splitting(self, name: str, row: Sensitivity, now: float) -> list[Remedy]:
+        """What its weight loses where its input channels with outliers are split, by the least ratio that is worth a
+        word."""
+        weights = {key: replace(quant, scale=None, clip_ratio=None) for key, quant in self.plan.weights.items()}
+        plan = replace(self.plan, weights=weights)
+        exact = self.arrays[name].astype(np.float64)
+        for ratio in _RATIOS:
+            rounded = rounded_in_parts(self.graph, plan, name, ratio)
+            if rounded is None:
+                continue
+            gain = (decibel(float(np.square(exact).sum()), float(np.square(exact - rounded).sum())) or now) - now
+            loss = self.probe.loss({row.name}, weights={name: rounded})
+            words = f"splitting the input channels with its largest weights (ratio: {ratio:g})"
+            fragment = {"ptq": {"methods": ["split"], "split": {"ratio": ratio}}}
+            offered = self._offer(words, gain, loss, row, fragment)
+            if offered:
+                return offered
+        return []
 
     @cached_property
     def _equalised(self) -> Optional[Graph]:
@@ -375,7 +404,8 @@ class _Doctor:
 
     # -- float ----------------------------------------------------------------------------------------------------
     def _float(self, layer: Layer, row: Sensitivity) -> list[Remedy]:
-        elsewhere = layer.op == "input" or (not layer.weights and self.plan.node(layer.name).precision != INT8)
+        own = bool(layer.weights or layer.half)
+        elsewhere = layer.op == "input" or (not own and self.plan.node(layer.name).precision != INT8)
         node = self.graph.node(self.ruled_by(layer.value) if elsewhere else layer.name)
         saved = self.found.quantised_loss - row.float_loss
         if saved <= 0:
@@ -388,8 +418,7 @@ class _Doctor:
 
 def rule_for(node: Node, **settings: Any) -> dict[str, Any]:
     """The fragment of a recipe with a rule for one node: ``weight``, ``activation`` or ``precision`` as in a recipe."""
-    path = re.sub(r"([*?\[])", r"[\1]", node.name)  # a rule reads them as wildcards
-    return {"quantization": {"rules": [{"match": {"path": path}, **settings}]}}
+    return rule_of(node.name, **settings)
 
 
 def _range(stats: Distribution, words: str, group: Group) -> tuple[float, float]:

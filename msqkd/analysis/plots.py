@@ -30,6 +30,10 @@ RANGE = "#bcd3ec"
 NARROW = "#7fa8d6"
 LSB_COLOURS = (NARROW, COLOURS["control"], HIGHLIGHT)
 """Of differences of 1 step, of 2, and of more."""
+BAD_COLOURS = ("#ffffff", "#fdf0e4", "#fbdfc5", "#f8cba1", "#f4b47b", "#ee9a55", "#e58038")
+"""Of the cells of a heat map, the better first: each is darker than the one before it, in grey too."""
+MUCH_COLOURS = ("#ffffff", "#eaf1f9", "#d6e4f3", "#c1d6ec", "#a9c6e4", "#91b5db", "#78a3d1")
+"""Of cells that are neither good nor bad, the smaller first."""
 MINUS = "\N{MINUS SIGN}"
 
 _Row = TypeVar("_Row")
@@ -181,6 +185,31 @@ def sizes(rows: Sequence[tuple[str, str, float, str]]) -> str:
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
         return _svg(figure, "sizes")
+
+
+def latencies(rows: Sequence[tuple[str, float, float, float, str]]) -> str:
+    """Horizontal bars of times in milliseconds, each on the scale of its own pair, with a line between the quartiles.
+
+    Args:
+        rows: label, lower quartile, median, upper quartile, key of `COLOURS`; a float row before its int8 one.
+    """
+    with _style():
+        figure, axes = _figure(_WIDE, 0.2 + 0.34 * len(rows))
+        for first in range(0, len(rows), 2):
+            pair = rows[first : first + 2]
+            longest = max(row[3] for row in pair) or 1.0
+            for i, (_, lower, middle, upper, kind) in enumerate(pair, start=first):
+                axes.barh(i, middle / longest, 0.6, color=COLOURS[kind], zorder=2)
+                axes.plot([lower / longest, upper / longest], [i, i], color=INK, linewidth=1.6, zorder=3)
+                text = f"{number(middle)} ms ({number(lower)} … {number(upper)})"
+                _note(axes, text, (max(middle, upper) / longest, i), (5, 0), size=8.5, ha="left", va="center")
+            if first:
+                axes.axhline(first - 0.5, color=GRID, linewidth=0.8, zorder=1)
+        _rows(axes, [row[0] for row in rows], size=9)
+        axes.set_xlim(0, 1.5)
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        return _svg(figure, "latencies")
 
 
 def worst(values: Sequence[float]) -> set[int]:
@@ -410,9 +439,10 @@ def distribution(
     name: str,
     title: str,
     span: Optional[tuple[float, float]] = None,
+    marks: Sequence[float] = (),
 ) -> str:
     """One histogram with a logarithmic axis; what is outside `span` (what can be represented) is highlighted. A second
-    histogram is drawn as a line.
+    histogram is drawn as a line. Dashed lines stand at `marks`.
 
     Args:
         edges: (B + 1,), rising.
@@ -433,6 +463,8 @@ def distribution(
                 axes.stairs(shown, edges, fill=True, color=colour, zorder=2)
         for other in counts[1:]:
             axes.stairs(other, edges, color=HIGHLIGHT, linewidth=1.3, zorder=3)
+        for mark in marks:
+            axes.axvline(mark, color=INK, linewidth=0.9, linestyle=(0, (4, 2)), zorder=4)
         axes.set_yscale("log")
         axes.set_ylim(0.7, 2.0 * max(max(max(one), 1) for one in counts))
         axes.minorticks_off()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from msqkd.analysis import plots
+from msqkd.analysis.heatmap import heat_map
 from msqkd.files import PathLike, write_json, write_text
 from msqkd.quant.config import STORING
 from msqkd.train.metric import Scale
@@ -53,6 +54,11 @@ _COLOURS = {
     "narrow": plots.NARROW,
     **{f"lsb{step}": colour for step, colour in enumerate(plots.LSB_COLOURS, start=1)},
 }
+_CELLS = {
+    **{f"bad{step}": colour for step, colour in enumerate(plots.BAD_COLOURS)},
+    **{f"much{step}": colour for step, colour in enumerate(plots.MUCH_COLOURS)},
+}
+_TITLES = {"heatmap": "Heat map"}
 _WAITED = 0.05  # the part of a training's time spent waiting for data from which it is told
 _FILES = {
     "float": "float",
@@ -111,7 +117,7 @@ def rendered(template: str, view: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template(template).render({"colour": _COLOURS, **view})
+    return environment.get_template(template).render({"colour": _COLOURS, "cell_colours": _CELLS, **view})
 
 
 def plain(value: Any) -> Any:
@@ -132,11 +138,16 @@ def _view(result: dict[str, Any]) -> dict[str, Any]:
     layers = result.get("layers") or []
     plan = result.get("plan") or {}
     scale = Scale.of(result.get("metric"))
+    parity, latency = result.get("parity") or {}, _latency(result.get("latency") or [])
     sections = {
+        "advice": result.get("advice") or [],
         "accuracy": _accuracy(result.get("accuracy") or {}, scale),
         "size": _size(result.get("size_bytes") or {}),
+        "latency": latency,
+        "heatmap": heat_map(layers, parity.get("values") or [], result.get("analysis")),
         "layers": _layers(layers),
-        "device": _device(result.get("parity") or {}, scale, result.get("avoided") or plan.get("avoided") or []),
+        "distributions": _distributions(result.get("distributions") or []),
+        "device": _device(parity, scale, result.get("avoided") or plan.get("avoided") or []),
         "training": _training(result.get("training") or {}, scale),
         "plan": _plan(plan, layers),
         "calibration": _calibration(result.get("calibration") or {}),
@@ -153,7 +164,7 @@ def _view(result: dict[str, Any]) -> dict[str, Any]:
         "warnings": list(dict.fromkeys([*(result.get("warnings") or []), *(plan.get("warnings") or [])])),
         "metric": scale,
         "contents": [
-            (anchor, scale.title if anchor == "accuracy" else anchor.capitalize())
+            (anchor, scale.title if anchor == "accuracy" else _TITLES.get(anchor, anchor.capitalize()))
             for anchor, section in sections.items()
             if section
         ],
@@ -292,6 +303,42 @@ def _size(sizes: dict[str, Any]) -> Optional[dict[str, Any]]:
     return {"plot": inline(plots.sizes(rows))} if rows else None
 
 
+def _latency(measured: list[dict[str, Any]]) -> Optional[dict[str, Any]]:
+    """The bars of each measurement, its numbers, and the machines they were taken on."""
+    bars, rows, machines = [], [], []
+    for item in measured:
+        both = [(item.get(name) or {}, kind) for name, kind in (("float32", "float"), ("int8", "int8"))]
+        if any(times.get("median") is None for times, _ in both):
+            continue
+        facts, batch = item.get("environment") or {}, item.get("batch")
+        threads = facts.get("threads")
+        for times, kind in both:
+            middle = times["median"]
+            quartiles = times.get("lower") or middle, middle, times.get("upper") or middle
+            bars.append((f"{kind}, batch {batch}", *quartiles, kind))
+        rows.append(
+            {
+                "batch": batch,
+                "threads": threads,
+                "times": [_milliseconds(times) for times, _ in both],
+                "ratio": f"{both[0][0]['median'] / both[1][0]['median']:.2f} ×" if both[1][0]["median"] else "",
+            }
+        )
+        machines.append(
+            f"onnxruntime {facts.get('onnxruntime') or ''} on {facts.get('cpu') or 'an unknown CPU'}"
+            f" ({facts.get('system') or 'unknown system'}); int8 instructions: "
+            f"{facts.get('int8_instructions') or 'unknown'}"
+        )
+    if not rows:
+        return None
+    return {"plot": inline(plots.latencies(bars)), "rows": rows, "machines": list(dict.fromkeys(machines))}
+
+
+def _milliseconds(times: dict[str, Any]) -> str:
+    spread = [plots.number(times[key]) for key in ("lower", "upper") if times.get(key) is not None]
+    return plots.number(times["median"]) + (f" ({' … '.join(spread)})" if spread else "")
+
+
 # -- layers ------------------------------------------------------------------------------------------------------------
 def _layers(layers: list[dict[str, Any]]) -> Optional[dict[str, Any]]:
     if not layers:
@@ -312,6 +359,32 @@ def _layers(layers: list[dict[str, Any]]) -> Optional[dict[str, Any]]:
         },
         "rows": [_layer_row(layer) for layer in layers],
     }
+
+
+def _distributions(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each layer the histograms of its weight and of its values."""
+    found = []
+    for i, item in enumerate(items):
+        drawn = [
+            inline(svg)
+            for key, words in (("weight", "weight"), ("activation", "values"))
+            if (svg := _distribution(item.get(key) or {}, f"{key}{i}", words))
+        ]
+        if drawn:
+            found.append({"layer": item.get("layer") or "", "op": item.get("op") or "", "charts": drawn})
+    return found
+
+
+def _distribution(data: dict[str, Any], mark: str, words: str) -> str:
+    histogram, span = data.get("histogram") or {}, data.get("span")
+    low, high, counts = histogram.get("lo"), histogram.get("hi"), histogram.get("counts") or []
+    if low is None or high is None or not low < high or not counts:
+        return ""
+    edges = [low + (high - low) * i / len(counts) for i in range(len(counts) + 1)]
+    usual = data.get("percentile") or 0.0
+    marks = [x for x in (-usual, usual) if low < x < high and x]
+    title = f"{words}, {_interval(low, high)}"
+    return plots.distribution(edges, [counts], mark, title, (span[0], span[1]) if span else None, marks)
 
 
 def _noise(layers: list[dict[str, Any]]) -> list[tuple[str, float]]:

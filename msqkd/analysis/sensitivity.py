@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Optional
 
 import mindspore as ms
@@ -20,8 +20,9 @@ from msqkd.analysis.layers import decibel, owner_of
 from msqkd.data import Split, as_tuple, subset
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
-from msqkd.quant.algorithms.stream import activation_cell, dynamic_cell
+from msqkd.quant.algorithms.stream import activation_cell, dynamic_cell, piece_of
 from msqkd.quant.fake_quant import FakeQuantActivation
+from msqkd.quant.half import with_half
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.ptq import divergence, relative_error
 from msqkd.quant.qparams import QParams
@@ -42,6 +43,7 @@ class Layer:
         weights: nodes whose weight is quantised.
         values: activations that are rounded.
         dynamic: nodes whose input is quantised at each call.
+        half: nodes that compute in float16.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Layer:
     weights: list[str] = field(default_factory=list)
     values: list[str] = field(default_factory=list)
     dynamic: list[str] = field(default_factory=list)
+    half: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,12 @@ def layers_of(graph: Graph, plan: QuantPlan) -> list[Layer]:
         op, end = (graph.node(owner).op, ends[owner]) if owner else ("input", value)
         return found.setdefault(name, Layer(name, op, end))
 
+    half = {node.name for node in plan.half_nodes()}
     for name in graph.inputs:
         _add_value(plan, layer, graph, name)
     for node in graph.nodes:
+        if node.name in half:
+            layer(node.output, node.name).half.append(node.name)
         if node.name in plan.weights:
             layer(node.output, node.name).weights.append(node.name)
         if node.name in plan.dynamic:
@@ -229,7 +235,7 @@ class SwitchedNetwork:
             for name in layer.dynamic:
                 edges[name, 0] = _Switch(dynamic_cell(self.plan, name), f"{name}.dynamic")
                 switches.append(edges[name, 0])
-        self.cell = to_cell(base, Hooks(values=values, edges=edges, observe=self.values))
+        self.cell = to_cell(base, self._with_half(base, Hooks(values=values, edges=edges, observe=self.values)))
         held_by = {name: getattr(self.cell, attribute) for attribute, name in self.cell.parameter_names.items()}
         for layer in self.layers:
             for name in layer.weights:
@@ -239,6 +245,17 @@ class SwitchedNetwork:
                     plain, other = base.params[parameter].data, graph.params[parameter].data
                     if not np.array_equal(plain, other):
                         self._switches[layer.name].append(_Plain(held_by[parameter], plain, other))
+
+    def _with_half(self, graph: Graph, hooks: Hooks) -> Hooks:
+        """The hooks with the rounding of float16 layers, each behind a switch."""
+        for layer in self.layers:
+            for name in layer.half:
+                own = with_half(Hooks(), piece_of(graph, [graph.node(name)], []), self.plan)
+                arguments = {place: _Switch(cell, f"{name}.half{place[1]}") for place, cell in own.arguments.items()}
+                results = {value: _Switch(cell, f"{value}.half") for value, cell in own.results.items()}
+                self._switches[layer.name] += [*arguments.values(), *results.values()]
+                hooks = replace(hooks, arguments={**hooks.arguments, **arguments}, results={**hooks.results, **results})
+        return hooks
 
     @property
     def names(self) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from msqkd.analysis import plots
 from msqkd.analysis.report import inline, rendered, write_pages
+from msqkd.analysis.teachers import HEADERS, teachers_rows
 from msqkd.files import PathLike
 from msqkd.train.metric import Scale
 
@@ -33,6 +34,7 @@ def verdict(result: Mapping[str, Any]) -> str:
 def tuning_html(result: Mapping[str, Any]) -> str:
     """The page of a tuning: one file that loads nothing."""
     scale, best, sets = Scale.of(result["metric"]), result["best"], result["sets"]
+    teachers = result.get("teachers")
     measured = [trial for trial in result["trials"] if trial["drop"] is not None]
     rows = [(_short(i, trial["title"]), max(trial["drop"], 0.0)) for i, trial in enumerate(measured, start=1)]
     counts = ", ".join(f"{sets[name]['samples']} for {name}" for name in ("calibration", "tuning", "evaluation"))
@@ -49,9 +51,17 @@ def tuning_html(result: Mapping[str, Any]) -> str:
         "verdict": [verdict(result)],
         "tiles": tiles,
         "warnings": [],
-        "contents": [("trials", "Trials"), ("sets", "Sets"), ("recipe", "Recipe")],
+        "contents": [
+            ("trials", "Trials"),
+            *([("teachers", "Teachers")] if teachers else []),
+            ("sets", "Sets"),
+            ("recipe", "Recipe"),
+        ],
         "charts_of_trials": [inline(svg) for svg in plots.losses(rows, "trials", "lost on the tuning set")],
         "trials": [_row(i, trial, scale) for i, trial in enumerate(result["trials"], start=1)],
+        "teachers": {"headers": HEADERS, "rows": teachers_rows(teachers), "verdict": teachers["verdict"]}
+        if teachers
+        else None,
         "sets": [(name, f"{item['samples']} samples: {item['name']}") for name, item in sets.items()],
         "recipe": result["recipe"],
     }

@@ -33,6 +33,8 @@ class Format:
         int8: whether the file computes in int8 as the plan says.
         check: (graph, plan) -> None; raises the ExportError that `write` would, where a format does not hold every
             operation.
+        float16: whether it holds layers that compute in float16.
+        wide: whether it rounds the inputs of dynamic layers, so that these may have 16 bits.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Format:
     load: Optional[Callable[[Path], Callable[..., Any]]] = None
     int8: bool = True
     check: Optional[Callable[[Graph, QuantPlan], None]] = None
+    float16: bool = False
+    wide: bool = False
 
 
 def _write_lite(graph: Graph, plan: QuantPlan, path: Path) -> Path:
@@ -127,7 +131,7 @@ _FORMATS = (
     ),
     Format(
         PORTABLE, "MINDIR_PORTABLE", ".mindir", "for any MindSpore: int8 weights and ordinary operations",
-        ("lite_arm", "ascend"), _write_portable, _load_portable,
+        ("lite_arm", "ascend"), _write_portable, _load_portable, float16=True, wide=True,
     ),
     Format(
         MS, "MS", ".ms", "for MindSpore Lite on the device, without its converter: int8 throughout", ("lite_arm",),
@@ -143,11 +147,11 @@ _FORMATS = (
     ),
     Format(
         ASCEND, "MINDIR_ASCEND", ".mindir", "for Ascend NPUs: Quant and Dequant around int8 convolutions", ("ascend",),
-        _write_ascend,
+        _write_ascend, float16=True,
     ),
     Format(
         ONNX, "ONNX", ".onnx", "for onnxruntime on x86 and ARM servers: QuantizeLinear and DequantizeLinear",
-        ("lite_arm", "ascend"), _write_onnx, _load_onnx, check=_check_onnx,
+        ("lite_arm", "ascend"), _write_onnx, _load_onnx, check=_check_onnx, wide=True,
     ),
 )  # fmt: skip
 
@@ -188,11 +192,32 @@ def export(
         raise ExportError(
             f"file_format '{file_format}' is for target {' or '.join(found.targets)}; the plan is for {plan.target}"
         )
+    check_precisions(found, plan)
     if example_shapes is not None:
         _check_shapes(graph, example_shapes)
     path = Path(file_name)
     path = path if path.suffix == found.suffix else path.with_name(path.name + found.suffix)
     return found.write(graph, plan, path)
+
+
+def check_precisions(form: Format, plan: QuantPlan) -> None:
+    """Refuse a format that cannot hold layers as a plan has them.
+
+    Raises:
+        ExportError: names the first.
+    """
+    half = plan.half_nodes()
+    if half and not form.float16:
+        raise ExportError(
+            f"{half[0].name} ({half[0].op}) has precision '{half[0].precision}', which {form.name} does not hold; "
+            f"allowed: {', '.join(name for name, item in FORMATS.items() if item.float16)}"
+        )
+    wide = plan.wide_inputs()
+    if wide and not form.wide:
+        raise ExportError(
+            f"{wide[0].node} has inputs of {wide[0].bits} bits, which {form.name} does not hold; "
+            f"allowed: {', '.join(name for name, item in FORMATS.items() if item.wide)}"
+        )
 
 
 def _check_shapes(graph: Graph, shapes: Sequence[tuple[int, ...]]) -> None:

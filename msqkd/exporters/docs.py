@@ -25,6 +25,31 @@ reads parameters and literals alone is a constant whatever the operation.
 |---|---|---|
 """
 
+_WEIGHTS = """
+## How weights are stored
+
+| file | weights |
+|---|---|
+| `portable_mindir` | int8, or packed where their integers have at most 16 distinct values and that takes fewer bytes |
+| `.ms`, ONNX | int8, whatever the bits and however few the values |
+| `ascend_mindir` | the same in int8 layers; in others float32 on the grid |
+| `lite_mindir` | float32 on the grid, with markers in int8 layers |
+
+Few bits (`quantization.weight.bits`) and clusters ([ptq.md](ptq.md#weight-clustering)) make the values few. Packed are
+indices of a codebook: of 4 bits for up to 16 values, of 2 for up to 4, of 1 for two. They lie in the order of the
+weight, two, four or eight in a byte, the first in the lowest bits, in a uint8 parameter `NAME.uint4x2`, `NAME.uint2x4`
+or `NAME.uint1x8`. `codebook.uint4` (float32) is what the indices stand for, one parameter for all layers whose
+integers it holds; `digits.uint4` (int8, 256 × 2) says which indices are in each byte. When the network runs, one Gather
+makes of the two what every byte stands for, and one Gather a layer looks its bytes up; then comes the scale, as with
+int8. The answers are bit for bit those of int8 weights. Reading a packed weight takes some 400 bytes of operations, 600
+with a codebook of its own, so that smaller weights stay int8; two Gather and a Cast are all that a backend needs for it
+(computed here on the CPU, not tried on an NPU).
+
+The runtime of MindSpore Lite has layouts of its own for compressed weights in a `.ms` file. Whether it reads one right
+can only be seen with the runtime, so they are not written: what clustering gains there is what compression of the whole
+file gains from it.
+"""
+
 
 def page() -> str:
     """The page, as Markdown."""
@@ -34,7 +59,7 @@ def page() -> str:
     device.update(dict.fromkeys(FROZEN, "constant"))
     onnx = set(supported())
     rows = [f"| {op} | {device.get(op, 'no')} | {'yes' if op in onnx else 'no'} |\n" for op in sorted({*device, *onnx})]
-    return _INTRODUCTION + "".join(rows)
+    return _INTRODUCTION + "".join(rows) + _WEIGHTS
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Portable MindIR: ordinary operations and int8 weights; MindSpore itself loads and runs it, on any device.
 
-Larger weights of at most four bits are packed, two in a byte: of 2m numbers the byte i holds 16 · a + b + 8, where a is
-number i and b number m + i. Both are got back by a division by 16 and a rounding down, exactly, in float32.
+Weights with at most 16 distinct integers, be it for their few bits or because they were clustered, are packed where
+that takes fewer bytes: indices of a codebook, two to eight in a byte (`msqkd.exporters.packing`).
 """
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -15,20 +15,17 @@ import numpy as np
 
 from msqkd.exporters.compact import compact_model
 from msqkd.exporters.mindir_file import write_cell
+from msqkd.exporters.packing import Packing, digits, pack, packings, padded
 from msqkd.files import PathLike
 from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph, Node, TensorType, Value
+from msqkd.quant.half import with_casts
 from msqkd.quant.plan import DynamicQuant, QuantPlan, WeightQuant
-from msqkd.quant.qparams import SCALE_FLOOR, quant_limits
-
-_PACKED_BITS = 4
-_NIBBLE = 16
-_WORTH_PACKING = 2048  # numbers; unpacking fewer takes more bytes of operations than packing saves
+from msqkd.quant.qparams import SCALE_FLOOR
 
 
 def export_portable(graph: Graph, plan: QuantPlan, file: PathLike) -> Path:
-    """Write the quantised network; weights are stored as int8, or two in a byte, and multiplied by their scale when it
-    runs.
+    """Write the quantised network; weights are stored as int8, or packed, and multiplied by their scale when it runs.
 
     The batch of the inputs is open. Answers are those of the fake-quantised network.
 
@@ -51,8 +48,8 @@ def _open_batch(graph: Graph, name: str) -> Any:
 def portable_graph(graph: Graph, plan: QuantPlan) -> Graph:
     """The quantised network as a graph of ordinary operations."""
     result = graph.copy()
-    for name, quant in plan.with_weight_observers(graph).weights.items():
-        _store_weight(result, result.node(name), quant)
+    _store_weights(result, plan.with_weight_observers(graph).weights)
+    result = with_casts(result, plan)
     for name, dynamic in plan.dynamic.items():
         _round_rows(result, result.node(name), dynamic)
     for value, activation in plan.activations.items():
@@ -61,13 +58,6 @@ def portable_graph(graph: Graph, plan: QuantPlan) -> Graph:
     result.prune()
     result.check()
     return result
-
-
-def pack(integers: np.ndarray) -> np.ndarray:
-    """Integers from -8 to 7, of any shape, two in an int8: of shape (ceil(size / 2),)."""
-    flat = integers.reshape(-1).astype(np.int32)
-    high, low = np.split(np.pad(flat, (0, flat.size % 2)), 2)
-    return (_NIBBLE * high + low + _NIBBLE // 2).astype(np.int8)
 
 
 def _emit(graph: Graph, kind: Optional[TensorType], op: str, inputs: list[str], hint: str) -> Node:
@@ -93,29 +83,72 @@ class _Steps:
         """The name of a literal; numbers with a fraction become 0-d tensors."""
         return self.graph.add_const(np.asarray(item, np.float32) if isinstance(item, (float, np.floating)) else item)
 
+    def dtype(self, name: str) -> str:
+        """The name of a dtype as a literal, which Cast takes."""
+        return self.graph.add_const(name, "dtype")
+
     def put_before(self, node: Node) -> None:
         """Into the graph."""
         position = self.graph.nodes.index(node)
         self.graph.nodes[position:position] = self.nodes
 
 
-def _store_weight(graph: Graph, node: Node, quant: WeightQuant) -> None:
-    weight = node.inputs[quant.index]
-    data = graph.params[weight].data
-    qparams = quant.qparams(data)
-    integers = qparams.quantize(data).astype(np.int8)
-    packed = quant.bits <= _PACKED_BITS and data.size >= _WORTH_PACKING
-    array = pack(integers) if packed else integers
-    stored = _stored(graph, f"{weight}.int4x2" if packed else f"{weight}.int8", array)
-    scale = np.asarray(qparams.scale, np.float32)
-    if quant.axis is not None:
-        scale = scale.reshape([-1 if i == quant.axis else 1 for i in range(data.ndim)])
-    steps = _Steps(graph, f"{node.name}.weight")
-    numbers = steps.add("Cast", stored, graph.add_const("float32", "dtype"), kind=TensorType(array.shape))
+def _store_weights(graph: Graph, weights: Mapping[str, WeightQuant]) -> None:
+    """Let every node of `weights` read its weight as integers · scale, from a parameter that holds the integers."""
+    qparams = {name: quant.qparams(quant.held_in(graph)) for name, quant in weights.items()}
+    integers = {name: qparams[name].quantize(quant.held_in(graph)).astype(np.int8) for name, quant in weights.items()}
+    packed = packings(integers)
+    rows = _rows_of_bytes(graph, packed)
+    for name, quant in weights.items():
+        node, data = graph.node(name), integers[name]
+        weight = node.inputs[quant.index]
+        steps = _Steps(graph, f"{name}.weight")
+        if name in packed:
+            numbers = _unpacked(steps, weight, data, packed[name], rows[name])
+        else:
+            stored = _stored(graph, f"{weight}.int8", data)
+            numbers = steps.add("Cast", stored, steps.dtype("float32"), kind=TensorType(data.shape))
+        scale = np.asarray(qparams[name].scale, np.float32)
+        if quant.axis is not None:
+            scale = scale.reshape([-1 if i == quant.axis else 1 for i in range(data.ndim)])
+        scaled = steps.add("Mul", numbers, graph.add_const(scale, "scale"), kind=TensorType(data.shape))
+        node.inputs[quant.index] = scaled
+        steps.put_before(node)
+
+
+def _rows_of_bytes(graph: Graph, packed: Mapping[str, Packing]) -> dict[str, str]:
+    """By node, the value that holds the integers in every byte of its weight, float32 (256, per byte); computed first,
+    once for each codebook."""
+    steps = _Steps(graph, "packed")
+    indices: dict[int, str] = {}
+    rows: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, packing in packed.items():
+        width, key = packing.width, id(packing.codebook)
+        table = digits(width)
+        if width not in indices:
+            stored = _stored(graph, f"digits.uint{width}", table)
+            kind = TensorType(table.shape, "int32")
+            indices[width] = steps.add("Cast", stored, steps.dtype("int32"), kind=kind)
+        if key not in rows:
+            codebook = _stored(graph, f"codebook.uint{width}", padded(packing.codebook, width))
+            rows[key] = steps.add("Gather", codebook, indices[width], 0, 0, kind=TensorType(table.shape))
+        found[name] = rows[key]
     if packed:
-        numbers = _unpacked(steps, numbers, data.shape)
-    node.inputs[quant.index] = steps.add("Mul", numbers, graph.add_const(scale, "scale"), kind=TensorType(data.shape))
-    steps.put_before(node)
+        steps.put_before(graph.nodes[0])
+    return found
+
+
+def _unpacked(steps: _Steps, weight: str, integers: np.ndarray, packing: Packing, rows: str) -> str:
+    """The integers as float32, of a parameter that holds them packed."""
+    array = pack(integers, packing)
+    stored = _stored(steps.graph, f"{weight}.{packing.suffix}", array)
+    places = steps.add("Cast", stored, steps.dtype("int32"), kind=TensorType(array.shape, "int32"))
+    numbers = steps.add("Gather", rows, places, 0, 0, kind=TensorType((array.size, packing.per_byte)))
+    if integers.size % packing.per_byte:
+        numbers = steps.add("Reshape", numbers, (-1,), kind=TensorType((array.size * packing.per_byte,)))
+        numbers = steps.add("Slice", numbers, (0,), (integers.size,), kind=TensorType((integers.size,)))
+    return steps.add("Reshape", numbers, integers.shape, kind=TensorType(integers.shape))
 
 
 def _stored(graph: Graph, name: str, array: np.ndarray) -> str:
@@ -126,24 +159,10 @@ def _stored(graph: Graph, name: str, array: np.ndarray) -> str:
     return graph.add_param(name, array, trainable=False)
 
 
-def _unpacked(steps: _Steps, numbers: str, shape: tuple[int, ...]) -> str:
-    """The integers that `pack` put into `numbers`, in `shape`."""
-    size = prod(shape)
-    half = TensorType((-(-size // 2),))
-    high = steps.add("Floor", steps.add("Mul", numbers, 1.0 / _NIBBLE, kind=half), kind=half)
-    rest = steps.add("Sub", numbers, steps.add("Mul", high, float(_NIBBLE), kind=half), kind=half)
-    low = steps.add("Sub", rest, float(_NIBBLE // 2), kind=half)
-    flat = steps.add("Concat", high, low, 0, kind=TensorType((2 * half.shape[0],)))
-    steps.nodes[-1].sequences = ((0, 2),)
-    if size % 2:
-        flat = steps.add("Slice", flat, (0,), (size,), kind=TensorType((size,)))
-    return steps.add("Reshape", flat, shape, kind=TensorType(shape))
-
-
 def _round_rows(graph: Graph, node: Node, quant: DynamicQuant) -> None:
     """The rounding of `msqkd.quant.fake_quant.FakeQuantDynamic`, operation for operation."""
     x = node.inputs[0]
-    bottom_end, top_end = (float(end) for end in quant_limits(quant.bits))
+    bottom_end, top_end = (float(end) for end in quant.limits)
     steps = _Steps(graph, f"{node.name}.rows")
 
     whole = TensorType(graph.shape(x))

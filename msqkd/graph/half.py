@@ -35,6 +35,9 @@ FOLLOWING = frozenset({
 NORMALISING = frozenset({"BatchNorm", "LayerNorm", "ReduceMean", "Softmax"})
 """Level O3: also sums over many values, whose float16 results are coarse."""
 
+HALF_OPS = PRODUCTS | FOLLOWING | (NORMALISING - {"BatchNorm"})
+"""What computes in float16 throughout, parameters and all."""
+
 _LEVELS: dict[str, Set[str]] = {
     "O0": frozenset(), "O1": PRODUCTS, "O2": PRODUCTS | FOLLOWING, "O3": PRODUCTS | FOLLOWING | NORMALISING,
 }  # fmt: skip
@@ -64,18 +67,17 @@ def half_precision(graph: Graph, level: str, hooks: Hooks) -> Hooks:
         level: one of `AMP_LEVELS`; O0 casts nothing.
         hooks: of the quantisers, which see float32.
     """
+    own = set(hooks.results)  # made by what is in float16 anyway
     fed = set(graph.inputs)  # what depends on the inputs: arithmetic on parameters alone stays float32
     chosen: dict[str, list[int]] = {}
     for node in graph.nodes:
         if fed.intersection(node.inputs):
             fed.update(node.outputs)
-            if _takes_part(graph, node, _LEVELS[level]):
-                chosen[node.name] = _inputs(graph, node)
+            if not own.intersection(node.outputs) and _takes_part(graph, node, _LEVELS[level]):
+                chosen[node.name] = float_inputs(graph, node)
     if not chosen:
         return hooks
-    made = {
-        output for node in graph.nodes if node.name in chosen for output in node.outputs if _is_float(graph, output)
-    }
+    made = {output for node in graph.nodes if node.name in chosen for output in node.outputs if is_float(graph, output)}
     kept = made - set(hooks.values) - set(hooks.observe) - set(graph.outputs)
     for node in graph.nodes:
         for index, name in enumerate(node.inputs):
@@ -88,21 +90,23 @@ def half_precision(graph: Graph, level: str, hooks: Hooks) -> Hooks:
         for index in chosen.get(node.name, ())
         if node.inputs[index] not in kept
     }
-    return replace(hooks, arguments=arguments, results=dict.fromkeys(made - kept, to_float))
+    results = {**hooks.results, **dict.fromkeys(made - kept, to_float)}
+    return replace(hooks, arguments={**hooks.arguments, **arguments}, results=results)
 
 
 def _takes_part(graph: Graph, node: Node, level: Set[str]) -> bool:
     known = all(graph.values[name].kind != "node" or graph.values[name].type is not None for name in node.inputs)
-    return node.op in level and node.body is None and known and bool(_inputs(graph, node))
+    return node.op in level and node.body is None and known and bool(float_inputs(graph, node))
 
 
-def _inputs(graph: Graph, node: Node) -> list[int]:
-    """Positions of the inputs that are cast; scale, offset and statistics of BatchNorm are not."""
+def float_inputs(graph: Graph, node: Node) -> list[int]:
+    """Positions of the float32 inputs of an operation; scale, offset and statistics of BatchNorm do not count."""
     last = 1 if node.op == "BatchNorm" else len(node.inputs)
-    return [index for index, name in enumerate(node.inputs[:last]) if _is_float(graph, name)]
+    return [index for index, name in enumerate(node.inputs[:last]) if is_float(graph, name)]
 
 
-def _is_float(graph: Graph, name: str) -> bool:
+def is_float(graph: Graph, name: str) -> bool:
+    """Whether a value, parameter or constant is a float32 tensor."""
     value = graph.values[name]
     if value.kind == "param":
         return graph.params[name].data.dtype == np.float32

@@ -14,6 +14,7 @@ from msqkd.analysis.analysis_report import REPORT as REPORT
 from msqkd.analysis.analysis_report import write_analysis
 from msqkd.analysis.analyze import Analysis, analyze
 from msqkd.analysis.diagnosis import Remedy, with_fragment
+from msqkd.analysis.refresh import refresh_report
 from msqkd.analysis.report import plain
 from msqkd.data import Split, subset
 from msqkd.environment import versions
@@ -35,7 +36,8 @@ def analyze_run(
 ) -> dict[str, Any]:
     """Analyse the network of a run: the trained one where the run has got so far, else the calibrated float one.
 
-    ``analysis.json`` and ``analysis.html`` are written; nothing else in the run's folder changes. The samples are those
+    ``analysis.json`` and ``analysis.html`` are written; into the folder of a finished run, its report is written again
+    with what they say; nothing else in the run's folder changes. The samples are those
     of the training set that come behind the calibration's: no test sample has a say in what is changed.
 
     Args:
@@ -102,6 +104,8 @@ def analyze_run(
         }
     )
     write_analysis(result, target)
+    if target.resolve() == path.resolve():
+        refresh_report(target)
     reporter.say(f"{target / REPORT}.html")
     return dict(result)
 

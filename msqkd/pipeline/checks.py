@@ -85,7 +85,7 @@ def _try_losses(objects: Objects, graph: Graph) -> None:
 
 
 def _check_plan(objects: Objects, plan: QuantPlan) -> None:
-    if not plan.weights:
+    if not plan.weights and not plan.half_nodes():
         share = f"int8 share {plan.int8_share():.0%}"
         raise PlanError(f"no layer of {plan.network} can be quantised on {objects.recipe.target} ({share})")
     if not objects.trainings:

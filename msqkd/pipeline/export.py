@@ -12,7 +12,7 @@ import mindspore as ms
 from msqkd.analysis.parity import Device, batch_size, compare_execution, differing_values, integer_outputs
 from msqkd.data import Split, as_tuple, subset
 from msqkd.errors import ExportError
-from msqkd.exporters import ASCEND, FORMATS, LITE, MS, MS_FLOAT, ONNX, PORTABLE, Format, export
+from msqkd.exporters import ASCEND, FORMATS, LITE, MS, MS_FLOAT, ONNX, PORTABLE, Format, check_precisions, export
 from msqkd.exporters.portable import write_float
 from msqkd.exporters.verify import compare
 from msqkd.files import sha256
@@ -79,24 +79,29 @@ def preflight(recipe: Recipe, graph: Graph, plan: QuantPlan) -> None:
 
         onnx_package()
         onnxruntime_package()
-    guessed = plan.with_ranges(dict.fromkeys(plan.groups, _ANY_RANGE))
-    weights = {name: replace(quant, observer="minmax") for name, quant in plan.weights.items()}
-    guessed = replace(guessed, weights=weights)
+    guessed = guessed_plan(plan)
     Device(graph, guessed, recipe.verify.machine or X86)
     for form in (FORMATS[item] for item in recipe.export.formats):
         try:
+            check_precisions(form, plan)
             if form.check is not None:
                 form.check(graph, guessed)
         except ExportError as error:
             reason = f"no {form.suffix} file is possible: {error}"
             raise ExportError(f"export.formats: {reason}; {_without(recipe, form.name)}") from error
-    if plan.stored_weights() and not plan.activations:
+    if (plan.stored_weights() or plan.half_nodes()) and not plan.activations:
         name = next((name for name in recipe.export.formats if name in (LITE, ASCEND)), None)
         if name is not None:
             raise ExportError(
-                f"export.formats: {name} carries the parameters of int8 layers, and no layer is int8 here (they store "
-                f"weights and compute in float); {_without(recipe, name)}"
+                f"export.formats: {name} carries the parameters of int8 layers, and no layer is int8 here (they "
+                f"compute in float, whatever they store); {_without(recipe, name)}"
             )
+
+
+def guessed_plan(plan: QuantPlan) -> QuantPlan:
+    """A plan with some range wherever one is to be found yet, to try what depends on no number."""
+    weights = {name: replace(quant, observer="minmax") for name, quant in plan.weights.items()}
+    return replace(plan.with_ranges(dict.fromkeys(plan.groups, _ANY_RANGE)), weights=weights)
 
 
 def _without(recipe: Recipe, name: str) -> str:

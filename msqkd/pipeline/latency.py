@@ -9,8 +9,10 @@ from typing import Any, Optional
 
 import numpy as np
 
-from msqkd.bench import bench_onnx, markdown
-from msqkd.data import as_tuple
+from msqkd.analysis.layer_times import LayerTimes
+from msqkd.analysis.refresh import refresh_report
+from msqkd.bench import bench_layers, bench_onnx, markdown
+from msqkd.data import Split, as_tuple
 from msqkd.files import write_json, write_text
 from msqkd.pipeline.run import reopen
 from msqkd.pipeline.rundir import RunDirectory
@@ -19,6 +21,8 @@ from msqkd.recipe import make_recipe
 
 REPORT = "bench"
 """Name of the two files written, without their suffixes."""
+
+LAYERS = "bench_layers.json"
 
 
 def bench_run(
@@ -31,7 +35,7 @@ def bench_run(
 ) -> list[dict[str, Any]]:
     """Measure the float and the int8 network of a finished run with onnxruntime.
 
-    ``bench.json`` and ``bench.md`` are written into the run's folder.
+    ``bench.json`` and ``bench.md`` are written into the run's folder, and its report again, with what they say.
 
     Args:
         path: the folder of a finished run.
@@ -59,11 +63,41 @@ def bench_run(
         float_file = export_onnx_float(network.graph, Path(scratch) / "float.onnx")
         int8_file = export_onnx(network.graph, network.plan, Path(scratch) / "int8.onnx")
         for size in batches:
-            samples = network.test.batch(np.arange(size) % len(network.test))[0]
             reporter.say(f"batch {size}: {seconds:g} s")
-            measured = bench_onnx(float_file, int8_file, as_tuple(samples), threads=threads, seconds=seconds)
+            samples = samples_of(network.test, size)
+            measured = bench_onnx(float_file, int8_file, samples, threads=threads, seconds=seconds)
             found.append(measured)
     results = [item.to_dict() for item in found]
     write_json(folder.file(f"{REPORT}.json"), results)
     write_text(folder.file(f"{REPORT}.md"), markdown(found))
+    refresh_report(folder.path)
     return results
+
+
+def bench_run_layers(
+    path: Path, *, batch: int = 1, threads: int = 1, seconds: float = 5.0, reporter: Optional[Reporter] = None
+) -> LayerTimes:
+    """Measure every layer of a finished run with onnxruntime, in float and in int8.
+
+    ``bench_layers.json`` is written into the run's folder: what a search with ``--times`` reads.
+
+    Args:
+        path, threads, seconds, reporter: as for `bench_run`.
+        batch: samples a call.
+
+    Raises:
+        ExportError, DataError, MissingDependencyError: as `bench_run`.
+    """
+    reporter = reporter or Reporter()
+    folder = RunDirectory.finished(path)
+    network = reopen(folder, make_recipe(folder.state["recipe"]), reporter)
+    reporter.say(f"layer by layer, batch {batch}: {seconds:g} s")
+    samples = samples_of(network.test, batch)
+    times = bench_layers(network.graph, network.plan, samples, threads=threads, seconds=seconds)
+    write_json(folder.file(LAYERS), times.to_dict())
+    return times
+
+
+def samples_of(split: Split, size: int) -> tuple[np.ndarray, ...]:
+    """So many samples, the first ones again where there are fewer."""
+    return as_tuple(split.batch(np.arange(size) % len(split))[0])

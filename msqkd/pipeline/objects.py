@@ -38,6 +38,7 @@ from msqkd.pipeline.teacher_cache import TeacherCache
 from msqkd.pipeline.teaching import Teaching
 from msqkd.progress import Reporter
 from msqkd.quant.algorithms.biases import with_biases
+from msqkd.quant.algorithms.split import with_parameters
 from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.integers import round_biases
 from msqkd.quant.plan import QuantPlan
@@ -153,10 +154,7 @@ class Objects:
         return self._with_parameters("ptq_reference.ckpt") if methods else self.deployed
 
     def _with_parameters(self, file: str) -> Graph:
-        graph = self.ptq_graph.copy()
-        for name, data in read_checkpoint(str(self.folder.file(file))).items():
-            graph.params[name].data = data
-        return graph
+        return with_parameters(self.ptq_graph, read_checkpoint(str(self.folder.file(file))))
 
     @cached_property
     def plan(self) -> QuantPlan:

@@ -27,6 +27,7 @@ def assemble(
     stages: Mapping[str, Any],
     plan: QuantPlan,
     layers: Sequence[Mapping[str, Any]],
+    distributions: Sequence[Mapping[str, Any]],
     data: Mapping[str, Any],
     started: datetime,
     warnings: Sequence[str],
@@ -39,6 +40,7 @@ def assemble(
         stages: the result of every finished stage, by name.
         plan: the plan of the exported network, every range known.
         layers: the rows of `msqkd.analysis.layers.layer_table`.
+        distributions: of the layers that matter, from `msqkd.analysis.distributions`.
         data: name of the data and its numbers of samples.
         started: when this run (or its last continuation) began.
         warnings: what was said beside the recipe's and the plan's own warnings.
@@ -75,6 +77,7 @@ def assemble(
         "calibration": {key: calibration[key] for key in _CALIBRATION if key in calibration},
         "training": histories,
         "layers": list(layers),
+        "distributions": list(distributions),
         "plan": {**plan.to_dict(), "training_only": list(training_only)},
         "warnings": [*recipe.warnings(), *plan.warnings, *warnings],
     }

@@ -8,8 +8,11 @@ from typing import Any, Optional
 import mindspore as ms
 
 from msqkd import parallel
+from msqkd.analysis.distributions import add_outliers, distributions
 from msqkd.analysis.layers import layer_table
+from msqkd.analysis.refresh import completed
 from msqkd.analysis.report import write_report
+from msqkd.analysis.statistics import Distribution, weight_statistics
 from msqkd.data import subset
 from msqkd.files import write_json
 from msqkd.pipeline.export import Exported, deviation_words, export_files
@@ -273,7 +276,11 @@ class _Run(Stages):
         network = self.objects.exported()
         graph, plan = network.graph, network.plan
         samples = subset(self.objects.bundle.test, min(_SQNR_SAMPLES, len(self.objects.bundle.test)))
-        layers = layer_table(graph, plan, self.objects.reference_graph(), input_batches(samples, min(64, len(samples))))
+        batches = input_batches(samples, min(64, len(samples)))
+        values: dict[str, Distribution] = {}
+        layers = layer_table(graph, plan, self.objects.reference_graph(), batches, values)
+        weights = weight_statistics(graph, plan)
+        add_outliers(layers, values, weights)
         counts = {
             "train": len(self.objects.bundle.train),
             "test": len(self.objects.bundle.test),
@@ -284,11 +291,13 @@ class _Run(Stages):
             folder.state["stages"],
             plan,
             layers,
+            distributions(layers, values, weights),
             {"name": self.objects.bundle.name, **counts},
             self.started,
             self.warnings,
             training_only_rows(self.objects.captured),
         )
+        result = completed(result, folder.path)
         write_report(result, folder.path)
         self._forget_states()
         self.reporter.say(f"{folder.file('report.html')}")

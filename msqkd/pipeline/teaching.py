@@ -138,17 +138,28 @@ class Teaching:
     @cached_property
     def _graphs(self) -> list[Optional[Graph]]:
         """The graphs of those teachers of which a feature watches something."""
-        return [self._graph(index, net) if net is not None else None for index, net in enumerate(self._others)]
+        return [self._watched_graph(index) for index in range(len(self._others))]
 
-    def _graph(self, index: int, net: Any) -> Optional[Graph]:
-        if all(feature.of != index for feature in self.features):
+    def graph_of(self, index: int) -> Optional[Graph]:
+        """The graph of a teacher; None for the float network itself.
+
+        Raises:
+            CaptureError: it cannot be captured.
+        """
+        net = self._others[index]
+        if net is None:
             return None
         if self.recipe.teachers[index].source == "mindir":
-            graph = net.graph.copy()
+            graph: Graph = net.graph.copy()
             read_parameters(net, graph)
             return graph
+        return capture(net, example_input(self.recipe))
+
+    def _watched_graph(self, index: int) -> Optional[Graph]:
+        if all(feature.of != index for feature in self.features):
+            return None
         try:
-            return capture(net, example_input(self.recipe))
+            return self.graph_of(index)
         except CaptureError as error:
             raise ModelError(f"{self._place(index)}: its layers cannot be watched: {error}") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,13 @@ from msqkd.pipeline.ranking import quantised_metric, ranking_split, sets_of
 from msqkd.pipeline.run import run_recipe
 from msqkd.pipeline.rundir import RunDirectory
 from msqkd.pipeline.stages import Stages
+from msqkd.pipeline.teachers import teachers_beside
 from msqkd.progress import Reporter
 from msqkd.quant.algorithms.methods import Improved
 from msqkd.quant.algorithms.order import STAGES, against_order
 from msqkd.recipe import Recipe, dump_recipe, make_recipe
 from msqkd.train.evaluate import output_arrays
+from msqkd.user_code import reason_of
 
 VERB = "tune"
 TUNED = "tuned.yaml"
@@ -42,8 +43,8 @@ _OBSERVERS: tuple[dict[str, Any], ...] = (
     {"observer": "minmax", "percentile": None},
 )
 _METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("equalize", {}), ("equalize", {"relu6": "within"}), ("smoothquant", {}), ("weight_ranges", {}),
-    ("bias_correction", {}), ("adaround", {}), ("reconstruct", {}),
+    ("equalize", {}), ("equalize", {"relu6": "within"}), ("smoothquant", {}), ("split", {}),
+    ("weight_ranges", {}), ("bias_correction", {}), ("adaround", {}), ("reconstruct", {}),
 )  # fmt: skip
 _FLOAT_LAYERS = (1, 2, 4, 8, 16)
 _SENSITIVITY_SAMPLES = 256
@@ -57,7 +58,8 @@ class Goal:
     Attributes:
         max_drop: the most the metric may lose to float, in its own unit (points of accuracy); 0 or more.
         trials: the most networks tried; None for no limit.
-        minutes: the most it may take, begun trials are finished; None for no limit.
+        minutes: the most that trials may take together, over all starts; a trial that was begun is finished. None for
+            no limit.
         samples: labelled training samples that trials are ranked on.
     """
 
@@ -118,8 +120,8 @@ class _Tuning(Stages):
     def __init__(self, objects: Objects, goal: Goal) -> None:
         super().__init__(objects)
         self.goal, self.metric = goal, objects.metric
-        self.begun = time.monotonic()
         self.trials: list[dict[str, Any]] = []
+        self.teachers: Optional[dict[str, Any]] = None
         self.built: dict[str, tuple[Objects, Improved]] = {}
 
     def run(self) -> dict[str, Any]:
@@ -184,6 +186,7 @@ class _Tuning(Stages):
                 values = with_fragment(values, rule_for(self.objects.deployed.node(name), precision="float"))
             yield Candidate(_titled(best, f"float: {', '.join(layers)}"), values)
         best = self._best(best)
+        self._compare_teachers()
         values = {**best.values, "ptq": {}, "compare": []}
         yield Candidate(f"{best.title}; training", values, trains=True)
 
@@ -210,8 +213,10 @@ class _Tuning(Stages):
                 if candidate.trains:
                     return {**told, **self._trained(recipe, on_test)}
                 found = self._measured(recipe, self.tuning)
-            except MsqkdError as error:  # this network has no place for it: a transformer nothing to equalise
-                return {**told, "metric": None, "drop": math.inf, "error": str(error)}
+            except (MsqkdError, RuntimeError) as error:
+                # This network has no place for it (a transformer nothing to equalise), or MindSpore cannot compute it.
+                why = str(error) if isinstance(error, MsqkdError) else f"MindSpore: {reason_of(error)}"
+                return {**told, "metric": None, "drop": math.inf, "error": why}
             return {**told, "metric": found, "drop": self._lost(found, base)}
 
         def words(result: Mapping[str, Any]) -> str:
@@ -223,7 +228,8 @@ class _Tuning(Stages):
         title = f"Trial {len(self.trials) + 1}{self._of()}: {candidate.title}"
         trial: dict[str, Any] = self.stage(key, title, work, words)
         self.trials.append(trial)
-        self.reporter.say(f"best so far: {self.metric.scale.number(min(t['drop'] for t in self.trials))} lost")
+        least = self.metric.scale.number(min(t["drop"] for t in self.trials))
+        self.reporter.say(f"best so far: {least} lost{self._left()}")
         return trial
 
     def _trained(self, recipe: Recipe, on_test: float) -> dict[str, Any]:
@@ -279,6 +285,16 @@ class _Tuning(Stages):
         nodes = {node.name for node in self.objects.plan.nodes}
         return [name for name in found["layers"] if name in nodes]
 
+    def _compare_teachers(self) -> None:
+        """What the teachers of the training to come know more than the network."""
+        if self.recipe.distillation is None:
+            return
+        self.reporter.stages += 1
+        found = self.stage(
+            "teachers", "Teachers", lambda: teachers_beside(self.objects, self.tuning), lambda r: r["verdict"]
+        )
+        self.teachers = found
+
     # -- what it comes to ----------------------------------------------------------------------------------------------
     def _lost(self, found: float, base: float) -> float:
         return base - found if self.metric.higher_is_better else found - base
@@ -287,10 +303,24 @@ class _Tuning(Stages):
         return {"test_metric": found, "test_drop": self._lost(found, on_test)}
 
     def _is_over(self) -> bool:
-        goal, spent = self.goal, (time.monotonic() - self.begun) / 60
+        goal = self.goal
         return (goal.trials is not None and len(self.trials) >= goal.trials) or (
-            goal.minutes is not None and bool(self.trials) and spent >= goal.minutes
+            goal.minutes is not None and bool(self.trials) and self._spent() >= goal.minutes
         )
+
+    def _spent(self) -> float:
+        """The minutes of all trials."""
+        return sum(float(trial["seconds"]) for trial in self.trials) / 60
+
+    def _left(self) -> str:
+        """What of the budget is left, in words: the longest it may still take."""
+        goal, spent = self.goal, self._spent()
+        ends = []
+        if goal.minutes is not None:
+            ends.append(goal.minutes - spent)
+        if goal.trials is not None:
+            ends.append(spent / len(self.trials) * (goal.trials - len(self.trials)))
+        return f"; at most {max(min(ends), 0.0):.0f} min left" if ends else ""
 
     def _of(self) -> str:
         return f" of at most {self.goal.trials}" if self.goal.trials is not None else ""
@@ -307,6 +337,7 @@ class _Tuning(Stages):
             "best": {key: best[key] for key in ("title", "drop", "test_metric", "test_drop", "trains")},
             "sets": sets_of(self.objects, self.tuning),
             "trials": [{key: value for key, value in trial.items() if key != "recipe"} for trial in self.trials],
+            "teachers": self.teachers,
             "recipe": recipe,
         }
         write_tuning(result, self.folder.path)

@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
 
+from msqkd.analysis.refresh import refresh_report
 from msqkd.analysis.report import VERIFY_API_VERSION, write_report
 from msqkd.data import subset
 from msqkd.environment import versions
@@ -33,7 +34,8 @@ def verify_run(
 ) -> dict[str, Any]:
     """Check a run's files, and compare the float, fake-quantised and integer execution of its network on the test set.
 
-    ``verify.json`` and ``verify.html`` are written; nothing else in the run's folder changes.
+    ``verify.json`` and ``verify.html`` are written; into the run's folder, its report is written again where it lacks
+    what the device reaches on the whole test set; nothing else there changes.
 
     Args:
         path: the folder of a finished run.
@@ -90,6 +92,8 @@ def verify_run(
         "warnings": [deviation_words(parity)] if parity["exceeded"] else [],
     }
     write_report(result, target, REPORT)
+    if target.resolve() == path.resolve():
+        refresh_report(target)
     reporter.say(f"{target / REPORT}.html")
     return result
 

@@ -16,19 +16,28 @@ ACTIVATION_RULES = (NONE, LSQ, PACT)
 """By which rule step sizes are trained (see `msqkd.quant.learned`), if any."""
 
 INT8, WEIGHT_ONLY, DYNAMIC, FLOAT_PRECISION = "int8", "weight-only", "dynamic", "float"
-PRECISIONS = (INT8, WEIGHT_ONLY, DYNAMIC, FLOAT_PRECISION)
+FLOAT16, WEIGHT_ONLY_FLOAT16 = "float16", "weight-only-float16"
+PRECISIONS = (INT8, WEIGHT_ONLY, DYNAMIC, FLOAT_PRECISION, FLOAT16, WEIGHT_ONLY_FLOAT16)
 """How a layer is computed: in int8 with ranges known beforehand; in float with weights stored as integers; with weights
-stored as integers and an input that is quantised by the range it has at each call; or in float."""
+stored as integers and an input that is quantised by the range it has at each call; in float; in float16; or in float16
+with weights stored as integers."""
 
-STORING = (WEIGHT_ONLY, DYNAMIC)
+STORING = (WEIGHT_ONLY, DYNAMIC, WEIGHT_ONLY_FLOAT16)
 """The precisions of layers that store integers and compute in float."""
+
+HALF = (FLOAT16, WEIGHT_ONLY_FLOAT16)
+"""The precisions of layers whose inputs, parameters and results are float16 numbers."""
 
 _DELAYS = ("act_quant_delay", "act_quant_delay_epochs")
 _DTYPE_BITS = {"int8": 8, "qint4x2": 4, "int4": 4}
 
+WIDE_BITS = 16
+"""The bits of values, beside 2 to 8, that the inputs of dynamic layers may have."""
 
-def bits_of(dtype: Any, where: str) -> int:
-    """Bits of a quantised dtype: an int from 2 to 8, ``mindspore.int8``, or the names ``int8`` and ``int2`` … ``int8``.
+
+def bits_of(dtype: Any, where: str, wide: bool = False) -> int:
+    """Bits of a quantised dtype: an int from 2 to 8, ``mindspore.int8``, or the names ``int8`` and ``int2`` … ``int8``;
+    with `wide` 16, ``mindspore.int16`` and ``int16`` too.
 
     Raises:
         PlanError: it is none of these.
@@ -40,9 +49,10 @@ def bits_of(dtype: Any, where: str) -> int:
         bits = _DTYPE_BITS.get(name)
         if bits is None and name.startswith("int") and name[3:].isdigit():
             bits = int(name[3:])
-    if bits is None or not 2 <= bits <= 8:
+    if bits is None or not (2 <= bits <= 8 or (wide and bits == WIDE_BITS)):
+        more = f", or {WIDE_BITS} with precision '{DYNAMIC}'" if wide else ""
         raise PlanError(
-            f"{where} is {dtype!r}; allowed: mindspore.int8, 'int2' … 'int8', or a number of bits from 2 to 8"
+            f"{where} is {dtype!r}; allowed: mindspore.int8, 'int2' … 'int8', or a number of bits from 2 to 8{more}"
         )
     return bits
 
@@ -86,8 +96,8 @@ class QuantConfig:
 
     Attributes:
         weight_quantizer: how weights are quantised.
-        act_quant_dtype: dtype of activations, as `WeightQuantizer.quant_dtype`; None is short for
-            ``precision="float"``, and is not kept.
+        act_quant_dtype: dtype of activations, as `WeightQuantizer.quant_dtype`, or 16 bits with precision ``dynamic``;
+            None is short for ``precision="float"``, and is not kept.
         act_quant_delay: training steps before activations are quantised; ranges are collected meanwhile.
         act_quant_delay_epochs: the same in epochs, in place of `act_quant_delay`.
         act_symmetric: symmetric activations (zero point 0); None lets the target decide.
@@ -95,8 +105,8 @@ class QuantConfig:
         act_percentile: share in percent kept by the percentile observer (90–100).
         act_learned: ``lsq`` trains the scales from the observed range on, ``pact`` the upper ends of what is never
             negative (see `msqkd.quant.learned`); ``none`` keeps the range.
-        precision: one of `PRECISIONS`. ``weight-only`` uses the settings of weights alone, ``dynamic`` those and dtype,
-            symmetry and delay of activations.
+        precision: one of `PRECISIONS`. ``weight-only`` and ``weight-only-float16`` use the settings of weights alone,
+            ``dynamic`` those and dtype, symmetry and delay of activations, ``float16`` none.
     """
 
     weight_quantizer: WeightQuantizer = field(default_factory=WeightQuantizer)
@@ -116,7 +126,7 @@ class QuantConfig:
                 f"{did_you_mean(str(self.precision), PRECISIONS)}"
             )
         if self.act_quant_dtype is None:
-            if self.precision in STORING:
+            if self.precision in (*STORING, *HALF):
                 raise PlanError(
                     f"QuantConfig.act_quant_dtype is None, which keeps a layer float, and precision is "
                     f"'{self.precision}'; leave one of them out"
@@ -128,7 +138,9 @@ class QuantConfig:
                 f"QuantConfig.weight_quantizer is {self.weight_quantizer!r}; allowed: a WeightQuantizer, for instance "
                 "WeightQuantizer(quant_dtype='int8', per_channel=True)"
             )
-        bits_of(self.act_quant_dtype, "QuantConfig.act_quant_dtype")
+        bits = bits_of(self.act_quant_dtype, "QuantConfig.act_quant_dtype", wide=True)
+        if bits == WIDE_BITS and self.precision == INT8:
+            raise PlanError(f"QuantConfig.act_quant_dtype is {bits} bits; allowed only with precision '{DYNAMIC}'")
         _check_name(self.act_observer, ACTIVATION_OBSERVERS, "QuantConfig.act_observer")
         _check_name(self.act_learned, ACTIVATION_RULES, "QuantConfig.act_learned")
         for key, unit in (("act_quant_delay", "steps"), ("act_quant_delay_epochs", "epochs")):
@@ -146,9 +158,9 @@ class QuantConfig:
     @property
     def act_bits(self) -> Optional[int]:
         """Bits of activations, or None where they stay float."""
-        if self.precision in (WEIGHT_ONLY, FLOAT_PRECISION):
+        if self.precision in (WEIGHT_ONLY, FLOAT_PRECISION, *HALF):
             return None
-        return bits_of(self.act_quant_dtype, "QuantConfig.act_quant_dtype")
+        return bits_of(self.act_quant_dtype, "QuantConfig.act_quant_dtype", wide=True)
 
     @property
     def is_float(self) -> bool:

@@ -370,7 +370,7 @@ class FakeQuantDynamic(nn.Cell):
         self.quant = quant
         self.phase_of_quant = OFF
         self.symmetric = quant.symmetric
-        bottom, top = quant_limits(quant.bits)
+        bottom, top = quant.limits
         constants = (top if quant.symmetric else top - bottom, bottom, top, top - bottom, 1.0, 0.0)
         self.levels, self.bottom, self.top, self.width, self.one, self.zero = (
             ms.Tensor(np.float32(number)) for number in constants

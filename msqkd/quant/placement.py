@@ -7,16 +7,39 @@ from dataclasses import replace
 from typing import Optional
 
 from msqkd.errors import PlanError
+from msqkd.graph.half import HALF_OPS, float_inputs
 from msqkd.graph.ir import Graph, Node
 from msqkd.graph.passes.padded_pools import NON_NEGATIVE
 from msqkd.quant import uses
-from msqkd.quant.config import DYNAMIC, FLOAT_PRECISION, INT8, NONE, PACT, STORING, WEIGHT_ONLY, QuantConfig, Rule
-from msqkd.quant.plan import ActivationQuant, DynamicQuant, Group, NodePlan, QuantPlan, WeightQuant
+from msqkd.quant.config import (
+    DYNAMIC,
+    FLOAT16,
+    FLOAT_PRECISION,
+    HALF,
+    INT8,
+    NONE,
+    PACT,
+    PRECISIONS,
+    STORING,
+    WEIGHT_ONLY,
+    WEIGHT_ONLY_FLOAT16,
+    QuantConfig,
+    Rule,
+)
+from msqkd.quant.plan import (
+    FLOAT_INPUT,
+    NO_NEIGHBOUR,
+    ActivationQuant,
+    DynamicQuant,
+    Group,
+    NodePlan,
+    QuantPlan,
+    WeightQuant,
+)
 from msqkd.quant.rules import RuleBook
 from msqkd.targets import RESCALED, SHARED, SHARED_ROUNDED, WEIGHTED, Int8Op, Target, get_target
 
 _MOVES = (SHARED, SHARED_ROUNDED, RESCALED)
-_FLOAT_INPUT = "its input is computed in float"
 _PRECISION = ("precision", "act_quant_dtype")  # the settings that say how a layer is computed
 
 
@@ -54,7 +77,7 @@ class _Placement:
         }
 
     def run(self) -> QuantPlan:
-        self._check_storing_rules()
+        self._check_precision_rules()
         self._decide()
         self._follow_neighbours()
         self._values()
@@ -140,6 +163,8 @@ class _Placement:
         self.effective.add(rule)
         if precision == FLOAT_PRECISION:
             return FLOAT_PRECISION, f"kept float by rule '{rule}'"
+        if precision in HALF:
+            return self._in_half(node, precision, rule)
         if node.name not in self.weight_uses:
             return FLOAT_PRECISION, f"computed in float by rule '{rule}' ({precision}): it has no weight to store"
         quantizer = self.settings[node.name][0].weight_quantizer
@@ -148,6 +173,37 @@ class _Placement:
         if precision == WEIGHT_ONLY or obstacle:
             return WEIGHT_ONLY, f"{stored}, computed in float" + (f": {obstacle}" if obstacle else "")
         return DYNAMIC, f"{stored}, every row of its input quantised by its own range at each call"
+
+    def _in_half(self, node: Node, precision: str, rule: str) -> tuple[str, str]:
+        """The verdict on a node that is wanted in float16."""
+        if not self.target.float16_layers:
+            raise PlanError(self._no_half(node, precision, rule))
+        obstacle = self._half_obstacle(node)
+        has_weight = node.name in self.weight_uses
+        if obstacle and has_weight:
+            bits = self.settings[node.name][0].weight_quantizer.bits
+            return WEIGHT_ONLY, f"weights stored in {bits} bits, computed in float: {obstacle}"
+        if obstacle:
+            return FLOAT_PRECISION, f"computed in float by rule '{rule}' ({precision}): {obstacle}"
+        if precision == WEIGHT_ONLY_FLOAT16 and has_weight:
+            bits = self.settings[node.name][0].weight_quantizer.bits
+            return WEIGHT_ONLY_FLOAT16, f"weights stored in {bits} bits, inputs and results in float16"
+        return FLOAT16, f"inputs, parameters and results in float16, by rule '{rule}'"
+
+    def _half_obstacle(self, node: Node) -> Optional[str]:
+        """Why a node cannot compute in float16."""
+        if node.op not in HALF_OPS or node.body is not None:
+            return f"msqkd has no float16 form of {node.op}"
+        if not self.graph.tensor_inputs(node) or not float_inputs(self.graph, node):
+            return "it reads no float32 value that is computed"
+        return None
+
+    def _no_half(self, node: Node, precision: str, rule: str) -> str:
+        others = ", ".join(name for name in PRECISIONS if name not in HALF)
+        return (
+            f"rule '{rule}': {node.name} ({node.op}) cannot have precision '{precision}' on {self.target.name}: "
+            f"{self.target.float16_reason}; allowed: {others}"
+        )
 
     def _float_reason(self, node: Node) -> str:
         """Why an operation that is not among the target's stays float."""
@@ -274,7 +330,7 @@ class _Placement:
             reached = bool(found)
         for node in waiting:
             if node.name not in anchored:
-                reason = _FLOAT_INPUT if self._follows(node) else "no neighbour runs in int8"
+                reason = FLOAT_INPUT if self._follows(node) else NO_NEIGHBOUR
                 self._place_in_float(node, reason)
 
     def _follows(self, node: Node) -> bool:
@@ -300,7 +356,7 @@ class _Placement:
         for name, head in list(self.fused.items()):
             if head == node.name:
                 del self.fused[name]
-                self.verdicts[name] = (FLOAT_PRECISION, _FLOAT_INPUT)
+                self.verdicts[name] = (FLOAT_PRECISION, FLOAT_INPUT)
 
     # -- values ---------------------------------------------------------------------------------------------------
     def _values(self) -> None:
@@ -424,19 +480,28 @@ class _Placement:
                     config.act_quant_delay_epochs,
                 )  # fmt: skip
 
-    def _check_storing_rules(self) -> None:
-        """A rule that asks for stored weights must match a layer that can have them so.
+    def _check_precision_rules(self) -> None:
+        """A rule that asks for stored weights, or for float16, must match a layer that can have them so.
 
         Raises:
             PlanError: none of the layers can.
         """
         for rule in self.book.rules:
             wanted = rule.changes.get("precision")
-            if wanted not in STORING:
+            if wanted not in (*STORING, *HALF):
                 continue
             nodes = [self.graph.node(name) for name in self.book.matched(rule)]
+            if wanted in HALF and not self.target.float16_layers:
+                raise PlanError(self._no_half(nodes[0], wanted, str(rule)))
+            if wanted == FLOAT16:
+                if all(self._half_obstacle(node) for node in nodes):
+                    why = self._half_obstacle(nodes[0])
+                    raise PlanError(
+                        f"rule '{rule}': {nodes[0].name} ({nodes[0].op}) cannot have precision '{wanted}': {why}"
+                    )
+                continue
             weighted = [node for node in nodes if uses.weight_use(self.graph, node) is not None]
-            if wanted == WEIGHT_ONLY and not weighted:
+            if wanted in (WEIGHT_ONLY, WEIGHT_ONLY_FLOAT16) and not weighted:
                 why = f"it has no parameter as weight; allowed: {', '.join(uses.STORABLE)} with one"
             elif wanted == DYNAMIC and all(uses.dynamic_obstacle(self.graph, node) for node in weighted):
                 why = (weighted and uses.dynamic_obstacle(self.graph, weighted[0])) or "it has no parameter as weight"
@@ -452,6 +517,7 @@ class _Placement:
             "narrower ones in 8 bits",
             DYNAMIC: ".ms files and the file for a converter compute them in float from their stored weights: no "
             "kernel there quantises an input at each call",
+            WEIGHT_ONLY_FLOAT16: "the file for Ascend holds their weights as float16 numbers on the grid",
         }
         for precision, text in texts.items():
             names = [name for name, (found, _) in self.verdicts.items() if found == precision]

@@ -13,8 +13,9 @@ import numpy as np
 
 from msqkd.errors import PlanError
 from msqkd.graph.ir import Graph
-from msqkd.quant.config import INT8, NONE
+from msqkd.quant.config import HALF, INT8, NONE
 from msqkd.quant.qparams import (
+    MAX_BITS,
     SCALE_FLOOR,
     QParams,
     activation_qparams,
@@ -24,6 +25,9 @@ from msqkd.quant.qparams import (
 )
 from msqkd.targets import get_target
 
+NO_NEIGHBOUR, FLOAT_INPUT = "no neighbour runs in int8", "its input is computed in float"
+"""Why an operation that has an int8 kernel is float where others are."""
+
 
 @dataclass(frozen=True)
 class NodePlan:
@@ -31,7 +35,7 @@ class NodePlan:
 
     Attributes:
         name, op, cell_path, cell_types: as in the graph.
-        precision: ``int8``, ``weight-only``, ``dynamic`` or ``float`` (see `msqkd.quant.config.PRECISIONS`).
+        precision: one of `msqkd.quant.config.PRECISIONS`.
         reason: why, in words.
         rule: the rule that had the last word on the layer's settings.
         fused_into: the node in whose kernel this one is computed, if any.
@@ -115,6 +119,11 @@ class DynamicQuant:
     delay: int
     rule: str
     delay_epochs: int = 0
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The smallest and the largest integer."""
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
 
 @dataclass(frozen=True)
@@ -266,9 +275,17 @@ class QuantPlan:
         return {name: quant for name, quant in self.weights.items() if name not in stored}
 
     def stored_weights(self) -> dict[str, WeightQuant]:
-        """Those of `weights` that are stored as integers and computed with in float (weight-only and dynamic)."""
+        """Those of `weights` that are stored as integers and computed with in float (`msqkd.quant.config.STORING`)."""
         float_nodes = {node.name for node in self.nodes if node.precision != INT8}
         return {name: quant for name, quant in self.weights.items() if name in float_nodes}
+
+    def wide_inputs(self) -> list[DynamicQuant]:
+        """Those of `dynamic` whose integers have more than 8 bits, in execution order."""
+        return [quant for quant in self.dynamic.values() if quant.bits > MAX_BITS]
+
+    def half_nodes(self) -> list[NodePlan]:
+        """The operations that compute in float16, in execution order."""
+        return [node for node in self.nodes if node.precision in HALF]
 
     def int8_share(self) -> float:
         """Share of the operations that run in int8 (0–1); an activation computed in another's kernel counts with it."""

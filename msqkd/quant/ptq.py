@@ -15,6 +15,7 @@ from msqkd.errors import DataError
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.quant.fake_quant import FakeQuantWeight
+from msqkd.quant.half import check_parameters, check_values, watched, with_half
 from msqkd.quant.observers import Observer, make_observer
 from msqkd.quant.plan import Group, QuantPlan
 
@@ -60,6 +61,9 @@ class Observation:
         graph: the deployment graph, with its current parameters.
         plan: whose groups are observed (each at the value its name says) and whose weights are quantised.
         observer, percentile: one observer for every group, instead of each group's own.
+
+    Raises:
+        PlanError: float16 cannot hold a parameter of a layer that computes in it.
     """
 
     def __init__(
@@ -75,14 +79,24 @@ class Observation:
             (name, quant.index): FakeQuantWeight(quant, graph.shape(graph.node(name).inputs[quant.index]))
             for name, quant in plan.with_weight_observers(graph).weights.items()
         }
-        self.cell = to_cell(graph, Hooks(edges=edges, observe=[group.name for group in self.groups]))
+        check_parameters(graph, plan)
+        self.half = watched(graph, plan)
+        observed = dict.fromkeys([*(group.name for group in self.groups), *self.half])
+        self.places = {name: place for place, name in enumerate(observed)}
+        self.cell = to_cell(graph, with_half(Hooks(edges=edges, observe=list(observed)), graph, plan))
         self.outputs = len(graph.outputs)
 
     def update(self, *batch: np.ndarray) -> None:
-        """Observe one batch, an array (N, ...) for each input of the network."""
-        values = self.cell(*map(ms.Tensor, batch))[self.outputs :]
-        for group, observer, value in zip(self.groups, self.observers, values):
-            observer.update(value.asnumpy(), where=f"value '{group.name}'")
+        """Observe one batch, an array (N, ...) for each input of the network.
+
+        Raises:
+            PlanError: a value is not finite, or one of a float16 layer is beyond what that can hold.
+        """
+        values = self.cell(*map(ms.Tensor, batch))[self.outputs :] if self.places else ()
+        for name, layer in self.half.items():
+            check_values(layer, name, values[self.places[name]].asnumpy(), self.plan)
+        for group, observer in zip(self.groups, self.observers):
+            observer.update(values[self.places[group.name]].asnumpy(), where=f"value '{group.name}'")
 
     def ranges(self) -> dict[str, tuple[float, float]]:
         """The range of every group.

@@ -28,6 +28,7 @@ from msqkd.quant.fake_quant import (
     FakeQuantDynamic,
     FakeQuantWeight,
 )
+from msqkd.quant.half import check_parameters, with_half
 from msqkd.quant.learned import LearnedScale
 from msqkd.quant.plan import Group, QuantPlan
 from msqkd.quant.schedule import DIRECT, QatSchedule
@@ -298,12 +299,15 @@ def quantize_cell(
         A cell in evaluation mode, its quantisers in the phase of step 0; off where one that is due has no range yet.
 
     Raises:
-        PlanError: as `with_dropout`; or a delay is in epochs (see `QuantPlan.in_steps`).
+        PlanError: as `with_dropout`; a delay is in epochs (see `QuantPlan.in_steps`); or float16 cannot hold a
+            parameter of a layer that computes in it.
     """
     if learn:
         _check_delays(plan)
     graph = training_graph(source, batchnorm)
-    plan = plan.with_weight_observers(deployment_graph(source))
+    deployed = deployment_graph(source)
+    check_parameters(deployed, plan)
+    plan = plan.with_weight_observers(deployed)
     producers = {output: node for node in graph.nodes for output in node.outputs}
     quantizers: dict[str, FakeQuantActivation] = {}
     scales: dict[str, LearnedScale] = {}
@@ -336,6 +340,7 @@ def quantize_cell(
         hooks.edges[(name, weight.index)] = weights[name]  # type: ignore[index]
     dynamic = {name: FakeQuantDynamic(quant) for name, quant in plan.dynamic.items()}
     hooks.edges.update({(name, 0): quantizer for name, quantizer in dynamic.items()})  # type: ignore[attr-defined]
+    hooks = with_half(hooks, graph, plan, deployed)
     trained = with_dropout(graph, dropout)
     cell = to_cell(trained, half_precision(trained, amp_level, hooks), base=QuantCell)
     cell.setup(source.copy(), plan, batchnorm, quantizers, graph, dynamic, weights, schedule)

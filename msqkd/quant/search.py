@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 from msqkd.errors import PlanError
 
@@ -72,21 +73,23 @@ def pareto_front(layers: Mapping[str, Sequence[Choice]], most: int = _MOST_POINT
     ]
 
 
-def best_within(front: Sequence[Assignment], budget: float, what: str) -> Assignment:
+def best_within(front: Sequence[Assignment], budget: float, what: str, whole: Optional[float] = None) -> Assignment:
     """The least loss whose cost is within a budget.
 
     Args:
         front: from `pareto_front`.
         budget: the most it may cost.
         what: the unit, for the message.
+        whole: of which budgets are shares, for the message.
 
     Raises:
         PlanError: nothing is within; says what is the least that can be reached.
     """
     fitting = [item for item in front if item.cost <= budget]
     if not fitting:
+        share = "" if whole is None else f", {math.ceil(front[0].cost / whole * 1e4) / 1e4:g} of the float network's"
         raise PlanError(f"a budget of {budget:g} {what} cannot be met: the least that can be reached is "
-                        f"{front[0].cost:g} {what}")  # fmt: skip
+                        f"{front[0].cost:g} {what}{share}")  # fmt: skip
     return min(fitting, key=lambda item: (item.loss, item.cost))
 
 

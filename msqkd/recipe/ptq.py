@@ -12,7 +12,9 @@ from msqkd.quant.algorithms.order import STAGES, against_order
 from msqkd.recipe.fields import Count, NotNegative, Number, Section, distinct, filled, value_of
 from msqkd.recipe.problems import Allowed, Problem, refuse_value
 
-MethodName = Literal["equalize", "smoothquant", "weight_ranges", "adaround", "reconstruct", "bias_correction"]
+MethodName = Literal[
+    "equalize", "smoothquant", "split", "weight_ranges", "adaround", "reconstruct", "cluster", "bias_correction"
+]
 
 
 def _falling(value: list[float]) -> list[float]:
@@ -49,6 +51,15 @@ class SmoothQuantSection(Section):
     )
 
 
+class SplitSection(Section):
+    """Input channels with outliers among their weights are computed twice and weigh half each (Zhao et al. 2019,
+    arXiv:1901.09504)."""
+
+    ratio: Annotated[Number, Gt(0), Le(1)] = Field(
+        default=0.02, description="Share of a layer's input channels that may be added, rounded up."
+    )
+
+
 class WeightRangesSection(Section):
     """Clip ratios of weights by the error of the layer's output, layer after layer (arXiv:2106.08295)."""
 
@@ -78,6 +89,13 @@ class ReconstructSection(RoundingSection):
     )
 
 
+class ClusterSection(Section):
+    """Few distinct integers a layer, stored as indices (Deep Compression, Han et al. 2016, arXiv:1510.00149)."""
+
+    clusters: Annotated[int, Ge(2), Le(128)] = Field(default=16, description="How many integers, at most.")
+    shared: bool = Field(default=False, description="The same ones for all layers of as many bits.")
+
+
 class BiasCorrectionSection(Section):
     """What a layer's outputs lose in the mean is added to its bias (Nagel et al. 2019, arXiv:1906.04721)."""
 
@@ -93,13 +111,15 @@ class PtqSection(Section):
 
     methods: Annotated[list[MethodName], AfterValidator(distinct)] = Field(
         default=[],
-        description="What is done, in this order: equalize and smoothquant come before the others.",
+        description="What is done, in this order: equalize, smoothquant and split come before the others.",
     )
     equalize: Optional[EqualizeSection] = Field(default=None, description="Settings of equalize.")
     smoothquant: Optional[SmoothQuantSection] = Field(default=None, description="Settings of smoothquant.")
+    split: Optional[SplitSection] = Field(default=None, description="Settings of split.")
     weight_ranges: Optional[WeightRangesSection] = Field(default=None, description="Settings of weight_ranges.")
     adaround: Optional[RoundingSection] = Field(default=None, description="Settings of adaround.")
     reconstruct: Optional[ReconstructSection] = Field(default=None, description="Settings of reconstruct.")
+    cluster: Optional[ClusterSection] = Field(default=None, description="Settings of cluster.")
     bias_correction: Optional[BiasCorrectionSection] = Field(default=None, description="Settings of bias_correction.")
 
     @model_validator(mode="before")

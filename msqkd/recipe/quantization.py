@@ -12,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from msqkd.quant.config import WIDE_BITS
 from msqkd.quant.presets import PRESETS
 from msqkd.recipe.fields import (
     Count,
@@ -27,7 +28,7 @@ from msqkd.recipe.fields import (
     only_with,
     value_of,
 )
-from msqkd.recipe.problems import Allowed, Problem, listing, refuse_value
+from msqkd.recipe.problems import Allowed, Problem, listing, refuse_value, show
 
 PresetName = Literal["cnn", "mobile", "transformer", "detector"]
 DEFAULT_PERCENTILE = 99.99
@@ -44,6 +45,17 @@ SymmetricWeight = Annotated[
     bool, BeforeValidator(_symmetric), Allowed("true (every target has symmetric weights only)")
 ]
 Bits = Annotated[int, Ge(2), Le(8)]
+
+
+def _value_bits(value: Any) -> Any:
+    good = isinstance(value, int) and not isinstance(value, bool) and (2 <= value <= 8 or value == WIDE_BITS)
+    if value is not None and not good:
+        refuse_value(f"found {show(value)}, allowed: {_VALUE_BITS}")
+    return value
+
+
+_VALUE_BITS = f"an integer from 2 to 8, or {WIDE_BITS} with precision: dynamic"
+ValueBits = Annotated[int, BeforeValidator(_value_bits), Allowed(_VALUE_BITS)]
 WeightLearning = Literal["none", "lsq"]
 ActivationLearning = Literal["none", "lsq", "pact"]
 WeightObserver = Literal["minmax", "mse"]
@@ -103,7 +115,7 @@ class RangeSection(Section):
 class ActivationSection(RangeSection):
     """How activations are quantised in training."""
 
-    bits: Bits = Field(default=8, description="Bits of an activation.")
+    bits: ValueBits = Field(default=8, description="Bits of an activation.")
     symmetric: Optional[bool] = Field(default=None, description="Zero point 0; null takes what the target wants.")
     observer: ActivationObserver = Field(default="ema", description="How the range is chosen from the values seen.")
     percentile: Optional[Percentile] = Field(
@@ -150,7 +162,7 @@ class ActivationSection(RangeSection):
 class ActivationOverride(RangeSection):
     """The activation settings a rule changes; null keeps the general setting."""
 
-    bits: Optional[Bits] = Field(default=None, description="Bits of an activation.")
+    bits: Optional[ValueBits] = Field(default=None, description="Bits of an activation.")
     symmetric: Optional[bool] = Field(default=None, description="Zero point 0.")
     observer: Optional[ActivationObserver] = Field(default=None, description="How the range is chosen.")
     percentile: Optional[Percentile] = Field(
@@ -164,6 +176,10 @@ class ActivationOverride(RangeSection):
     def _conflicts(self) -> Iterator[Problem]:
         yield from super()._conflicts()
         yield from _two_delays(self)
+
+
+def _only_dynamic(found: str = f"found {WIDE_BITS},") -> str:
+    return f"{found} allowed only with precision: dynamic"
 
 
 def _two_delays(section: ActivationSection | ActivationOverride) -> Iterator[Problem]:
@@ -195,10 +211,11 @@ class Rule(Section):
     """Settings for some nodes only."""
 
     match: Match = Field(description="Which nodes the rule is for.")
-    precision: Optional[Literal["int8", "weight-only", "dynamic", "float"]] = Field(
+    precision: Optional[Literal["int8", "weight-only", "dynamic", "float", "float16", "weight-only-float16"]] = Field(
         default=None,
         description="Compute these nodes in int8; in float with weights stored as integers; the same with inputs "
-        "quantised at each call by their own range (dense layers and products with a parameter); or in float.",
+        "quantised at each call by their own range (dense layers and products with a parameter); in float; in float16, "
+        "inputs, parameters and results; or the same with weights stored as integers. The last two on ascend only.",
     )
     weight: WeightOverride = Field(default=WeightOverride(), description="Weight settings to change.")
     activation: ActivationOverride = Field(default=ActivationOverride(), description="Activation settings to change.")
@@ -207,11 +224,12 @@ class Rule(Section):
         changed = [key for key in ("weight", "activation") if getattr(self, key).model_dump(exclude_none=True)]
         if self.precision is None and not changed:
             yield Problem((), "the rule sets nothing, allowed: precision, weight or activation with a value")
-        if self.precision == "float":
+        if self.precision in ("float", "float16"):
             for key in changed:
-                yield Problem((key,), "not allowed with precision: float, which quantises nothing")
-        if self.precision == "weight-only" and "activation" in changed:
-            yield Problem(("activation",), "not allowed with precision: weight-only, which quantises weights alone")
+                yield Problem((key,), f"not allowed with precision: {self.precision}, which has no integers")
+        if self.precision in ("weight-only", "weight-only-float16") and "activation" in changed:
+            text = f"not allowed with precision: {self.precision}, which quantises weights alone"
+            yield Problem(("activation",), text)
         if self.precision == "dynamic":
             for key in ("observer", "learned"):
                 if getattr(self.activation, key) is not None:
@@ -325,6 +343,15 @@ class QuantizationSection(Section):
         learned, observer = self.activation.learned, self.activation.observer
         if self.precision != "int8" and learned != "none":
             yield Problem(("activation", "learned"), f"found '{learned}', allowed only with precision: int8")
+        if self.precision == "int8" and self.activation.bits == WIDE_BITS:
+            yield Problem(("activation", "bits"), _only_dynamic())
+        for index, rule in enumerate(self.rules):
+            bits = rule.activation.bits or self.activation.bits
+            if (rule.precision or self.precision) == "int8" and bits == WIDE_BITS != self.activation.bits:
+                yield Problem(("rules", index, "activation", "bits"), _only_dynamic())
+            elif rule.precision == "int8" and bits == WIDE_BITS:
+                text = f"found int8, and {_only_dynamic(f'activation.bits: {WIDE_BITS} is')}"
+                yield Problem(("rules", index, "precision"), text)
         schedule = self.schedule
         if schedule.bits:
             if self.precision != "int8":

@@ -15,4 +15,5 @@ ASCEND = Target(
         "BatchNorm": "it follows no convolution or dense layer it could be folded into",
     },
     act_symmetric=True,
+    float16_layers=True,
 )

@@ -129,6 +129,8 @@ class Target:
         act_symmetric: activations are symmetric where the recipe does not say.
         act_bits: widths of activations the runtime's kernels clamp to.
         weight_bits: widths of weights it can hold (narrower ones are stored in 8 bits).
+        float16_layers: whether a layer computes in float16 where the plan says so, between layers that do not.
+        float16_reason: why not, where it does not, as a clause.
         grouped_per_channel: the defect by which a grouped convolution that is not depthwise may not have per-channel
             weights; empty where it may.
         padded_pointwise: the defect by which a 1×1 convolution may not pad; empty where it may.
@@ -146,5 +148,7 @@ class Target:
     act_symmetric: bool = False
     act_bits: tuple[int, ...] = (8,)
     weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    float16_layers: bool = False
+    float16_reason: str = "its runtime chooses the type of floating-point numbers for a whole network"
     grouped_per_channel: str = ""
     padded_pointwise: str = ""

@@ -33,6 +33,7 @@ def page() -> str:
 def _target(target: Target) -> Iterator[str]:
     yield f"## {target.name}\n"
     yield f"{target.description}. Activations are {'symmetric' if target.act_symmetric else 'asymmetric'} by default.\n"
+    yield _float16(target)
     yield "| operation | kernel | how | with |"
     yield "|---|---|---|---|"
     for op, support in target.ops.items():
@@ -56,6 +57,12 @@ def _target(target: Target) -> Iterator[str]:
         for defect in target.defects.values():
             yield f"| {defect.name} | {defect.what} | {defect.instead} |"
         yield ""
+
+
+def _float16(target: Target) -> str:
+    if target.float16_layers:
+        return "A layer can compute in float16 between others (`precision: float16`, `weight-only-float16`).\n"
+    return f"No single layer can compute in float16: {target.float16_reason}.\n"
 
 
 def _row(op: str, support: Int8Op) -> str:

@@ -16,6 +16,8 @@ from msqkd.analysis.statistics import value_statistics, weight_statistics
 from msqkd.api import plan_network
 from msqkd.graph.ir import Graph, Node
 from msqkd.pipeline.build import quant_settings
+from msqkd.quant.algorithms.base import Work
+from msqkd.quant.algorithms.split import Split
 from msqkd.quant.config import FLOAT, QuantConfig, Rule
 from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import QuantPlan
@@ -126,6 +128,29 @@ def test_channels_of_unlike_weights_want_a_scale_each() -> None:
         {"left"}, weights={"left": rounded.fake_quantize(even.params[name].data)}
     )
     assert evened.loss == pytest.approx(own, rel=0.5)
+
+
+def test_few_large_weights_want_their_channels_split() -> None:
+    graph, plan = prepared(per_channel=False)
+    graph = graph.copy()
+    name = graph.node("right").inputs[1]
+    weight = graph.params[name].data.copy()
+    weight[2, 5, 1, 1] = 8 * np.abs(weight).max()
+    graph.params[name].data = weight
+    broken = with_weight_bits(calibrate(graph, plan, [X]), "right", 5)
+    first = examined(graph, broken, lambda: graph)[0]
+    assert first.layer == "right"
+    cure = next(remedy for remedy in first.remedies if "splitting" in remedy.text)
+    assert cure.fragment == {"ptq": {"methods": ["split"], "split": {"ratio": 0.02}}}
+    before = {"ptq": {"methods": ["equalize", "bias_correction"]}}
+    methods = make_recipe(with_fragment({**RECIPE, **before}, cure.fragment)).ptq.methods
+    assert methods == ["equalize", "split", "bias_correction"]
+    # As in the network that is split.
+    work = Work(graph.copy(), broken, graph, lambda: iter([(X,)]))
+    Split(ratio=0.02).apply(work)
+    found = measured_sensitivity(SwitchedNetwork(work.graph, broken), samples(), BATCH, ACCURACY, KL)
+    assert cure.loss == pytest.approx(next(row.only_loss for row in found.layers if row.name == "right"), rel=0.05)
+    assert not any("splitting" in remedy.text for remedy in examined(graph, broken)[0].remedies)
 
 
 def test_outliers_in_a_channel_are_counted_and_calibration_leaves_them_out() -> None:

@@ -33,6 +33,9 @@ def layer(name: str, sqnr: Optional[float] = 30.0) -> dict[str, Any]:
             "scales": 16,
             "scale_min": 0.001,
             "scale_max": 0.004,
+            "sqnr_db": 41.5,
+            "count": 144,
+            "max_over_percentile": 1.5,
         },
         "activation": {
             "lo": 0.0,
@@ -42,6 +45,9 @@ def layer(name: str, sqnr: Optional[float] = 30.0) -> dict[str, Any]:
             "scale": 0.0235,
             "zero_point": -128,
             "bits": 8,
+            "sqnr_db": 43.5,
+            "outside": 0.0021,
+            "max_over_percentile": 3.5,
         },
     }
 
@@ -134,6 +140,31 @@ def parity(names: list[str]) -> dict[str, Any]:
     }
 
 
+def latency(batch: int) -> dict[str, Any]:
+    times = {"median": 2.0 * batch, "lower": 1.9 * batch, "upper": 2.25 * batch}
+    return {
+        "float32": times,
+        "int8": {key: value / 4 for key, value in times.items()},
+        "speed_up": 4.0,
+        "batch": batch,
+        "environment": {
+            "cpu": "A CPU", "int8_instructions": "SDOT/UDOT", "threads": 2, "onnxruntime": "1.2.3", "system": "Linux x",
+        },
+    }  # fmt: skip
+
+
+def distribution(name: str) -> dict[str, Any]:
+    counts = [(i * 37) % 101 for i in range(64)]
+    values = {"histogram": {"lo": -0.5, "hi": 7.5, "counts": counts}, "span": [0.0, 6.0], "percentile": 4.0}
+    weight = {"histogram": {"lo": -0.5, "hi": 0.5, "counts": counts}, "span": [-0.5, 0.5], "percentile": 0.4}
+    return {"layer": name, "op": "Conv2D", "weight": weight, "activation": values}
+
+
+def analysis(names: list[str]) -> dict[str, Any]:
+    rows = [{"name": name, "only_loss": 0.001 * (i + 1), "float_loss": 0.25} for i, name in enumerate(names)]
+    return {"loss": "kl", "samples": 200, "quantised_loss": 0.5, "layers": rows, "diagnoses": []}
+
+
 def make_result(names: list[str]) -> dict[str, Any]:
     return {
         "apiversion": API_VERSION,
@@ -172,6 +203,13 @@ def make_result(names: list[str]) -> dict[str, Any]:
         },
         "training": {"qat_kd": training(), "pretrain": training()},
         "layers": [layer(name) for name in names],
+        "distributions": [distribution(name) for name in names[:1]],
+        "latency": [latency(1)],
+        "analysis": analysis(names),
+        "advice": [
+            {"rule": "ship", "text": "Ship it.", "command": "", "recipe": ""},
+            {"rule": "tune", "text": "More is to be had.", "command": "msqkd tune RECIPE", "recipe": "a:\n  b: 1\n"},
+        ],
         "parity": parity(names),
         "plan": plan(names),
         "warnings": ["a warning of the run", "a warning of the plan"],
@@ -181,7 +219,7 @@ def make_result(names: list[str]) -> dict[str, Any]:
 @pytest.fixture
 def summary() -> dict[str, Any]:
     """A result without the parts that take time to draw."""
-    heavy = ("layers", "training", "parity")
+    heavy = ("layers", "training", "parity", "distributions", "latency", "analysis")
     return {key: value for key, value in make_result(["conv1", "conv2", "fc"]).items() if key not in heavy}
 
 
@@ -267,6 +305,7 @@ def test_ids_are_unique_and_links_lead_somewhere(result: dict[str, Any]) -> None
     targets = {value[1:] for _, name, value in attributes if name in ("href", "xlink:href")}
     assert targets <= set(ids)
     sections = {"accuracy", "size", "layers", "device", "training", "plan", "calibration", "files", "run"}
+    sections |= {"advice", "latency", "heatmap", "distributions"}
     assert sections <= targets
 
 
@@ -321,6 +360,8 @@ def test_hostile_text_is_escaped_everywhere() -> None:
     result["parity"]["split"] = HOSTILE
     for part in ("sha256", "versions"):
         result[part] = {HOSTILE: HOSTILE}
+    result["advice"][0].update(text=HOSTILE, command=HOSTILE, recipe=HOSTILE)
+    result["latency"][0]["environment"].update(cpu=HOSTILE, system=HOSTILE)
     result["size_bytes"][HOSTILE] = 5
     result["training"] = {HOSTILE: training()}
     html = render_html(result)
@@ -459,12 +500,54 @@ def test_warnings_are_shown_once(summary: dict[str, Any]) -> None:
     assert text.count("a warning of the plan") == text.count("a warning of the run") == 1
 
 
+def test_advice_stands_first_with_what_is_to_be_typed(result: dict[str, Any]) -> None:
+    html = render_html(result)
+    assert html.index('id="advice"') < html.index('id="accuracy"')
+    assert "Ship it. More is to be had. msqkd tune RECIPE In the recipe: a: b: 1 RUN is the folder" in Page(html).text
+
+
+def test_latencies_name_their_machine(result: dict[str, Any]) -> None:
+    text = Page(render_html(result)).text
+    assert "1 2 2 (1.9 … 2.25) 0.5 (0.475 … 0.562) 4.00 ×" in text
+    assert "onnxruntime 1.2.3 on A CPU (Linux x); int8 instructions: SDOT/UDOT" in text
+    bare = {"float32": {"median": 1.0}, "int8": {"median": 2.0}, "batch": 1}
+    text = Page(render_html({"latency": [bare, {"batch": 3}]})).text
+    assert "0.50 ×" in text
+    assert not GAPS.search(text)
+
+
+def test_a_report_from_before_these_parts_renders(result: dict[str, Any]) -> None:
+    for part in ("advice", "latency", "analysis", "distributions"):
+        del result[part]
+    for row in result["layers"]:
+        for part, keys in (("weight", ("sqnr_db", "count")), ("activation", ("sqnr_db", "outside"))):
+            for key in (*keys, "max_over_percentile"):
+                del row[part][key]
+    page = render_html(result)
+    assert not GAPS.search(Page(page).text)
+    assert not any(f'id="{part}"' in page for part in ("advice", "latency", "distributions"))
+    assert "Built up" in page  # what it has is on the heat map
+
+
+def test_histograms_stand_for_a_weight_and_its_values(result: dict[str, Any]) -> None:
+    html = render_html(result)
+    part = html[html.index('id="distributions"') : html.index('id="device"')]
+    assert part.count("<svg") == 2
+    assert "values, −0.5 … 7.5" in part
+    result["distributions"] = [{"layer": "input", "op": "input", "weight": None, "activation": None}]
+    flat = {"histogram": {"lo": 1.0, "hi": 1.0, "counts": [5]}, "span": [0.0, 2.0]}
+    result["distributions"].append({"layer": "flat", "op": "ReLU", "weight": None, "activation": flat})
+    assert 'id="distributions"' not in render_html(result)  # there is nothing to draw
+
+
 def test_160_layers_stay_small_and_are_all_there(tmp_path: Path) -> None:
     names = [f"blocks.encoder.layers.{i // 4}.attention.projection_{i % 4}" for i in range(160)]
     result = make_result(names)
     result["training"] = {"qat_kd": training(20_000)}
+    result["distributions"] = [distribution(name) for name in names[:6]]
     path = write_report(result, tmp_path)["html"]
     assert path.stat().st_size < 5_000_000
+    assert path.with_suffix(".json").stat().st_size < 5_000_000
     html = path.read_text()
     assert all(name in html for name in names)
 

@@ -11,7 +11,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "python_api.md"
 def test_every_code_block_runs(tmp_path, capsys):
     pytest.importorskip("mindcv")
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks), encoding="utf-8")
     exec(compile(script.read_text(encoding="utf-8"), str(script), "exec"), {"__name__": "page"})

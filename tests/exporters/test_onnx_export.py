@@ -646,8 +646,10 @@ def test_a_layer_of_any_plan_gives_the_integers_of_the_plan(
     x_params, y_params = (plan.groups[name].qparams() for name in ("x", graph.outputs[0]))
     # On the grid, where a division and a product with the reciprocal round alike, and a little beyond its ends.
     x = x_params.dequantize(source.integers(x_params.qmin - 2, x_params.qmax + 3, (16, 5)))
-    rounded_weight = plan.weights["fc"].qparams(weight).fake_quantize(weight)
-    y = x_params.fake_quantize(x).astype(np.float64) @ rounded_weight.T + bias
+    w_params = plan.weights["fc"].qparams(weight)
+    # The bias is an integer too: where outputs have finer steps than products, its rounding moves them.
+    unit = np.float64(x_params.scale) * w_params.scale
+    y = x_params.fake_quantize(x).astype(np.float64) @ w_params.fake_quantize(weight).T + np.rint(bias / unit) * unit
     y = np.clip(y, 0 if activation else -np.inf, 6 if activation == "ReLU6" else np.inf)
     with tempfile.TemporaryDirectory() as folder:
         file = export_onnx(graph, plan, Path(folder) / "net.onnx", stored)

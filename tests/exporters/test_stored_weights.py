@@ -11,7 +11,7 @@ from mindspore import nn, ops
 
 from msqkd.analysis.layers import layer_table
 from msqkd.analysis.parity import Device, compare_execution, differing_values
-from msqkd.api import create_ptq_network, quantize
+from msqkd.api import create_ptq_network, export, quantize
 from msqkd.errors import ExportError
 from msqkd.exporters.ascend.program import ascend_program
 from msqkd.exporters.ascend.quantised import export_ascend
@@ -20,7 +20,7 @@ from msqkd.exporters.lite import export_lite, read_marked
 from msqkd.exporters.ms.read import read_ms
 from msqkd.exporters.ms.write import ms_bytes, write_ms
 from msqkd.exporters.onnx.qdq import export_onnx
-from msqkd.exporters.portable import export_portable, pack, portable_graph
+from msqkd.exporters.portable import export_portable, portable_graph
 from msqkd.exporters.verify import load_lite, load_portable
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import to_cell
@@ -115,22 +115,11 @@ def answers(cell: object, inputs: np.ndarray) -> np.ndarray:
 
 
 # -- portable ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("shape", [(1,), (2, 3), (3, 5, 7), (4, 3, 3, 3)])
-def test_two_numbers_in_a_byte_come_back(shape: tuple[int, ...]) -> None:
-    integers = np.random.default_rng(len(shape)).integers(-8, 8, shape).astype(np.int8)
-    packed = pack(integers)
-    assert packed.dtype == np.int8
-    assert packed.shape == (-(-integers.size // 2),)
-    numbers = packed.astype(np.float32)
-    high = np.floor(numbers / 16)
-    found = np.concatenate([high, numbers - 16 * high - 8])[: integers.size].reshape(shape)
-    np.testing.assert_array_equal(found, integers)
-
-
 NETWORKS = {
     "encoder": (Encoder, IDS, stored(4)),
     "dynamic": (Rows, SERIES, stored(8, "dynamic")),
     "dynamic_symmetric": (Rows, SERIES, stored(4, "dynamic", False, act_symmetric=True, act_quant_dtype=6)),
+    "dynamic_16": (Rows, SERIES, stored(8, "dynamic", act_quant_dtype=16)),
     "images": (Images, IMAGES, stored(3)),
     "recurrent": (Recurrent, SERIES, stored(8)),
     "up": (Up, IMAGES, stored(8)),
@@ -141,7 +130,8 @@ NETWORKS = {
 def test_the_portable_file_answers_as_the_fake_quantised_network(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("msqkd.exporters.portable._WORTH_PACKING", 20)
+    for cost in ("_LAYER_BYTES", "_ROW_BYTES"):
+        monkeypatch.setattr(f"msqkd.exporters.packing.{cost}", 0)
     make, inputs, config = NETWORKS[name]
     cell = calibrated(make(), inputs, config)
     graph, plan = cell.sync()
@@ -153,7 +143,7 @@ def test_the_portable_file_answers_as_the_fake_quantised_network(
         np.testing.assert_array_equal(answers(run, batch), answers(cell, batch))
     names = portable_graph(graph, plan).params
     packed = config.weight_quantizer.bits <= 4
-    assert any(key.endswith(".int4x2" if packed else ".int8") for key in names)
+    assert any(key.endswith(".uint4x2" if packed else ".int8") for key in names)
 
 
 def test_four_bits_take_half_of_eight(tmp_path: Path) -> None:
@@ -179,7 +169,7 @@ def test_weights_of_int8_layers_are_packed_too() -> None:
     assert plan.int8_weights()
     assert not plan.stored_weights()
     names = portable_graph(graph, plan).params
-    assert {"0.weight.int4x2", "1.weight.int8"} <= set(names), "a small weight is not worth the operations"
+    assert {"0.weight.uint4x2", "1.weight.int8"} <= set(names), "a small weight is not worth the operations"
 
 
 # -- .ms ---------------------------------------------------------------------------------------------------------------
@@ -249,7 +239,15 @@ def test_a_table_with_scales_that_do_not_fit_is_refused() -> None:
 
 
 # -- other files -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["encoder", "dynamic", "dynamic_symmetric", "images"])
+@pytest.mark.parametrize("file_format", ["MS", "MINDIR", "MS_WEIGHT"])
+def test_files_that_do_not_round_inputs_refuse_16_bits(file_format: str, tmp_path: Path) -> None:
+    cell = calibrated(Rows(), SERIES, stored(8, "dynamic", act_quant_dtype=16))
+    with pytest.raises(ExportError, match=r"^first has inputs of 16 bits, which .* does not hold; allowed: portable_"):
+        export(cell, SERIES, str(tmp_path / "net"), file_format)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["encoder", "dynamic", "dynamic_symmetric", "dynamic_16", "images"])
 def test_onnx_answers_as_the_fake_quantised_network(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

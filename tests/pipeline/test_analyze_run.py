@@ -42,7 +42,12 @@ def test_the_broken_layer_of_a_run_is_named_first_with_a_cure_its_recipe_takes(t
     assert first["layer"] == "block.conv"
     cure = yaml.safe_load(first["remedies"][0]["yaml"])
     assert make_recipe(with_fragment(load_recipe("tiny.yaml").to_dict(), cure)).quantization.rules[-1].weight.bits == 8
-    assert {name: (folder / name).read_bytes() for name in before} == before
+    after = {name: (folder / name).read_bytes() for name in before}
+    report = json.loads(after.pop("report.json"))  # written again, with what was found
+    assert report["analysis"]["diagnoses"][0]["layer"] == "block.conv"
+    assert len(report["analysis"]["layers"]) == len(result["layers"])
+    assert b"Loss alone" in after.pop("report.html")
+    assert after == {name: before[name] for name in after}
     RunDirectory(folder, load_recipe("tiny.yaml"), verb="calibrate").__exit__()  # what was written is known there
 
 

@@ -22,7 +22,18 @@ def test_a_finished_run_is_measured(
     assert all(item["float32"]["median"] > 0 for item in results)
     assert any("QLinearConv" in name or "QGemm" in name for name in results[0]["kernels"])
     assert (folder / "bench.md").read_text() == table
+    assert json.loads((folder / "report.json").read_text())["latency"] == results
+    assert 'id="latency"' in (folder / "report.html").read_text()
+    code, table, _ = msqkd("bench", folder, "--layers", "--batch", 2, "--seconds", 0.1)
+    assert code == 0
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:7]] == [
+        "stem", "block.conv", "fc", "the rest", "all",
+    ]  # fmt: skip
+    measured = json.loads((folder / "bench_layers.json").read_text())
+    assert {tuple(row) for row in measured.values()} == {("float", "8")}
+    assert msqkd("bench", folder, "--layers", "--batch", 1, "--batch", 2)[0] == 2
     assert msqkd("calibrate", tiny(), "--output", folder)[0] == 0, "the folder is still the run's"
+    assert json.loads((folder / "report.json").read_text())["latency"] == results, "what was measured is kept"
 
 
 def test_a_folder_without_a_run_is_refused(msqkd: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

@@ -38,6 +38,22 @@ def test_a_run_with_every_precision(tiny: Recipe, msqkd: Command, tmp_path: Path
     assert "compute in float with weights stored as integers" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_run_with_float16_layers_on_an_npu(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
+    section = {"activation": {"delay": 3}, "rules": rules(({"path": "stem"}, "float16"), ({"path": "fc"}, "float16"))}
+    formats = {"formats": ["portable_mindir", "ascend_mindir"]}
+    recipe = tiny(target="ascend", quantization=section, distillation=None, export=formats)
+    code, _, err = msqkd("run", recipe, "-o", tmp_path / "out")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = {node["name"]: node["precision"] for node in report["plan"]["nodes"]}
+    assert (found["stem"], found["block.conv"], found["fc"]) == ("float16", "int8", "float16")
+    assert report["export"]["portable_mindir"]["max_abs_diff"] == 0
+    assert report["accuracy"]["exported"] == report["accuracy"]["qat"]
+    layers = {row["name"]: row for row in report["layers"]}
+    assert layers["stem"]["weight"] is None
+    assert layers["stem"]["sqnr_db"] > 3  # the training has moved it, too
+
+
 def test_what_cannot_be_is_told_before_anything_runs(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
     cases = [
         (
@@ -49,12 +65,20 @@ def test_what_cannot_be_is_told_before_anything_runs(tiny: Recipe, msqkd: Comman
             "export.formats: lite_mindir carries the parameters of int8 layers, and no layer is int8 here",
         ),
         (
+            {"precision": "dynamic", "activation": {"delay": 3, "bits": 16}},
+            "export.formats: no .ms file is possible: fc has inputs of 16 bits, which ms does not hold; allowed: ",
+        ),
+        (
+            {"rules": rules(({"path": "fc"}, "float16"))},
+            "rule 'rules[0] (path: fc)': fc (Dense) cannot have precision 'float16' on lite_arm: MindSpore",
+        ),
+        (
             {"precision": "dynamic", "activation": {"delay": 1000}},
             "'the input of fc' would never be quantised",
         ),
     ]
     for section, text in cases:
-        formats = ["lite_mindir" if "carries" in text else "portable_mindir"]
+        formats = ["lite_mindir" if "carries" in text else "ms" if ".ms" in text else "portable_mindir"]
         recipe = tiny(quantization=section, export={"formats": formats})
         code, _, err = msqkd("run", recipe, "-o", tmp_path / "out")
         assert code == 2, err

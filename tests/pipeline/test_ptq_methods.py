@@ -52,3 +52,34 @@ def test_the_same_recipe_gives_the_same_weights(
     one, two = (read_checkpoint(str(tmp_path / folder / "ptq.ckpt")) for folder in ("one", "two"))
     for name, array in one.items():
         np.testing.assert_array_equal(two[name], array, err_msg=name)
+
+
+def test_clustered_weights_are_exported_and_found_again(
+    tmp_path: Path, tiny: Callable[..., Path], msqkd: Callable[..., tuple[int, str, str]]
+) -> None:
+    ptq = {"methods": ["cluster", "bias_correction"], "cluster": {"clusters": 5, "shared": True}}
+    recipe = tiny("clustered", ptq=ptq, distillation=None, train=None, export={"formats": ["portable_mindir"]})
+    folder = tmp_path / "clustered"
+    code, _, err = msqkd("calibrate", recipe, "-o", folder)
+    assert code == 0, err
+    report = json.loads((folder / "report.json").read_text())
+    (told,) = report["calibration"]["methods"]["cluster"]
+    assert "take at most 5 integers in all, before" in told
+    assert "bits a weight" in err
+    weights, found = read_checkpoint(str(folder / "ptq.ckpt")), set()
+    for quant in report["plan"]["weights"]:
+        data = weights[f"{quant['node']}.weight"]
+        scale = np.float32(quant["scale"]).reshape(-1, *[1] * (data.ndim - 1))
+        np.testing.assert_allclose(data / scale, np.rint(data / scale), atol=1e-5)
+        found |= set(np.rint(data / scale).astype(int).reshape(-1).tolist())
+    assert len(found) == 5
+    # A run that ended before its export goes on from what it saved, and writes the same file.
+    (file,) = folder.glob("*portable.mindir")
+    written = file.read_bytes()
+    file.unlink()
+    state = json.loads((folder / "state.json").read_text())
+    state["stages"] = {name: stage for name, stage in state["stages"].items() if name not in ("export", "report")}
+    (folder / "state.json").write_text(json.dumps(state))
+    code, _, err = msqkd("calibrate", recipe, "-o", folder)
+    assert code == 0, err
+    assert file.read_bytes() == written

@@ -63,12 +63,13 @@ def test_cures_are_tried_and_the_recipe_gives_the_best_again(
     assert [trial["trains"] for trial in result["trials"]] == [False] * 7 + [True]
     assert titles[-1].endswith("; training")
     assert result["trials"][-1]["test_metric"] is not None
+    assert [row["place"] for row in result["teachers"]["teachers"]] == ["teacher"]  # looked at before the training
     assert result["best"]["drop"] == min(trial["drop"] for trial in result["trials"])
     assert {name: item["samples"] for name, item in result["sets"].items()} == {
         "calibration": 24, "tuning": 48, "evaluation": 30,
     }  # fmt: skip
     page = (tmp_path / "whole" / "tune.html").read_text()
-    assert all(title in page for title in titles)
+    assert all(title in page for title in [*titles, result["teachers"]["verdict"]])
     # The recipe gives what was confirmed.
     trained = result["best"]["trains"]
     code, _, err = msqkd("run" if trained else "calibrate", "whole/tuned.yaml", "-o", "again")
@@ -118,3 +119,34 @@ def test_nothing_left_to_rank_trials_on(tiny: Write, msqkd: Command) -> None:
     code, _, err = msqkd("tune", tiny(calibration={"samples": 72, "batch_size": 12}), "-o", "out")
     assert code == 2
     assert "has 72 samples, and calibration takes 72: none is left to rank candidates on" in " ".join(err.split())
+
+
+@pytest.mark.usefixtures("cheap", "graph_mode")
+def test_a_trial_that_mindspore_cannot_compute_is_passed_over(
+    tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tune._Tuning._measured
+
+    def failing(self: Any, recipe: Any, split: Any) -> float:
+        if recipe.ptq.methods == ["weight_ranges"]:
+            raise RuntimeError("-----\nUnsupported op [Sort] on CPU\n")
+        return real(self, recipe, split)
+
+    monkeypatch.setattr(tune._Tuning, "_measured", failing)
+    goal = tune.Goal(max_drop=-1e9, trials=4)
+    result = tune.tune_recipe(load_recipe(str(few_bits(tiny))), tmp_path / "out", goal, Reporter(quiet=True))
+    failed = result["trials"][3]
+    assert failed["title"].endswith("weight_ranges")
+    assert failed["error"] == "MindSpore: RuntimeError: Unsupported op [Sort] on CPU"
+    assert result["best"]["title"] != failed["title"]
+
+
+@pytest.mark.usefixtures("cheap", "graph_mode")
+def test_minutes_count_over_all_starts(tiny: Write, tmp_path: Path) -> None:
+    recipe = load_recipe(str(few_bits(tiny)))
+    counts = []
+    for minutes in (0.0, 1e-9, 1e6):
+        goal = tune.Goal(max_drop=-1e9, trials=2, minutes=minutes)
+        result = tune.tune_recipe(recipe, tmp_path / "out", goal, Reporter(quiet=True))
+        counts.append(len(result["trials"]))
+    assert counts == [1, 1, 2]

@@ -18,6 +18,16 @@ def test_bits_of_refuses_what_is_not_a_quantised_dtype(dtype: object) -> None:
         bits_of(dtype, "here")
 
 
+def test_values_may_have_sixteen_bits_where_they_are_quantised_at_each_call() -> None:
+    for dtype in (16, "int16", ms.int16):
+        assert bits_of(dtype, "here", wide=True) == 16
+        config = QuantConfig(act_quant_dtype=dtype, precision="dynamic")
+        assert config.act_bits == 16
+        assert config.override({"precision": "float"}).is_float
+    with pytest.raises(PlanError, match="allowed only with precision 'dynamic'"):
+        config.override({"precision": "int8"})
+
+
 def test_defaults() -> None:
     config = QuantConfig()
     assert (config.act_bits, config.weight_quantizer.bits, config.weight_quantizer.per_channel) == (8, 8, False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mindspore import nn, ops
 
 from msqkd.api import create_ptq_network, prepare_qat, quantize
@@ -98,6 +100,8 @@ def test_float_is_said_in_two_spellings_and_kept_in_one() -> None:
         ({"precision": "weight_only"}, "QuantConfig.precision is 'weight_only'; allowed: int8, weight-only, dynamic, "),
         ({"precision": 4}, "QuantConfig.precision is 4; allowed"),
         ({"precision": "dynamic", "act_quant_dtype": None}, "precision is 'dynamic'; leave one of them out"),
+        ({"act_quant_dtype": "int16"}, "QuantConfig.act_quant_dtype is 16 bits; allowed only with precision 'dynamic'"),
+        ({"precision": "dynamic", "act_quant_dtype": 12}, "act_quant_dtype is 12; allowed: mindspore.int8, 'int2' … "),
     ],
 )
 def test_bad_precisions_are_one_sentence(settings: dict[str, object], text: str) -> None:
@@ -211,7 +215,7 @@ def by_hand(x: np.ndarray, bits: int, symmetric: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
 def test_rows_are_quantised_by_their_own_range(bits: int, symmetric: bool) -> None:
     rng = np.random.default_rng(bits)
     x = (rng.normal(size=(3, 5, 16)) * 10.0 ** rng.integers(-6, 6, (3, 5, 1))).astype(np.float32)
@@ -231,6 +235,31 @@ def test_rows_are_quantised_by_their_own_range(bits: int, symmetric: bool) -> No
         assert len(np.unique(row)) <= 2**bits
     alone = cell(ms.Tensor(x[1:2])).asnumpy()
     np.testing.assert_array_equal(alone, found[1:2], "an answer depends on the rest of the batch")
+
+
+WIDE = {symmetric: FakeQuantDynamic(DynamicQuant("layer", 16, symmetric, 0, "default")) for symmetric in (False, True)}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.booleans(), st.lists(st.floats(-(2.0**40), 2.0**40, width=32), min_size=8, max_size=8), st.integers(-60, 60))
+def test_sixteen_bits_are_exact_in_float32(symmetric: bool, row: list[float], exponent: int) -> None:
+    """Rounding by a large number is that of `np.rint` for steps of 16 bits too, and no step is beyond its integer."""
+    x = np.ldexp(np.asarray([row], np.float32), exponent)
+    cell = WIDE[symmetric]
+    cell.phase_of_quant = QUANTIZE
+    found = cell(ms.Tensor(x)).asnumpy()
+    low, high = np.minimum(x.min(), np.float32(0)), np.maximum(x.max(), np.float32(0))
+    span = np.maximum(-low, high) if symmetric else high - low
+    scale = np.maximum(span / np.float32(32767 if symmetric else 65535), np.float32(2.0**-63))
+    inverse = np.float32(1) / scale
+    bottom = np.float32(-32768) if symmetric else np.rint(low * inverse)
+    top = np.float32(32767) if symmetric else bottom + np.float32(65535)
+    steps = np.clip(np.rint(x * inverse), bottom, top)
+    np.testing.assert_array_equal(found, steps * scale)
+    integers = steps.astype(np.int64) - (0 if symmetric else int(bottom) + 32768)
+    assert integers.min() >= -32768
+    assert integers.max() <= 32767
+    assert np.abs(found - x).max() <= 0.51 * scale + np.abs(x).max() * 2.0**-23
 
 
 def test_the_gradient_passes_straight_through() -> None:

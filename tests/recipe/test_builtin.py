@@ -9,7 +9,7 @@ from msqkd.errors import RecipeError
 from msqkd.recipe import builtin, list_builtin, load_recipe, recipe_folders
 
 _CIFAR10 = ["model.checkpoint=resnet20.ckpt", "data.root=cifar10"]
-NEEDED = {f"cifar10_resnet20_{bits}": _CIFAR10 for bits in ("w8a8", "w4a8", "w4a4")}
+NEEDED = {f"cifar10_resnet20_{bits}": _CIFAR10 for bits in ("w8a8", "w4a8", "w4a4", "w4a8_ptq", "w4a4_ptq")}
 
 
 def test_the_expected_recipes_are_found() -> None:
@@ -27,7 +27,7 @@ def test_every_recipe_loads_and_describes_itself(name: str) -> None:
     assert recipe.result == entry.result
     assert recipe.warnings() == []
     header = entry.path.read_text(encoding="utf-8").split("apiversion:")[0]
-    assert f"msqkd run {name}" in header
+    assert f"msqkd run {name}" in header or f"msqkd calibrate {name}" in header
     assert "Measured:" in header
 
 

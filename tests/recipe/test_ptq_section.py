@@ -44,8 +44,21 @@ def test_nothing_is_done_where_nothing_is_said() -> None:
     ({"methods": ["adarond"]}, "did you mean 'adaround'"),
     ({"methods": ["equalize", "equalize"]}, "ptq.methods"),
     ({"methods": ["adaround", "equalize"]}, "'equalize' changes the ranges that 'adaround' needs, and comes before it"),
+    ({"methods": ["adaround", "split"]}, "'split' changes the ranges that 'adaround' needs, and comes before it"),
+    ({"methods": ["split", "equalize"]}, "'equalize' would scale up again what 'split' has made smaller, and comes"),
+    ({"methods": ["split"], "split": {"ratio": 0}}, "ptq.split.ratio"),
     ({"methods": ["adaround", "reconstruct"]}, "'adaround' and 'reconstruct' train the same roundings; keep one"),
     ({"methods": ["adaround", "weight_ranges"]}, "'weight_ranges' chooses the scales that 'adaround' rounds with"),
+    ({"methods": ["cluster", "reconstruct"]}, "'cluster' and 'reconstruct' choose the same integers; keep one"),
+    ({"methods": ["cluster", "weight_ranges"]}, "'weight_ranges' chooses the scales that 'cluster' rounds with"),
+    ({"methods": ["bias_correction", "cluster"]}, "'bias_correction' takes out what 'cluster' leaves, and comes after"),
+    ({"methods": ["cluster", "equalize"]}, "'equalize' changes the ranges that 'cluster' needs, and comes before it"),
+    ({"methods": ["clusters"]}, "did you mean 'cluster'"),
+    ({"methods": ["cluster"], "cluster": {"cluster": 4}}, "did you mean 'clusters'"),
+    ({"methods": ["cluster"], "cluster": {"clusters": 1}}, "ptq.cluster.clusters: found 1, allowed: an integer from 2"),
+    ({"methods": ["cluster"], "cluster": {"clusters": 256}}, "found 256, allowed: an integer from 2 to 128"),
+    ({"methods": ["cluster"], "cluster": {"shared": "all"}}, "ptq.cluster.shared: found 'all'"),
+    ({"cluster": {"clusters": 4}}, "ptq.cluster: found settings, allowed only with 'cluster' in ptq.methods"),
     ({"adaround": {}}, "ptq.adaround: found settings, allowed only with 'adaround' in ptq.methods"),
     ({"methods": ["adaround"], "adaround": {"beta": [2, 20]}}, "found [2.0, 20.0], allowed: two numbers of 1 or more"),
     ({"methods": ["equalize"], "equalize": {"iteration": 3}}, "did you mean 'iterations'"),
@@ -58,5 +71,7 @@ def test_what_cannot_be_is_refused(ptq: dict[str, Any], text: str) -> None:
 
 def test_every_order_of_stages_is_possible() -> None:
     assert against_order(list(STAGES)[:4]) is None
-    assert against_order([name for name in STAGES if name != "adaround"]) is None
-    assert [name for name, stage in STAGES.items() if stage == FLOAT_STAGE] == ["equalize", "smoothquant"]
+    for one in ("adaround", "reconstruct", "cluster"):
+        others = {"adaround", "reconstruct", "cluster"} - {one}
+        assert against_order([name for name in STAGES if name not in others]) is None
+    assert [name for name, stage in STAGES.items() if stage == FLOAT_STAGE] == ["equalize", "smoothquant", "split"]

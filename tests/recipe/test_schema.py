@@ -279,11 +279,14 @@ def test_possible_combinations_are_accepted(minimal: dict[str, Any], overrides: 
         ("{match: {position: middle}, precision: float}", "found 'middle', allowed: 'first' or 'last'"),
         (
             "{match: {path: a}, precision: int4}",
-            "found 'int4', allowed: 'int8', 'weight-only', 'dynamic' or 'float'; did you mean 'int8'?",
+            "found 'int4', allowed: 'int8', 'weight-only', 'dynamic', 'float', 'float16' or 'weight-only-float16'; did "
+            "you mean 'int8'?",
         ),
         ("{match: {path: a}, weight: {bit: 4}}", "rules[0].weight.bit: unknown key 'bit'"),
         ("{match: {path: a}, activation: {percentile: 99.9}}", "allowed only with observer: percentile"),
-        ("{match: {path: a}, activation: {bits: 16}}", "found 16, allowed: an integer from 2 to 8"),
+        ("{match: {path: a}, activation: {bits: 12}}", "found 12, allowed: an integer from 2 to 8, or 16 with"),
+        ("{match: {path: a}, activation: {bits: 16}}", "found 16, allowed only with precision: dynamic"),
+        ("{match: {path: a}, precision: float16, weight: {bits: 4}}", "not allowed with precision: float16, which"),
     ],
 )
 def test_a_wrong_rule_is_refused(minimal: dict[str, Any], rule: str, expected: str) -> None:

@@ -10,6 +10,7 @@ from msqkd.exporters.ascend.layers import AscendLayer, ascend_layers
 from msqkd.graph.ir import Graph, Node, unique_name
 from msqkd.graph.islands import cut, is_tensor
 from msqkd.integer.program import ISLAND, Format, Program, Step, Tensor, TensorQuant
+from msqkd.quant.half import with_casts
 from msqkd.quant.integers import round_stored
 from msqkd.quant.plan import QuantPlan
 
@@ -30,7 +31,8 @@ def ascend_program(graph: Graph, plan: QuantPlan, batch: int = 1) -> Program:
         PlanError: a range is missing.
         ExportError: a layer has something the NPU cannot represent; see `ascend_layers`.
     """
-    return _Builder(round_stored(graph, plan), ascend_layers(graph, plan), batch).build()
+    computed = with_casts(round_stored(graph, plan), plan)
+    return _Builder(computed, ascend_layers(graph, plan), batch).build()
 
 
 class _Builder:

@@ -5,8 +5,9 @@
     q = Quant(x){scale = 1/s_x, offset 0} → Conv2D(q, int8 weight, int32 bias) → Dequant(·, deq_scale){relu_flag}
 
 where deq_scale holds the float32 bits of s_x · s_w in the lower half of uint64, and everything between layers is
-float32. Activations are symmetric, so that the zeros with which Conv2D pads stand for 0. GE's Conv2D takes the bias as
-its third input; MindSpore's compiler knows none and writes a ``BiasAdd``, whose operand is moved afterwards.
+float32; layers planned in float16 stand between two ``Cast``. Activations are symmetric, so that the zeros with which
+Conv2D pads stand for 0. GE's Conv2D takes the bias as its third input; MindSpore's compiler knows none and writes a
+``BiasAdd``, whose operand is moved afterwards.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from msqkd.exporters.mindir_file import write_cell
 from msqkd.files import PathLike, write_bytes
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph, Node, TensorType, Value
+from msqkd.quant.half import with_casts
 from msqkd.quant.integers import round_stored
 from msqkd.quant.plan import QuantPlan
 
@@ -75,7 +77,7 @@ def export_ascend(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int
     layers = ascend_layers(graph, plan)
     if not layers:
         raise ExportError(f"{Path(file).name}: nothing in the network is int8 on the target; there is nothing to write")
-    graph, hooks = _with_integers(round_stored(graph, plan), layers)
+    graph, hooks = _with_integers(with_casts(round_stored(graph, plan), plan, "float16"), layers)
     inputs = [fixed_input(graph, name, batch_size) for name in graph.inputs]
     cell = to_cell(graph, hooks)
     for dequant in hooks.values.values():

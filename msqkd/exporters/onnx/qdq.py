@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from msqkd.errors import ExportError, did_you_mean
+from msqkd.exporters import FORMATS, ONNX, check_precisions
 from msqkd.exporters.onnx.calls import Call
 from msqkd.exporters.onnx.table import find
 from msqkd.exporters.onnx.writer import ModelWriter, write_model
@@ -60,7 +61,8 @@ def export_onnx(graph: Graph, plan: QuantPlan, file: PathLike, activations: str 
 
     Raises:
         PlanError: a range is missing.
-        ExportError: an operation cannot be written, the file cannot, or `activations` is unknown.
+        ExportError: an operation cannot be written, the file cannot, the plan has layers in float16, or `activations`
+            is unknown.
         MissingDependencyError: the package onnx is not installed.
     """
     return write_model(onnx_model(graph, plan, activations), file)
@@ -73,11 +75,27 @@ def export_onnx_float(graph: Graph, file: PathLike) -> Path:
 
 def onnx_model(graph: Graph, plan: QuantPlan, activations: str = UINT8) -> Any:
     """The ModelProto that `export_onnx` writes, not yet checked. Raises as it does."""
+    return _export(graph, plan, activations).run()
+
+
+def onnx_owners(graph: Graph, plan: QuantPlan) -> dict[str, str]:
+    """The operation of the graph that each operation and value of its ONNX model is part of, by their names there.
+
+    What quantises a value is part of the operation that computes it, or of the first that reads it in int8 where it is
+    computed in float. Raises as `export_onnx`.
+    """
+    export = _export(graph, plan, UINT8)
+    export.run()
+    return export.writer.owners
+
+
+def _export(graph: Graph, plan: QuantPlan, activations: str) -> _Export:
     if activations not in _OFFSETS:
         raise ExportError(
             f"activations are '{activations}'; allowed: {', '.join(_OFFSETS)}{did_you_mean(activations, _OFFSETS)}"
         )
-    return _Export(graph, plan, activations).run()
+    check_precisions(FORMATS[ONNX], plan)
+    return _Export(graph, plan, activations)
 
 
 class _Export:
@@ -102,12 +120,14 @@ class _Export:
             self._computed(name, name)
         for node in self.graph.nodes:
             self._node(node)
+        self.writer.owner = ""
         return self.writer.model([self._output(name) for name in self.graph.outputs])
 
     # -- operations -----------------------------------------------------------------------------------------------
     def _node(self, node: Node) -> None:
         if node.name in {self.fused[name].name for name in self.sixths}:
             node = replace(node, op="ReLU")  # its upper end is the quantiser's
+        self.writer.owner = node.name
         emit = find(self.graph, node)
         operands = [self._operand(node, index) for index in range(len(node.inputs))]
         raw = [self._raw_name(output) for output in node.outputs]
@@ -146,6 +166,7 @@ class _Export:
         self.names[value] = raw
         if activation is None:
             return
+        self.writer.owner = self._quantised_for(value)
         qparams = self._parameters(value)
         if not _is_full(qparams):
             ends = [
@@ -161,6 +182,14 @@ class _Export:
             self.names[value] = self._round(value, raw)
         else:
             self.names[value] = self._round(value, raw, output=value)
+
+    def _quantised_for(self, value: str) -> str:
+        """The operation that wants `value` in int8."""
+        source = self.graph.producer(value)
+        if source is not None and source.name in self.int8:
+            return source.name
+        readers = (node.name for node in self.graph.consumers(value) if node.name in self.int8)
+        return next(readers, "" if source is None else source.name)
 
     def _round(self, value: str, raw: str, output: str = "") -> str:
         """QuantizeLinear and DequantizeLinear of `raw` with the parameters of `value`; returns the result's name."""
@@ -224,7 +253,7 @@ class _Export:
     def _round_rows(self, node: Node, raw: str) -> str:
         """The rounding of `msqkd.quant.fake_quant.FakeQuantDynamic`; returns the result's name."""
         quant = self.plan.dynamic[node.name]
-        bottom_end, top_end = quant_limits(quant.bits)
+        bottom_end, top_end = quant.limits
 
         def number(value: float) -> str:
             return self.writer.constant(np.asarray(value, np.float32), "number")

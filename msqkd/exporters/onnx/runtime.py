@@ -46,13 +46,16 @@ def session_settings(flags: set[str]) -> dict[str, str]:
     return settings
 
 
-def open_session(file: PathLike, threads: Optional[int] = None, optimized: Optional[Path] = None) -> Any:
+def open_session(
+    file: PathLike, threads: Optional[int] = None, optimized: Optional[Path] = None, profile: Optional[Path] = None
+) -> Any:
     """An onnxruntime session on the CPU, with exact int8 arithmetic.
 
     Args:
         file: the ONNX file.
         threads: threads of one operation; onnxruntime's choice when not given.
         optimized: where to write the model as it is executed.
+        profile: where to write, at the end, how long every operation took; the beginning of a file name.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
@@ -67,6 +70,8 @@ def open_session(file: PathLike, threads: Optional[int] = None, optimized: Optio
         options.intra_op_num_threads = threads
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
         return runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's classes have no base of their own

@@ -48,11 +48,17 @@ class ModelWriter:
     Args:
         name: of the graph.
         taken: names that new ones must not repeat (values of the network).
+
+    Attributes:
+        owner: the operation of the network that what is written next is part of; empty where that is none.
+        owners: of every operation and value written, by name.
     """
 
     def __init__(self, name: str, taken: Iterable[str]) -> None:
         self.onnx = onnx_package()
         self.name = name
+        self.owner = ""
+        self.owners: dict[str, str] = {}
         self.nodes: list[Any] = []
         self.inputs: dict[str, TensorType] = {}
         self.initializers: dict[str, Any] = {}
@@ -90,6 +96,7 @@ class ModelWriter:
         """Append an operation; its own name is `name`, or that with a number where it is taken."""
         unique = unique_name(name, self._node_names)
         self._node_names.add(unique)
+        self.owners.update(dict.fromkeys((unique, *outputs), self.owner))
         self.nodes.append(self.onnx.helper.make_node(op, inputs, outputs, name=unique, **attrs))
 
     def input(self, name: str, kind: TensorType) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Callable, ClassVar
+from typing import Callable, ClassVar, Optional
 
 import numpy as np
 
@@ -20,14 +20,19 @@ class Work:
     """A network while methods improve it.
 
     Attributes:
-        graph: the deployment graph, the method's to change: parameters may get other values, of the same shape and
-            dtype. Nodes and values stay; every convolution and dense layer that can have one has a bias.
+        graph: the deployment graph, the method's to change: parameters may get other values, of the same dtype. Nodes
+            and values stay, by name; every convolution and dense layer that can have one has a bias. Shapes stay too,
+            but for those of channels between layers that a method of the float stage adds copies to: it adapts the
+            parameters, the types of the values, and what operations are told of them.
         plan: its plan; from the integer stage on with ranges. Methods of this stage may set scales and clip ratios of
             weights in it (a method replaces it, it is not changed in place).
-        reference: the float network before any method, with the same nodes and values. Not changed.
+        reference: the float network before any method, with the same nodes and values, in the shapes it had. Not
+            changed.
         samples: gives the unlabelled calibration samples from the first on, a tuple of arrays (N, ...) a batch.
         seed: of everything drawn.
         progress: told, from time to time, the steps done and how many there are.
+        exact: what `graph` was in float before a method of the integer stage gave its weights values that answer
+            differently; None where none did.
     """
 
     graph: Graph
@@ -36,6 +41,7 @@ class Work:
     samples: Callable[[], Iterator[tuple[np.ndarray, ...]]]
     seed: int = 0
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
+    exact: Optional[Graph] = None
 
 
 class Method(ABC):

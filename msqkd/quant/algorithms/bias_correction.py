@@ -31,8 +31,8 @@ KINDS = (EMPIRICAL, ANALYTIC)
 class BiasCorrection(Method):
     """Add to every bias what the layer's output has lost in the mean (arXiv:1906.04721).
 
-    The network to agree with is `work.graph` in float, as it is when the method begins: other methods may have given
-    its inner values other scales than those of `work.reference`.
+    The network to agree with is `work.graph` in float, as it is when the method begins, or `work.exact`: other methods
+    may have given its inner values other scales than those of `work.reference`.
 
     Attributes:
         kind: ``empirical`` goes through the quantised network in execution order: b += W · E[x] − Ŵ · E[x̂], with x̂
@@ -71,9 +71,9 @@ class BiasCorrection(Method):
 
 def _empirically(work: Work, plan: QuantPlan, nodes: list[Node]) -> tuple[dict[str, float], str]:
     """Returns the largest change by layer, and how they were found."""
-    graph = work.graph
+    graph, float_graph = work.graph, work.exact or work.graph
     batches = samples_that_fit(graph, work.samples)
-    exact = _mean_inputs(graph, batches, nodes)
+    exact = _mean_inputs(float_graph, batches, nodes)
     stream = Stream(graph, batches, plan)
     shifts = {}
     for done, node in enumerate(nodes, start=1):
@@ -81,7 +81,7 @@ def _empirically(work: Work, plan: QuantPlan, nodes: list[Node]) -> tuple[dict[s
         for array in stream.arriving(node, 0):
             arriving.update(array)
         weight = graph.params[node.inputs[1]].data
-        wanted = _mean_output(graph, node, weight, exact[node.inputs[0]])
+        wanted = _mean_output(graph, node, float_graph.params[node.inputs[1]].data, exact[node.inputs[0]])
         found = _mean_output(graph, node, _rounded(plan, node, weight), arriving)
         shifts[node.name] = _shift(graph, node, wanted - found)
         work.progress(done, len(nodes))
@@ -89,12 +89,12 @@ def _empirically(work: Work, plan: QuantPlan, nodes: list[Node]) -> tuple[dict[s
 
 
 def _analytically(work: Work, plan: QuantPlan, nodes: list[Node]) -> tuple[dict[str, float], str]:
-    graph = work.graph
-    means = _mean_inputs(graph, work.samples(), nodes)
+    graph, float_graph = work.graph, work.exact or work.graph
+    means = _mean_inputs(float_graph, work.samples(), nodes)
     shifts = {}
     for node in nodes:
-        weight = graph.params[node.inputs[1]].data
-        change = _rounded(plan, node, weight).astype(np.float64) - weight
+        rounded = _rounded(plan, node, graph.params[node.inputs[1]].data)
+        change = rounded.astype(np.float64) - float_graph.params[node.inputs[1]].data
         shifts[node.name] = _shift(graph, node, -_mean_output(graph, node, change, means[node.inputs[0]]))
     return shifts, ANALYTIC
 

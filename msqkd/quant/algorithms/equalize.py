@@ -21,17 +21,14 @@ from msqkd.errors import PlanError, did_you_mean
 from msqkd.graph.ir import Graph, Node
 from msqkd.quant import uses
 from msqkd.quant.algorithms.base import FLOAT_STAGE, Method, Work
-from msqkd.quant.algorithms.biases import layers, own, put
-from msqkd.quant.algorithms.channels import Channels, Moments, layer_input, layer_output, moved, watch
+from msqkd.quant.algorithms.biases import put
+from msqkd.quant.algorithms.channels import Channels, Moments, watch
+from msqkd.quant.algorithms.spaces import PADS, Space, Survey, carried
 
 SKIP, WITHIN = "skip", "within"
 RELU6_MODES = (SKIP, WITHIN)
 
 _RELUS = ("ReLU", "LeakyReLU", "PReLU")
-_POOLS = ("MaxPool", "AvgPool", "AdaptiveAvgPool2D")
-_RESIZES = (
-    "ResizeNearestNeighbor", "ResizeNearestNeighborV2", "ResizeBilinear", "ResizeBilinearV2", "UpsampleBilinear2D",
-)  # fmt: skip
 _SCALINGS = ("Mul", "Muls", "Div", "Divs", "RealDiv")
 _BOUND = 6.0
 _GROWTH = 4.0
@@ -118,129 +115,43 @@ class Equalize(Method):
         return told
 
 
-@dataclass(frozen=True)
-class _End:
-    """A layer that writes or reads channels, and where they are in its output or input."""
-
-    node: Node
-    channels: Channels
-
-
 @dataclass(eq=False)
-class _Space:
-    """Channels that have one scale each: those of the values between layers that write and layers that read them.
+class _Space(Space):
+    """Channels that have one scale each.
 
     Attributes:
-        count: of channels.
-        writers, readers: the layers.
         bounded: what a ReLU6 on the way reads.
-        closed: something else reads them, or writes them.
-        added: they are sums.
         shifts: a number subtracted from a channel is still subtracted where it is read, as long as nothing is negative.
         scale: s (C,), so far.
         moments: of what each writer gives, before any scaling.
         highest: (C,), the largest value in front of a ReLU6, before any scaling.
     """
 
-    count: int
-    writers: list[_End] = field(default_factory=list)
-    readers: list[_End] = field(default_factory=list)
     bounded: dict[str, Channels] = field(default_factory=dict)
-    closed: bool = False
-    added: bool = False
     shifts: bool = True
-    merged_into: Optional[_Space] = None
     scale: np.ndarray = field(default_factory=lambda: np.ones(1))
     moments: dict[str, Moments] = field(default_factory=dict)
     highest: Optional[np.ndarray] = None
 
-    @property
-    def ends(self) -> list[_End]:
-        return [*self.writers, *self.readers]
-
-    def final(self) -> _Space:
-        return self if self.merged_into is None else self.merged_into.final()
-
-    def merge(self, other: _Space) -> None:
-        self.writers += other.writers
-        self.readers += other.readers
+    def merge(self, other: Space) -> None:
+        super().merge(other)
+        assert isinstance(other, _Space)
         self.bounded.update(other.bounded)
-        self.closed |= other.closed
-        other.merged_into = self
 
 
-class _Survey:
-    """Finds the spaces of a graph."""
+class _Survey(Survey[_Space]):
+    """Finds the spaces whose channels can be scaled."""
 
     def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.layers = {
-            node.name for node in layers(graph) if all(own(graph, parameter) for parameter in node.inputs[1:])
-        }
-        self.found: list[_Space] = []
-        self.places: dict[str, tuple[_Space, Channels]] = {}
+        super().__init__(graph, lambda count: _Space(count, scale=np.ones(count)))
 
     def spaces(self) -> list[_Space]:
         """Those that can be scaled, in execution order of their first writers."""
-        for node in self.graph.nodes:
-            self._visit(node)
-        for name in self.graph.outputs:
-            self._close(name)
-        found = [space for space in self.found if space.merged_into is None and not space.closed and space.readers]
-        for space in found:
-            space.scale = np.ones(space.count)
-        return found
+        return [space for space in self.survey() if not space.closed and space.readers]
 
-    def _visit(self, node: Node) -> None:
-        if node.name in self.layers:
-            self._layer(node)
-            return
-        if node.op in ("Add", "Sub") and self._added(node):
-            return
-        tensors = self.graph.tensor_inputs(node)
-        place = self.places.get(tensors[0]) if len(tensors) == len(node.outputs) == 1 else None
-        channels = self._through(node, *place) if place is not None else None
-        if place is not None and channels is not None:
-            self.places[node.output] = (place[0], channels)
-            return
-        for name in tensors:
-            self._close(name)
-
-    def _layer(self, node: Node) -> None:
-        graph = self.graph
-        place = self.places.get(node.inputs[0])
-        if place is not None:
-            space, channels = place[0].final(), place[1]
-            if channels.axis == layer_input(graph, node):
-                space.readers.append(_End(node, channels))
-            else:
-                space.closed = True
-        channels = layer_output(graph, node)
-        space = _Space(channels.count, [_End(node, channels)])
-        self.found.append(space)
-        self.places[node.output] = (space, channels)
-
-    def _added(self, node: Node) -> bool:
-        """Whether `node` joins two spaces to one."""
-        one, other = (self.places.get(name) for name in node.inputs[:2])
-        same = len({self.graph.shape(name) for name in node.inputs[:2]}) == 1
-        if one is None or other is None or one[1] != other[1] or not same:
-            return False
-        space, second = one[0].final(), other[0].final()
-        if second is not space:
-            space.merge(second)
-        space.added, space.shifts = True, False
-        self.places[node.output] = (space, one[1])
-        return True
-
-    def _close(self, value: str) -> None:
-        if value in self.places:
-            self.places[value][0].final().closed = True
-
-    def _through(self, node: Node, space: _Space, channels: Channels) -> Optional[Channels]:
+    def through(self, node: Node, space: _Space, channels: Channels) -> Optional[Channels]:
         """The channels behind an operation that f(x / s) = f(x) / s holds for; None behind any other."""
-        graph, space = self.graph, space.final()
-        on_maps = channels.axis == 1 and len(graph.shape(node.inputs[0])) == 4
+        graph = self.graph
         if node.op == "PReLU" and graph.values[node.inputs[1]].kind != "param":
             return None
         if node.op in _RELUS:
@@ -248,30 +159,12 @@ class _Survey:
         if node.op == "ReLU6":
             space.bounded[node.inputs[0]] = channels
             return channels
-        if node.op in _POOLS and on_maps:
-            space.shifts &= node.op != "AvgPool" or not uses.pads(graph, node)
-            return channels
-        if node.op in _RESIZES and on_maps:
-            return channels
-        if node.op == "ReduceMean":
-            return _reduced(graph, node, channels)
-        if node.op in ("Pad", "PadV3"):
-            added = uses.paddings(graph, node)
-            space.shifts = False
-            return channels if added is not None and added[channels.axis] == (0, 0) else None
         if node.op in _SCALINGS and uses.rescale_factor(graph, node) is not None:
             space.shifts = False
             return channels
-        return moved(graph, node, channels)
-
-
-def _reduced(graph: Graph, node: Node, channels: Channels) -> Optional[Channels]:
-    axes = uses.axes_of(graph, node, 1)
-    if channels.axis in axes:
-        return None
-    kept = bool(graph.const(node.inputs[2]))
-    before = 0 if kept else sum(axis < channels.axis for axis in axes)
-    return Channels(channels.axis - before, channels.count, channels.repeat)
+        if node.op in PADS or (node.op == "AvgPool" and uses.pads(graph, node)):
+            space.shifts = False
+        return carried(graph, node, channels)
 
 
 def _measure(work: Work, graph: Graph, spaces: Sequence[_Space]) -> None:
@@ -362,7 +255,7 @@ def _allowed(space: _Space, scale: np.ndarray) -> np.ndarray:
 
 def _absorb(graph: Graph, space: _Space) -> int:
     """Move the high biases of a space into its readers; returns the number of channels concerned."""
-    if len(space.writers) != 1 or not space.shifts or space.bounded:
+    if len(space.writers) != 1 or not space.shifts or space.added or space.bounded:
         return 0
     writer, readers = space.writers[0], space.readers
     padded = any(end.node.op == "Conv2D" and any(end.node.attrs["pad_list"]) for end in readers)

@@ -15,15 +15,18 @@ from msqkd.quant.algorithms.adaround import AdaRound
 from msqkd.quant.algorithms.base import Method, Work
 from msqkd.quant.algorithms.bias_correction import BiasCorrection
 from msqkd.quant.algorithms.biases import with_biases
+from msqkd.quant.algorithms.cluster import Cluster
 from msqkd.quant.algorithms.equalize import Equalize
 from msqkd.quant.algorithms.order import FLOAT_STAGE, against_order
 from msqkd.quant.algorithms.reconstruct import Reconstruct
 from msqkd.quant.algorithms.smooth import SmoothQuant
+from msqkd.quant.algorithms.split import Split
 from msqkd.quant.algorithms.weight_ranges import SequentialMSE
 from msqkd.quant.plan import QuantPlan
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Equalize, SmoothQuant, SequentialMSE, AdaRound, Reconstruct, BiasCorrection)
+    method.name: method
+    for method in (Equalize, SmoothQuant, Split, SequentialMSE, AdaRound, Reconstruct, Cluster, BiasCorrection)
 }
 """By the names of `msqkd.quant.algorithms.order.STAGES`."""
 

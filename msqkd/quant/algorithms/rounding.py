@@ -35,6 +35,7 @@ from msqkd.quant.algorithms.stream import (
 )
 from msqkd.quant.config import LSQ
 from msqkd.quant.fake_quant import QUANTIZE, FakeQuantActivation, FakeQuantWeight
+from msqkd.quant.half import with_half
 from msqkd.quant.learned import LearnedScale
 from msqkd.quant.plan import QuantPlan, WeightQuant
 from msqkd.quant.qparams import QParams, quant_limits
@@ -389,7 +390,7 @@ class _Trainer:
             shape = piece.shape(piece.node(name).inputs[quant.index])
             self.roundings.append(SoftRounding(name, shape, _column(shape, quant.axis), _top(quant)))
             edges[name, quant.index] = self.roundings[-1]
-        return Hooks(values, edges)
+        return with_half(Hooks(values, edges), piece, plan)
 
     def train(self, work: Work, piece: Graph, part: Part, data: _Data, number: int) -> tuple[float, float]:
         """Train one part, number `number` of the network, and write what is better than before into `work`.

@@ -16,6 +16,7 @@ from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph, Node
 from msqkd.graph.passes.padded_pools import NON_NEGATIVE
 from msqkd.quant.fake_quant import QUANTIZE, FakeQuantActivation, FakeQuantDynamic, FakeQuantWeight
+from msqkd.quant.half import with_half
 from msqkd.quant.plan import QuantPlan
 
 Batch = tuple[np.ndarray, ...]
@@ -198,7 +199,8 @@ class Stream:
         for name, quant in replace(plan, weights=weights).with_weight_observers(self.graph).weights.items():
             shape = self.graph.shape(self.graph.node(name).inputs[quant.index])
             edges[name, quant.index] = FakeQuantWeight(quant, shape)
-        return Hooks({place: cell for place, cell in cells.items() if isinstance(place, str)}, edges)
+        hooks = Hooks({place: cell for place, cell in cells.items() if isinstance(place, str)}, edges)
+        return with_half(hooks, piece, plan)
 
 
 def _fed(value: Any) -> Any:
