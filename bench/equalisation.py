@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -50,6 +51,7 @@ def main() -> None:
         folder = RunDirectory(Path(scratch) / "run", recipe, verb="calibrate")
         with folder:
             base = Objects(recipe, folder, Reporter(quiet=True), train=False)
+            _ = base.metric, base.bundle, base.deployed  # made once, for all variants
             found = {name: [] for name in VARIANTS}
             for draw in range(args.draws):
                 chosen = np.random.default_rng(draw).permutation(len(base.bundle.train))[: len(base.calibration)]
@@ -57,11 +59,11 @@ def main() -> None:
                     values = recipe.to_dict()
                     values["quantization"]["weight"]["per_channel"] = per_channel
                     values["ptq"] = {"methods": methods}
-                    _ = base.deployed
                     objects = base.variant(make_recipe(values))
                     objects.__dict__["calibration"] = subset(base.bundle.train, chosen)
                     network = quantised_without_training(objects)
                     found[name].append(quantised_metric(objects, network, base.bundle.test))
+                    print(f"draw {draw + 1} of {args.draws}, {name}: {found[name][-1]:.2f}", file=sys.stderr)
     if args.json:
         print(json.dumps({"accuracy": found, "date": date.today().isoformat(), **versions()}, indent=2))
         return

@@ -133,9 +133,9 @@ class _Tuning(Stages):
             if self._is_over():
                 break
             trial = self._try(candidate, base, on_test)
-            if trial["drop"] <= self.goal.max_drop and self._confirm(trial, on_test)["test_drop"] <= self.goal.max_drop:
+            if _drop(trial) <= self.goal.max_drop and self._confirm(trial, on_test)["test_drop"] <= self.goal.max_drop:
                 return self._tell(trial, True, base, on_test)
-        best = self._confirm(min(self.trials, key=lambda trial: trial["drop"]), on_test)
+        best = self._confirm(min(self.trials, key=_drop), on_test)
         return self._tell(best, False, base, on_test)
 
     def _float_metric(self) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class _Tuning(Stages):
         untrained = [trial for trial in self.trials if not trial["trains"]]
         if not untrained:
             return before
-        found = min(untrained, key=lambda trial: trial["drop"])
+        found = min(untrained, key=_drop)
         return Candidate(found["title"], found["recipe"])
 
     def _try(self, candidate: Candidate, base: float, on_test: float) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class _Tuning(Stages):
             except (MsqkdError, RuntimeError) as error:
                 # This network has no place for it (a transformer nothing to equalise), or MindSpore cannot compute it.
                 why = str(error) if isinstance(error, MsqkdError) else f"MindSpore: {reason_of(error)}"
-                return {**told, "metric": None, "drop": math.inf, "error": why}
+                return {**told, "metric": None, "drop": None, "error": why}
             return {**told, "metric": found, "drop": self._lost(found, base)}
 
         def words(result: Mapping[str, Any]) -> str:
@@ -228,8 +228,9 @@ class _Tuning(Stages):
         title = f"Trial {len(self.trials) + 1}{self._of()}: {candidate.title}"
         trial: dict[str, Any] = self.stage(key, title, work, words)
         self.trials.append(trial)
-        least = self.metric.scale.number(min(t["drop"] for t in self.trials))
-        self.reporter.say(f"best so far: {least} lost{self._left()}")
+        least = min(map(_drop, self.trials))
+        if math.isfinite(least):
+            self.reporter.say(f"best so far: {self.metric.scale.number(least)} lost{self._left()}")
         return trial
 
     def _trained(self, recipe: Recipe, on_test: float) -> dict[str, Any]:
@@ -342,6 +343,11 @@ class _Tuning(Stages):
         }
         write_tuning(result, self.folder.path)
         return result
+
+
+def _drop(trial: Mapping[str, Any]) -> float:
+    """What a trial lost; infinite where it was not possible."""
+    return math.inf if trial["drop"] is None else float(trial["drop"])
 
 
 def _titled(before: Candidate, what: str) -> str:

@@ -138,7 +138,9 @@ def test_a_trial_that_mindspore_cannot_compute_is_passed_over(
     failed = result["trials"][3]
     assert failed["title"].endswith("weight_ranges")
     assert failed["error"] == "MindSpore: RuntimeError: Unsupported op [Sort] on CPU"
+    assert failed["drop"] is None
     assert result["best"]["title"] != failed["title"]
+    assert failed["error"] in (tmp_path / "out" / "tune.html").read_text()
 
 
 @pytest.mark.usefixtures("cheap", "graph_mode")
