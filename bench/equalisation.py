@@ -13,18 +13,17 @@ import argparse
 import json
 import sys
 import tempfile
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
 
 from msqkd.data import subset
 from msqkd.environment import versions
-from msqkd.pipeline.objects import Objects
 from msqkd.pipeline.ptq import quantised_without_training
 from msqkd.pipeline.ranking import quantised_metric
-from msqkd.pipeline.rundir import RunDirectory
+from msqkd.pipeline.stages import opened
 from msqkd.platform import leave_quietly
 from msqkd.progress import Reporter
 from msqkd.recipe import load_recipe, make_recipe
@@ -45,25 +44,23 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", nargs="*", default=[])
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    ms.set_context(mode=ms.GRAPH_MODE)
     recipe = load_recipe(args.recipe, [*args.settings, "calibration.samples=1024"])
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = RunDirectory(Path(scratch) / "run", recipe, verb="calibrate")
-        with folder:
-            base = Objects(recipe, folder, Reporter(quiet=True), train=False)
-            _ = base.metric, base.bundle, base.deployed  # made once, for all variants
-            found = {name: [] for name in VARIANTS}
-            for draw in range(args.draws):
-                chosen = np.random.default_rng(draw).permutation(len(base.bundle.train))[: len(base.calibration)]
-                for name, (per_channel, methods) in VARIANTS.items():
-                    values = recipe.to_dict()
-                    values["quantization"]["weight"]["per_channel"] = per_channel
-                    values["ptq"] = {"methods": methods}
-                    objects = base.variant(make_recipe(values))
-                    objects.__dict__["calibration"] = subset(base.bundle.train, chosen)
-                    network = quantised_without_training(objects)
-                    found[name].append(quantised_metric(objects, network, base.bundle.test))
-                    print(f"draw {draw + 1} of {args.draws}, {name}: {found[name][-1]:.2f}", file=sys.stderr)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        base = stack.enter_context(opened(recipe, scratch / "run", "calibrate", Reporter(quiet=True)))
+        _ = base.metric, base.bundle, base.deployed  # made once, for all variants
+        found = {name: [] for name in VARIANTS}
+        for draw in range(args.draws):
+            chosen = np.random.default_rng(draw).permutation(len(base.bundle.train))[: len(base.calibration)]
+            for name, (per_channel, methods) in VARIANTS.items():
+                values = recipe.to_dict()
+                values["quantization"]["weight"]["per_channel"] = per_channel
+                values["ptq"] = {"methods": methods}
+                objects = base.variant(make_recipe(values))
+                objects.__dict__["calibration"] = subset(base.bundle.train, chosen)
+                network = quantised_without_training(objects)
+                found[name].append(quantised_metric(objects, network, base.bundle.test))
+                print(f"draw {draw + 1} of {args.draws}, {name}: {found[name][-1]:.2f}", file=sys.stderr)
     if args.json:
         print(json.dumps({"accuracy": found, "date": date.today().isoformat(), **versions()}, indent=2))
         return

@@ -20,7 +20,7 @@ from msqkd.analysis.fragments import as_yaml, rule_of
 from msqkd.analysis.layers import decibel
 from msqkd.analysis.sensitivity import KL, RELATIVE_ERROR, Layer, Probe, Sensitivities, Sensitivity
 from msqkd.analysis.statistics import OUTLIER_RATIO, Distribution, weights_of
-from msqkd.graph.ir import Graph, Node
+from msqkd.graph.ir import Graph
 from msqkd.quant.algorithms.order import against_order
 from msqkd.quant.algorithms.split import rounded_in_parts
 from msqkd.quant.config import INT8, NONE
@@ -235,7 +235,7 @@ class _Doctor:
         for words, change, other in tries:
             gain = (self._weight_sqnr(name, other) or now) - now
             loss = self.probe.loss({row.name}, weights={name: self._rounded(name, other)})
-            fragment = rule_for(self.graph.node(name), weight=change)
+            fragment = rule_of(name, weight=change)
             remedies.extend(self._offer(f"{words} for its weight", gain, loss, row, fragment))
         if quant.axis is None and self._equalised is not None:
             remedies.extend(self._equalisation(name, row, plain, now))
@@ -290,8 +290,7 @@ class _Doctor:
         return decibel(float(np.square(exact).sum()), float(np.square(noise).sum()))
 
     def _rounded(self, name: str, quant: WeightQuant) -> np.ndarray:
-        weight = self.arrays[name]
-        return quant.settled(weight).qparams(weight).fake_quantize(weight)
+        return quant.rounded(self.arrays[name])
 
     def _takes_channels(self, name: str) -> bool:
         """Whether the target lets this weight have a scale a channel."""
@@ -345,7 +344,7 @@ class _Doctor:
         for words, change, other in tries:
             gain = (self._sqnr(other) or now) - now
             loss = self.probe.loss({row.name}, {group.name: other.qparams()})
-            fragment = rule_for(reader, activation=change)
+            fragment = rule_of(reader.name, activation=change)
             remedies.extend(self._offer(f"{words} for its values", gain, loss, row, fragment))
 
     def _sqnr(self, group: Group) -> Optional[float]:
@@ -413,12 +412,7 @@ class _Doctor:
         who = f"'{node.name}' in float" if node.name != layer.name else "float"
         text = f"{who}: the network then costs a {self._loss(row.float_loss)}"
         text += f", instead of {self.found.quantised_loss:.3g}"
-        return [Remedy(text, None, None, rule_for(node, precision="float"))]
-
-
-def rule_for(node: Node, **settings: Any) -> dict[str, Any]:
-    """The fragment of a recipe with a rule for one node: ``weight``, ``activation`` or ``precision`` as in a recipe."""
-    return rule_of(node.name, **settings)
+        return [Remedy(text, None, None, rule_of(node.name, precision="float"))]
 
 
 def _range(stats: Distribution, words: str, group: Group) -> tuple[float, float]:

@@ -56,8 +56,6 @@ IN_HALF = Precision("float16", "float16", settings={"precision": FLOAT16}, value
 STORED_HALF = Precision(
     "8 bits, float16 values", "8xfloat16", 8, {"precision": WEIGHT_ONLY_FLOAT16}, value_bits=_HALF_BITS
 )
-
-
 STORED_WIDE = Precision(
     "8 bits, 16-bit inputs", "8x16", 8, {"precision": DYNAMIC, "activation": {"bits": WIDE_BITS}}, value_bits=WIDE_BITS
 )
@@ -160,6 +158,4 @@ def _with_inputs(graph: Graph, plan: QuantPlan, probe: Probe, name: str) -> set[
 
 def _rounded(graph: Graph, quant: WeightQuant, bits: int) -> np.ndarray:
     """The weight as it is with so many bits, by the layer's own observer."""
-    data = quant.held_in(graph)
-    other = replace(quant, bits=bits, clip_ratio=None, scale=None).settled(data)
-    return np.asarray(other.qparams(data).fake_quantize(data))
+    return replace(quant, bits=bits, clip_ratio=None, scale=None).rounded(quant.held_in(graph))

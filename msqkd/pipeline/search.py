@@ -10,7 +10,8 @@ from typing import Any, Callable, Optional
 
 import mindspore as ms
 
-from msqkd.analysis.diagnosis import rule_for, with_fragment
+from msqkd.analysis.diagnosis import with_fragment
+from msqkd.analysis.fragments import rule_of
 from msqkd.analysis.layer_times import LayerTimes, read_times
 from msqkd.analysis.precisions import (
     AS_PLANNED,
@@ -41,8 +42,7 @@ from msqkd.pipeline.latency import samples_of
 from msqkd.pipeline.objects import Objects
 from msqkd.pipeline.ptq import quantised_without_training
 from msqkd.pipeline.ranking import quantised_metric, ranking_split, sets_of
-from msqkd.pipeline.rundir import RunDirectory
-from msqkd.pipeline.stages import Stages
+from msqkd.pipeline.stages import Stages, opened
 from msqkd.progress import Reporter
 from msqkd.quant.algorithms.methods import Improved
 from msqkd.quant.algorithms.order import FLOAT_STAGE, STAGES
@@ -114,10 +114,8 @@ def search_recipe(
         )
     ms.set_context(mode=ms.GRAPH_MODE)
     times = _times(recipe, budget) if budget.by == LATENCY or budget.times is not None else None
-    ms.set_seed(recipe.seed)
-    folder = RunDirectory(output, recipe, fresh, verb=VERB)
-    with folder:
-        return _Search(Objects(recipe, folder, reporter or Reporter(), train=False), budget, times).run()
+    with opened(recipe, output, VERB, reporter, fresh) as objects:
+        return _Search(objects, budget, times).run()
 
 
 def widths_of(recipe: Recipe) -> tuple[int, ...]:
@@ -320,7 +318,7 @@ class _Search(Stages):
         """The network with every layer at a precision of another kind than the recipe's."""
         values = self.recipe.to_dict()
         for name in names:
-            values = with_fragment(values, rule_for(self.objects.deployed.node(name), **precision.settings))
+            values = with_fragment(values, rule_of(name, **precision.settings))
         return quantised_without_training(self.objects.variant(make_recipe(values)))
 
     def _shown(self, front: Sequence[Assignment], chosen: Assignment) -> list[Assignment]:
@@ -365,7 +363,7 @@ class _Search(Stages):
             if precision.bits is not None and plan.weights[name].bits != precision.bits:
                 settings["weight"] = {"bits": precision.bits}
             if settings:
-                values = with_fragment(values, rule_for(self.objects.deployed.node(name), **settings))
+                values = with_fragment(values, rule_of(name, **settings))
         return make_recipe(values)
 
 

@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
-from typing import Any, Callable
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import mindspore as ms
 
 from msqkd import parallel
 from msqkd.graph.cell import to_cell
 from msqkd.pipeline.checks import check_run
 from msqkd.pipeline.objects import Objects
+from msqkd.pipeline.rundir import RunDirectory
 from msqkd.pipeline.trainings import pretrain
+from msqkd.progress import Reporter
+from msqkd.recipe import Recipe
+
+
+@contextmanager
+def opened(
+    recipe: Recipe, output: Path, verb: str, reporter: Optional[Reporter] = None, fresh: bool = False
+) -> Iterator[Objects]:
+    """The objects of a command that exports nothing by itself, and holds its folder meanwhile.
+
+    Args:
+        recipe: what it is about.
+        output: the folder; created when it does not exist.
+        verb: of the command.
+        reporter: where progress is told.
+        fresh: forget what the folder holds.
+
+    Raises:
+        MsqkdError: the folder belongs to another recipe or command, or cannot be written.
+    """
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_seed(recipe.seed)
+    with RunDirectory(output, recipe, fresh, verb=verb) as folder:
+        yield Objects(recipe, folder, reporter or Reporter(), train=False)
 
 
 class Stages:

@@ -18,12 +18,11 @@ from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph
 from msqkd.pipeline.objects import Objects
 from msqkd.pipeline.ranking import ranking_split
-from msqkd.pipeline.rundir import RunDirectory
-from msqkd.pipeline.stages import Stages
+from msqkd.pipeline.stages import Stages, opened
 from msqkd.pipeline.teaching import Teaching
 from msqkd.progress import Reporter
 from msqkd.quant.uses import PRODUCTS, weight_use
-from msqkd.recipe import Recipe, TeacherSection
+from msqkd.recipe import ModelSection, Recipe, TeacherSection
 from msqkd.train.evaluate import output_arrays
 from msqkd.train.metric import Outputs
 
@@ -58,11 +57,8 @@ def compare_teachers(
     """
     if recipe.distillation is None:
         raise PlanError(f"{recipe.name} has no distillation, so no teacher; add 'distillation: {{}}' and a teacher")
-    ms.set_context(mode=ms.GRAPH_MODE)
-    ms.set_seed(recipe.seed)
-    folder = RunDirectory(output, recipe, fresh, verb=VERB)
-    with folder:
-        return _Comparison(Objects(recipe, folder, reporter or Reporter(), train=False), samples).run()
+    with opened(recipe, output, VERB, reporter, fresh) as objects:
+        return _Comparison(objects, samples).run()
 
 
 class _Comparison(Stages):
@@ -104,27 +100,28 @@ def teachers_beside(objects: Objects, asked: Split) -> dict[str, Any]:
     def answers(cell: Any, split: Split) -> Outputs:
         return output_arrays(cell, split, size, chosen)
 
-    exact = answers(network, test)
+    exact, known = answers(network, test), answers(network, asked)
     base = metric(exact, test.labels, test.name)
     told = {
-        "what": objects.recipe.model.name or objects.recipe.model.source,
+        "what": _named(objects.recipe.model),
         "test": base,
-        "train": metric(answers(network, asked), asked.labels, asked.name),
+        "train": metric(known, asked.labels, asked.name),
         "parameters": _parameters(student),
         "products": products,
     }
     rows = []
     with objects.reporter.task("teachers", len(cells)) as task:
         for number, (cell, source) in enumerate(zip(cells, sections)):
-            found, taught = answers(cell, test), answers(cell, asked)
+            itself = source.source == "self"
+            found, taught = (exact, known) if itself else (answers(cell, test), answers(cell, asked))
             reached = metric(found, test.labels, test.name)
             graph = _graph_of(teaching, number, student)
             row = {
                 "place": f"teacher[{number}]" if len(cells) > 1 else "teacher",
                 "what": _named(source),
-                "itself": source.source == "self",
+                "itself": itself,
                 "test": reached,
-                "gain": reached - base if metric.higher_is_better else base - reached,
+                "gain": metric.lost(reached, base),
                 "noise": accuracy_noise(found[0], exact[0], np.asarray(test.labels)) if metric.is_accuracy else 0.0,
                 "train": metric(taught, asked.labels, asked.name),
                 "softness": softness(taught[0], temperature) if temperature and _has_classes(taught) else None,
@@ -145,7 +142,7 @@ def _without_features(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"distillation": recipe.distillation.model_copy(update={"features": []})})
 
 
-def _named(section: TeacherSection) -> str:
+def _named(section: Union[ModelSection, TeacherSection]) -> str:
     return section.name or section.source
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-import mindspore as ms
 import numpy as np
 
-from msqkd.analysis.diagnosis import rule_for, with_fragment
+from msqkd.analysis.diagnosis import with_fragment
+from msqkd.analysis.fragments import rule_of
 from msqkd.analysis.sensitivity import Probe, SwitchedNetwork, loss_kind, whole_batches
 from msqkd.analysis.tune_report import write_tuning
 from msqkd.data import Split, subset
@@ -22,8 +22,7 @@ from msqkd.pipeline.objects import Objects
 from msqkd.pipeline.ptq import quantised_without_training
 from msqkd.pipeline.ranking import quantised_metric, ranking_split, sets_of
 from msqkd.pipeline.run import run_recipe
-from msqkd.pipeline.rundir import RunDirectory
-from msqkd.pipeline.stages import Stages
+from msqkd.pipeline.stages import Stages, opened
 from msqkd.pipeline.teachers import teachers_beside
 from msqkd.progress import Reporter
 from msqkd.quant.algorithms.methods import Improved
@@ -109,11 +108,8 @@ def tune_recipe(
         DataError: too few labelled samples; a metric that is not finite, or that noise does better on.
         MsqkdError: whatever else the user can mend.
     """
-    ms.set_context(mode=ms.GRAPH_MODE)
-    ms.set_seed(recipe.seed)
-    folder = RunDirectory(output, recipe, fresh, verb=VERB)
-    with folder:
-        return _Tuning(Objects(recipe, folder, reporter or Reporter(), train=False), goal).run()
+    with opened(recipe, output, VERB, reporter, fresh) as objects:
+        return _Tuning(objects, goal).run()
 
 
 class _Tuning(Stages):
@@ -146,7 +142,7 @@ class _Tuning(Stages):
         found = self.metric(answers, labels, where)
         order = np.random.default_rng(self.recipe.seed).permutation(len(self.tuning))
         noise = self.metric(tuple(output[order] for output in answers), labels, where)
-        if self._lost(noise, found) < 0:
+        if self.metric.lost(found, noise) < 0:
             raise DataError(
                 f"evaluation.metric gives {self.metric.words(found)} for the float network and better, "
                 f"{self.metric.words(noise)}, for its answers in random order; set evaluation.higher_is_better: "
@@ -183,7 +179,7 @@ class _Tuning(Stages):
             layers = worst[:count]
             values = best.values
             for name in layers:
-                values = with_fragment(values, rule_for(self.objects.deployed.node(name), precision="float"))
+                values = with_fragment(values, rule_of(name, precision="float"))
             yield Candidate(_titled(best, f"float: {', '.join(layers)}"), values)
         best = self._best(best)
         self._compare_teachers()
@@ -217,7 +213,7 @@ class _Tuning(Stages):
                 # This network has no place for it (a transformer nothing to equalise), or MindSpore cannot compute it.
                 why = str(error) if isinstance(error, MsqkdError) else f"MindSpore: {reason_of(error)}"
                 return {**told, "metric": None, "drop": None, "error": why}
-            return {**told, "metric": found, "drop": self._lost(found, base)}
+            return {**told, "metric": found, "drop": self.metric.lost(base, found)}
 
         def words(result: Mapping[str, Any]) -> str:
             if result.get("error"):
@@ -237,7 +233,7 @@ class _Tuning(Stages):
         """Train; the network is exported and measured on the test set at once."""
         place = self.folder.path.with_name(f"{self.folder.path.name}_trained_{recipe.sha()[:8]}")
         found = run_recipe(recipe, place, self.reporter)["accuracy"]["exported"]
-        return {"metric": None, "drop": self._lost(found, on_test), **self._on_test(found, on_test)}
+        return {"metric": None, "drop": self.metric.lost(on_test, found), **self._on_test(found, on_test)}
 
     def _confirm(self, trial: dict[str, Any], on_test: float) -> dict[str, Any]:
         """The trial, with what its network reaches on the whole test set."""
@@ -297,11 +293,8 @@ class _Tuning(Stages):
         self.teachers = found
 
     # -- what it comes to ----------------------------------------------------------------------------------------------
-    def _lost(self, found: float, base: float) -> float:
-        return base - found if self.metric.higher_is_better else found - base
-
     def _on_test(self, found: float, on_test: float) -> dict[str, Any]:
-        return {"test_metric": found, "test_drop": self._lost(found, on_test)}
+        return {"test_metric": found, "test_drop": self.metric.lost(on_test, found)}
 
     def _is_over(self) -> bool:
         goal = self.goal

@@ -89,6 +89,10 @@ class WeightQuant:
             return self
         return replace(self, clip_ratio=weight_clip_ratio(weight, self.bits, self.axis, where=self.node))
 
+    def rounded(self, weight: np.ndarray) -> np.ndarray:
+        """`weight` on the grid that fits it, as `settled` chooses."""
+        return self.settled(weight).qparams(weight).fake_quantize(weight)
+
     @property
     def kept_part(self) -> Any:
         """The clip ratio in force: 1 where none was chosen."""

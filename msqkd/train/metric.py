@@ -120,10 +120,13 @@ class Metric:
         """The value as people read it: ``accuracy 93.20 %``, ``mAP 0.4312``."""
         return f"{self.name} {self.scale.show(value)}"
 
+    def lost(self, before: float, after: float) -> float:
+        """How much worse `after` is than `before`; negative where it is better."""
+        return before - after if self.higher_is_better else after - before
+
     def is_collapse(self, before: float, after: float) -> bool:
         """Whether a training lost more than it may: 5 points of accuracy, a tenth of another metric's value."""
-        lost = before - after if self.higher_is_better else after - before
-        return lost > (POINTS_LOST if self.is_accuracy else PART_LOST * abs(before))
+        return self.lost(before, after) > (POINTS_LOST if self.is_accuracy else PART_LOST * abs(before))
 
     def to_dict(self) -> dict[str, Any]:
         """What reports keep of it, JSON-able: its name, its unit (``%`` or empty) and its sense."""

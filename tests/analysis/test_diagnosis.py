@@ -10,7 +10,8 @@ import yaml
 from broken_layers import BATCH, Mixed, X, prepared, samples, with_range_cut, with_spread_channels, with_weight_bits
 
 from msqkd.analysis import diagnosis
-from msqkd.analysis.diagnosis import Diagnosis, diagnose, rule_for, with_fragment
+from msqkd.analysis.diagnosis import Diagnosis, diagnose, with_fragment
+from msqkd.analysis.fragments import rule_of
 from msqkd.analysis.sensitivity import KL, Probe, SwitchedNetwork, layers_of, measured_sensitivity
 from msqkd.analysis.statistics import value_statistics, weight_statistics
 from msqkd.api import plan_network
@@ -219,7 +220,7 @@ def test_a_fragment_comes_after_the_rules_there_are_and_changes_no_recipe_in_pla
 
 def test_a_name_with_wildcards_is_matched_as_it_is() -> None:
     node = Node("blocks[0]/Add*", "Add", [], [])
-    rule = rule_for(node, precision="float")["quantization"]["rules"][0]
+    rule = rule_of(node.name, precision="float")["quantization"]["rules"][0]
     graph = Graph("Net")
     graph.nodes = [node, Node("blocks0/Add2", "Add", [], [])]
     made = Rule("path", rule["match"]["path"], FLOAT)

@@ -262,7 +262,7 @@ def _rounded(graph: Graph, quant: WeightQuant, end: End, copies: np.ndarray) -> 
     """The sum of the rounded parts of a weight, float32 and shaped like it."""
     weight = _weight(graph, end.node)
     parts = _parts(weight, end.channels, copies, quant)
-    rounded = quant.settled(parts).qparams(parts).fake_quantize(parts).astype(np.float64)
+    rounded = quant.rounded(parts).astype(np.float64)
     blocks = rounded.reshape(len(weight), int(copies.sum()), -1)
     summed: np.ndarray = np.add.reduceat(blocks, copies.cumsum() - copies, axis=1).reshape(weight.shape)
     return summed.astype(np.float32)

@@ -21,6 +21,19 @@ from msqkd.quant.ptq import calibrate
 from msqkd.quant.qat import deployment_graph, quantize_cell
 
 
+class Chain(nn.Cell):
+    def __init__(self, *parts: nn.Cell) -> None:
+        super().__init__()
+        self.parts = nn.SequentialCell(*parts)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.parts(x)
+
+
+def conv(*args: Any, **kwargs: Any) -> nn.Cell:
+    return nn.Conv2d(*args, has_bias=True, **kwargs)
+
+
 def float_work(net: nn.Cell, x: np.ndarray, per_channel: bool = False, bits: int = 8) -> Work:
     """A network in the float stage, with the samples `x` in batches of 16."""
     graph = with_biases(deployment_graph(capture(net, x.shape[1:])))

@@ -5,7 +5,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
-from float_stage import answer, decibels, float_work, quantized
+from float_stage import Chain, answer, conv, decibels, float_work, quantized
 from mindspore import nn
 
 from msqkd.errors import PlanError
@@ -26,10 +26,6 @@ def filled(net: nn.Cell, seed: int = 0, bias: float = 0.2) -> nn.Cell:
     return net
 
 
-def conv(*args: Any, **kwargs: Any) -> nn.Cell:
-    return nn.Conv2d(*args, has_bias=True, **kwargs)
-
-
 def imbalanced(first: nn.Cell, second: nn.Cell, factor: np.ndarray) -> None:
     """Multiply the channels between two layers, without changing the network."""
     for parameter in (first.weight, first.bias):
@@ -39,15 +35,6 @@ def imbalanced(first: nn.Cell, second: nn.Cell, factor: np.ndarray) -> None:
     columns = np.repeat(factor, weight.shape[1] // len(factor)) if weight.shape[1] > 1 else factor
     shape = (1, -1) if weight.shape[1] > 1 else (-1, 1)
     second.weight.set_data(ms.Tensor(weight / columns.reshape(*shape, *[1] * (weight.ndim - 2))))
-
-
-class Chain(nn.Cell):
-    def __init__(self, *parts: nn.Cell) -> None:
-        super().__init__()
-        self.parts = nn.SequentialCell(*parts)
-
-    def construct(self, x):  # type: ignore[no-untyped-def]
-        return self.parts(x)
 
 
 def weight_of(work: Any, index: int) -> np.ndarray:

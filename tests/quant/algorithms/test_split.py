@@ -7,7 +7,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
-from float_stage import answer, decibels, float_work, quantized
+from float_stage import Chain, answer, conv, decibels, float_work, quantized
 from mindspore import nn
 
 from msqkd.errors import PlanError
@@ -26,19 +26,6 @@ pytestmark = pytest.mark.usefixtures("graph_mode")
 
 X = np.random.default_rng(0).normal(size=(32, 3, 8, 8)).astype(np.float32)
 ROWS = X.reshape(32, -1)[:, :16].copy()
-
-
-def conv(*args: Any, **kwargs: Any) -> nn.Cell:
-    return nn.Conv2d(*args, has_bias=True, **kwargs)
-
-
-class Chain(nn.Cell):
-    def __init__(self, *parts: nn.Cell) -> None:
-        super().__init__()
-        self.parts = nn.SequentialCell(*parts)
-
-    def construct(self, x):  # type: ignore[no-untyped-def]
-        return self.parts(x)
 
 
 def filled(net: nn.Cell, seed: int = 0) -> nn.Cell:
