@@ -268,12 +268,10 @@ def export_files(
     if before is not None and "failed" not in before["parity"]:
         integer_accuracy, parity = before["integer_accuracy"], before["parity"]
     else:
-        parity = _or_reason("device", lambda: calibration_parity(network, reporter), reporter)
-        integer_accuracy = None
+        parity = _or_reason("device", lambda: _on_the_device(network, reporter), reporter)
+        integer_accuracy = parity.pop("integer_accuracy", None)
         if "failed" in parity:
             parity = {"split": "calibration", "metric": network.metric.to_dict(), "exceeded": True, **parity}
-        else:
-            integer_accuracy = _integer_accuracy(network, reporter)
     return {
         "accuracy": _exported_accuracy(verified, trained),
         "integer_accuracy": integer_accuracy,
@@ -383,6 +381,12 @@ def split_parity(
             network.metric,
         )  # fmt: skip
     return {"split": which, **plain(parity.to_dict(network.recipe.verify.bounds))}
+
+
+def _on_the_device(network: Exported, reporter: Reporter) -> dict[str, Any]:
+    """Return the comparison on the calibration samples, and `integer_accuracy` beside it."""
+    parity = calibration_parity(network, reporter)
+    return {**parity, "integer_accuracy": _integer_accuracy(network, reporter)}
 
 
 def _integer_accuracy(network: Exported, reporter: Reporter) -> Optional[float]:
