@@ -119,13 +119,16 @@ def _run(recipe: str, overrides: list[str], output: Optional[Path], fresh: bool,
     result, folder = _chain(recipe, overrides, output, fresh, train)
     if not result:
         return  # of several workers the first tells
+    from msqkd.pipeline.export import failures
+
+    failed = failures(result["export"], result["parity"])
     if as_json:
         keys = ("metric", "accuracy", "size_bytes", "int8_share", "seed", "versions", "sha256")
         found = {key: result[key] for key in keys}
-        print(json.dumps({**found, "parity": _without_values(result["parity"])}, indent=2))
+        print(json.dumps({**found, "failed": failed, "parity": _without_values(result["parity"])}, indent=2))
     else:
         _summary(result, folder)
-    if result["parity"]["exceeded"]:
+    if failed or result["parity"]["exceeded"]:
         raise typer.Exit(1)
 
 
@@ -190,13 +193,20 @@ def _summary(result: dict[str, Any], folder: Path) -> None:
     console = Console(highlight=False)
     console.print(_accuracies(result))
     sizes = result["size_bytes"]
-    if sizes.get("int8"):
+    if sizes.get("int8") and sizes.get("float"):
         console.print(
             f"size: float {sizes['float']:,} bytes, int8 {sizes['int8']:,} bytes "
             f"({sizes['int8'] / sizes['float']:.2f}×)"
         )
+    _failures(result["export"], console)
     _deviation(result["parity"], console)
     console.print(f"files and report: {folder}", soft_wrap=True)
+
+
+def _failures(exports: dict[str, Any], console: Console) -> None:
+    for name, entry in exports.items():
+        if entry.get("failed"):
+            console.print(f"failed: {name}: {entry['failed']}", style="red", markup=False, soft_wrap=True)
 
 
 def _deviation(parity: dict[str, Any], console: Console) -> None:
@@ -225,7 +235,7 @@ def verify(
 ) -> None:
     """Check a run's files, and compare what the device computes with what training promised, on the test set.
 
-    Ends with 1 where the device deviates by more than the recipe's verify.max_deviation.
+    Ends with 1 where the device is beyond a bound of the recipe's verify section.
     """
     from msqkd.pipeline.verify import verify_run
 
@@ -265,10 +275,13 @@ def _verified(result: dict[str, Any], folder: Path) -> None:
     console = Console(highlight=False)
     console.print(table)
     for entry in result["export"].values():
+        if entry["file"] is None:
+            continue
         words = "checksum as exported"
         if "compared_values" in entry:
             words += f"; {entry['differing_values']} of {entry['compared_values']:,} integers unlike the simulated"
         console.print(f"{entry['file']}: {words}", markup=False, soft_wrap=True)
+    _failures(result["export"], console)
     _deviation(parity, console)
     console.print(f"report: {folder / 'verify.html'}", markup=False, soft_wrap=True)
 

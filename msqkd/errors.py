@@ -42,6 +42,10 @@ class ExportError(MsqkdError):
     """A model that cannot be written in the requested form."""
 
 
+class FolderError(ExportError):
+    """An output folder that cannot be used: not writable, in use by another process, or full of other files."""
+
+
 class SimulationError(MsqkdError):
     """A step the simulator cannot compute as the runtime would."""
 

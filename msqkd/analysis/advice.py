@@ -139,11 +139,16 @@ class _Run:
     # -- the device --------------------------------------------------------------------------------------------------
     def deviation(self) -> Advice:
         parity = self.parity
+        if parity.get("failed"):
+            text = f"Do not ship yet: the device could not be compared with the network: {parity['failed']}"
+            return Advice("device", text)
         which = f"{parity.get('samples')} {parity.get('split') or ''} samples".replace("  ", " ")
         text = (
             f"Do not ship yet: on the {which} the device deviates by {self._size(parity['deviation'])} from the "
             f"fake-quantised network, more than the bound of {parity.get('max_deviation'):g}."
         )
+        if parity.get("excess"):
+            text = f"Do not ship yet: on the {which} the device is beyond the bounds: {'; '.join(parity['excess'])}."
         place = parity.get("first_beyond_one") or parity.get("first_difference")
         fragment = ""
         if place:
@@ -172,7 +177,7 @@ class _Run:
         return Advice("ship", text)
 
     def _file(self) -> str:
-        exports = self.result.get("export") or {}
+        exports = {name: item for name, item in (self.result.get("export") or {}).items() if not item.get("failed")}
         names = (*_FILES.get(str(self.result.get("target")), ()), *_ANY_FILE)
         return next((str(exports[name]["file"]) for name in names if (exports.get(name) or {}).get("file")), "")
 

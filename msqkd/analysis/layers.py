@@ -62,12 +62,14 @@ def layer_table(
             signal[index] += _energy(x)
             rounded = qparams[name].fake_quantize(found) if name in qparams else found
             noise[index] += _energy(x - rounded)
-            low[index], high[index] = min(low[index], found.min()), max(high[index], found.max())
+            usual = found[np.isfinite(found)]  # a logarithm of a value that was rounded to 0 is infinite
+            low[index] = min(low[index], usual.min(initial=np.inf))
+            high[index] = max(high[index], usual.max(initial=-np.inf))
             if name in qparams:
                 own[index].add(found, rounded, 0.5 * float(qparams[name].scale))
             if seen is not None:
                 # An odd stride, so that every channel has its part.
-                part = found.ravel()[:: ceil(found.size / _KEPT) | 1]
+                part = usual.ravel()[:: ceil(found.size / _KEPT) | 1]
                 seen.setdefault(name, Distribution()).update(part, where=f"value '{name}'")
     rows = []
     for index, name in enumerate(values):

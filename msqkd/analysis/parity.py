@@ -8,13 +8,13 @@ A value computed in int8 is compared in its least significant bits (LSB): the di
 fake-quantised one. One LSB is normal, since the runtime rounds half away from zero, in fixed point and partly twice;
 such differences make others behind them, so they grow with depth. What counts is whether the integers stay as close to
 float as the fake-quantised values do, and the answers. A value computed in float is compared by its error relative to
-the largest magnitude seen.
+the largest magnitude seen. `msqkd.quant.bounds` says which differences of the answers are accepted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, Callable, Optional, Union
 
@@ -30,6 +30,7 @@ from msqkd.graph.islands import run_island
 from msqkd.integer import registry
 from msqkd.integer.program import Program, Tensor
 from msqkd.integer.simulator import Simulator
+from msqkd.quant.bounds import STANDARD_ERRORS, Bounds, Distance, DistanceMeter
 from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qat import quantize_cell
@@ -49,9 +50,6 @@ PAIRS = {
 }
 BINS = ("<=-3", "-2", "-1", "0", "1", "2", ">=3")
 """Differences in LSB, integer minus fake-quantised, as the histogram counts them."""
-
-STANDARD_ERRORS = 2
-"""A deviation of no more of them never exceeds a bound: so far, close calls between two classes explain it."""
 
 _EDGE = len(BINS) // 2
 _BATCH_BYTES = 2**28
@@ -213,6 +211,7 @@ class Parity:
         values: in the order the device computes them.
         metric: what the executions are judged by.
         measured: the metric of each of `EXECUTIONS`, where it is not accuracy.
+        distances: between the outputs of two executions, by a key of `PAIRS`.
     """
 
     target: str
@@ -223,6 +222,7 @@ class Parity:
     values: tuple[ValueParity, ...]
     metric: Metric = ACCURACY
     measured: Optional[dict[str, float]] = None
+    distances: dict[str, Distance] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> dict[str, Optional[float]]:
@@ -258,13 +258,32 @@ class Parity:
         """How many samples the device answers otherwise than the fake-quantised network."""
         return self.samples - self.agreeing["integer_fake_quantised"]
 
-    def exceeds(self, bound: float) -> bool:
-        """Whether the device deviates by more than `bound` points, and by more than chance explains.
+    def exceeds(self, bounds: Union[Bounds, float]) -> bool:
+        """Return True if the device is beyond the bounds; a number is the `max_deviation` of otherwise default ones."""
+        return bool(self.excess(Bounds.of(bounds)))
 
-        Answers that change go either way like tossed coins where the device is right, so that their sum has a standard
-        error of at most the square root of their number. A bound of 0 accepts no deviation at all. For another metric
-        than accuracy the bound is in its own unit, and nothing is put down to chance.
+    def excess(self, bounds: Bounds) -> list[str]:
+        """List what is beyond the bounds, in words: the metric, and the predictions or the outputs themselves.
+
+        For accuracy, changed predictions go either way like tossed coins where the device is right, so that their sum
+        has a standard error of at most the square root of their number. Two of them are put down to chance, unless the
+        bound is 0. This tolerance grows with the changed predictions, so their share has a bound of its own. Another
+        metric than accuracy is bounded in its own unit, without a tolerance, together with the distance of the outputs.
         """
+        found = []
+        if self._deviates(bounds.max_deviation):
+            scale = self.metric.scale
+            size = scale.number(self.deviation) + scale.points
+            found.append(f"a deviation of {size} (verify.max_deviation: {bounds.max_deviation:g})")
+        if self.measured is None:
+            own = self.samples - self.agreeing["fake_quantised_float"]
+            found += bounds.changed(self.changed, self.samples, own)
+        elif self.distances:
+            near, away, own_distance = (self.distances[pair] for pair in PAIRS)
+            found += bounds.excess(near, own_distance, away)
+        return found
+
+    def _deviates(self, bound: float) -> bool:
         if self.deviating_samples is None:
             return self.deviation > bound
         chance = STANDARD_ERRORS * self.changed**0.5 if bound > 0 else 0
@@ -274,13 +293,17 @@ class Parity:
         """The first value, in execution order, with a difference of more than `lsb` steps."""
         return next((value for value in self.values if (value.max_lsb or 0) > lsb), None)
 
-    def to_dict(self, max_deviation: float) -> dict[str, Any]:
-        """As JSON-able data with stable keys; held against the bound `max_deviation`, in points."""
+    def to_dict(self, bounds: Union[Bounds, float]) -> dict[str, Any]:
+        """As JSON-able data with stable keys; held against the bounds (see `exceeds`)."""
+        bounds = Bounds.of(bounds)
+        excess = self.excess(bounds)
         return {
             "target": self.target, "machine": self.machine, "samples": self.samples,
             "metric": self.metric.to_dict(), "accuracy": self.accuracy, "agreement": self.agreement,
-            "deviation": self.deviation, "deviating_samples": self.deviating_samples, "max_deviation": max_deviation,
-            "exceeded": self.exceeds(max_deviation),
+            "outputs": {pair: found.to_dict() for pair, found in self.distances.items()},
+            "deviation": self.deviation, "deviating_samples": self.deviating_samples,
+            "max_deviation": bounds.max_deviation, "bounds": asdict(bounds),
+            "exceeded": bool(excess), "excess": excess,
             "first_difference": _place(self.first_beyond(0)), "first_beyond_one": _place(self.first_beyond(1)),
             "values": [value.to_dict() for value in self.values],
         }  # fmt: skip
@@ -350,6 +373,7 @@ class _Comparison:
         self.size = 0
         self.answers: dict[str, list[np.ndarray]] = {name: [] for name in EXECUTIONS}
         self.results: dict[str, list[Outputs]] = {name: [] for name in EXECUTIONS}
+        self.meters = {pair: DistanceMeter(classes=False) for pair in PAIRS}
 
     def run(
         self, batches: Iterable[Batch], labels: Optional[Arrays], machine: str, progress: Optional[Progress]
@@ -378,7 +402,10 @@ class _Comparison:
         values = tuple(tally.result() for tally in self.tallies.values())
         single = self.plan.target == ASCEND.name
         machine_name = None if single else machine
-        return Parity(self.plan.target, machine_name, done, correct, agreeing, values, self.metric, measured)
+        return Parity(
+            self.plan.target, machine_name, done, correct, agreeing, values, self.metric, measured,
+            {pair: meter.result() for pair, meter in self.meters.items()},
+        )  # fmt: skip
 
     def _measured(self, labels: Optional[Arrays], samples: int) -> dict[str, float]:
         found = {}
@@ -392,8 +419,9 @@ class _Comparison:
         count = len(arrays[0])
         self.size = max(self.size, count)
         tensors = [ms.Tensor(filled(array, self.size)) for array in arrays]  # one shape needs one compilation
-        exact = self._observe("float", self.plain, tensors, count)
-        raw = self._observe("fake_quantised", self.fake, tensors, count)
+        answers: dict[str, Outputs] = {}
+        answers["float"], exact = self._observe(self.plain, tensors, count)
+        answers["fake_quantised"], raw = self._observe(self.fake, tensors, count)
         program = self.device.program
         outputs: dict[str, np.ndarray] = {}
         for name, data in self.device.trace(*arrays):
@@ -402,15 +430,20 @@ class _Comparison:
                 tally.add(exact.pop(tally.value), raw.pop(tally.value), _native(program.tensors[name], data))
             if name in program.outputs:
                 outputs[name] = _native(program.tensors[name], data)
-        self._answer("integer", [outputs[name] for name in program.outputs])
+        answers["integer"] = tuple(outputs[name] for name in program.outputs)
+        for execution, found in answers.items():
+            self._answer(execution, found)
+        for pair, (one, other) in PAIRS.items():
+            self.meters[pair].add(answers[one], answers[other], count)
 
-    def _observe(self, execution: str, cell: Any, tensors: Sequence[Any], count: int) -> dict[str, np.ndarray]:
+    def _observe(self, cell: Any, tensors: Sequence[Any], count: int) -> tuple[Outputs, dict[str, np.ndarray]]:
+        """Return the outputs and the observed values."""
         results = cell(*tensors)
         results = results if isinstance(results, tuple) else (results,)
         shown = zip(self.graph.outputs, results[: self.outputs])
-        self._answer(execution, [self._cut(name, item.asnumpy(), count) for name, item in shown])
+        outputs = tuple(self._cut(name, item.asnumpy(), count) for name, item in shown)
         observed = zip(self.names, results[self.outputs :])
-        return {name: self._cut(name, item.asnumpy(), count) for name, item in observed}
+        return outputs, {name: self._cut(name, item.asnumpy(), count) for name, item in observed}
 
     def _cut(self, value: str, data: np.ndarray, count: int) -> np.ndarray:
         """The part of a value that the first `count` samples of a filled-up batch gave."""

@@ -237,6 +237,8 @@ def _deviation(parity: dict[str, Any], scale: Scale) -> str:
     bound, deviation = parity.get("max_deviation"), parity.get("deviation")
     if bound is None or deviation is None:
         return f"On {samples}: {found}."
+    if parity.get("excess"):
+        return f"On {samples}: {found}; beyond the bounds: {'; '.join(parity['excess'])}."
     state = "is more than" if parity.get("exceeded") else "is within"
     few = " or what chance explains" if not parity.get("exceeded") and deviation > bound else ""
     size = scale.number(deviation) + scale.points
@@ -447,6 +449,13 @@ def _device(parity: dict[str, Any], scale: Scale, avoided: list[dict[str, Any]])
             for key, words in _PAIRS.items()
             if (parity.get("agreement") or {}).get(key) is not None
         ],
+        "outputs": []
+        if scale.unit
+        else [
+            (words, _output_words(parity["outputs"][key]))
+            for key, words in _PAIRS.items()
+            if (parity.get("outputs") or {}).get(key)
+        ],
         "first": [
             (words, _place_words(parity.get(key)))
             for key, words in (
@@ -484,6 +493,15 @@ def _executions(parity: dict[str, Any], scale: Scale) -> list[dict[str, str]]:
             delta = "" if base is None or key == "fake_quantised" else _gap(accuracy[key], base, scale)
             rows.append({"label": words, "value": scale.number(accuracy[key]), "delta": delta})
     return rows
+
+
+def _output_words(found: dict[str, Any]) -> str:
+    """SQNR and cosine similarity of the outputs of two executions."""
+    noise, cosine = found.get("sqnr_db"), found.get("cosine")
+    words = "equal" if noise is None and found.get("relative_error") == 0 else ""
+    if noise is not None:
+        words = f"{_decibel(noise)} dB"
+    return ", ".join(part for part in (words, "" if cosine is None else f"cosine {cosine:.4f}") if part)
 
 
 def _place_words(place: Optional[dict[str, Any]]) -> str:
@@ -687,10 +705,13 @@ def _files(exports: dict[str, Any], checksums: dict[str, Any], scale: Scale) -> 
                 "difference": "" if difference is None else f"{difference:.2g}",
                 "integers": "" if compared is None else f"{export.get('differing_values')} of {compared:,}",
                 "agreement": "" if agreement is None else f"{_below(agreement):.2f} %",
+                "failed": export.get("failed") or "",
             }
         )
     sums = [(name, digest) for name, digest in checksums.items() if digest]
-    shown = {key for key in ("accuracy", "agreement", "difference", "integers") if any(row[key] for row in rows)}
+    shown = {
+        key for key in ("accuracy", "agreement", "difference", "integers", "failed") if any(row[key] for row in rows)
+    }
     return {"exports": rows, "shown": shown, "checksums": sums} if rows or sums else None
 
 

@@ -96,7 +96,7 @@ def from_run(path: PathLike, reporter: Reporter) -> Source:
     recipe = make_recipe(folder.state["recipe"])
     _check_target(recipe)
     verified = folder.result("export")["verified"]
-    by_format = {name: checksums[entry["file"]] for name, entry in verified.items()}
+    by_format = {name: checksums[entry["file"]] for name, entry in verified.items() if entry["file"] is not None}
     return Source(reopen(folder, recipe, reporter), {"run": str(path)}, by_format)
 
 

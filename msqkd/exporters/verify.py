@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import mindspore as ms
 import numpy as np
@@ -16,11 +16,10 @@ from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.passes.free_batch import free_shapes
 from msqkd.integer.program import Format, Tensor
 from msqkd.integer.registry import ARM64
+from msqkd.quant.bounds import distance
 from msqkd.quant.fake_quant import QUANTIZE, FakeQuantActivation
 from msqkd.quant.plan import Group
-from msqkd.quant.ptq import relative_error
 from msqkd.quant.qparams import QParams
-from msqkd.train.evaluate import agreement
 
 
 def load_portable(file: Path) -> Callable[..., Any]:
@@ -75,19 +74,14 @@ def _channels_last(data: np.ndarray, tensor: Tensor) -> np.ndarray:
     return np.ascontiguousarray(data.transpose(0, 2, 3, 1) if is_picture else data)
 
 
-def compare(found: Arrays, reference: Arrays, classes: bool = True) -> dict[str, float]:
-    """How far the outputs of two executions are apart.
+def compare(found: Arrays, reference: Arrays, classes: bool = True) -> dict[str, Optional[float]]:
+    """Measure how far the outputs of two executions are apart.
 
     Args:
         found, reference: one output, or a tuple of all, for the same samples.
         classes: whether the first output is logits (N, classes).
 
     Returns:
-        The largest absolute difference (`max_abs_diff`), and the share of equal top-1 answers in percent (`agreement`)
-        or, without `classes`, the `relative_error` (see `msqkd.quant.ptq.relative_error`).
+        `msqkd.quant.bounds.Distance.to_dict`.
     """
-    one, other = as_tuple(found), as_tuple(reference)
-    largest = max(float(np.abs(a - b).max()) for a, b in zip(one, other))
-    if classes:
-        return {"max_abs_diff": largest, "agreement": agreement(one[0], other[0])}
-    return {"max_abs_diff": largest, "relative_error": relative_error(one, other)}
+    return distance(as_tuple(found), as_tuple(reference), classes).to_dict()

@@ -20,6 +20,7 @@ from msqkd.data import Split, subset
 from msqkd.environment import versions
 from msqkd.errors import ExportError, PlanError, RecipeError
 from msqkd.pipeline.build import plan_graph
+from msqkd.pipeline.lock import locked
 from msqkd.pipeline.objects import Objects
 from msqkd.pipeline.rundir import RunDirectory, writable_folder
 from msqkd.progress import Reporter
@@ -52,11 +53,20 @@ def analyze_run(
         (which network it is), `recipe_sha256`, `versions` and `warnings`.
 
     Raises:
+        FolderError: another process is at work in the run's folder.
         ExportError: no run, one that is not calibrated yet, or an output folder that cannot be written.
         PlanError: no layer is quantised.
         MsqkdError: the data or the network cannot be had any more.
     """
     reporter = reporter or Reporter()
+    RunDirectory.begun(path)  # a folder without a run is refused before it is locked
+    with locked(path, reporter):
+        return _analyzed(path, output, samples, sensitivity_samples, reporter)
+
+
+def _analyzed(
+    path: Path, output: Optional[Path], samples: int, sensitivity_samples: Optional[int], reporter: Reporter
+) -> dict[str, Any]:
     started = datetime.now(timezone.utc)
     folder = RunDirectory.begun(path)
     if not folder.done("ptq"):

@@ -26,8 +26,11 @@ from msqkd.train.loop import steps_per_epoch
 from msqkd.train.optimizer import check_decay
 
 
-def check_run(objects: Objects) -> None:
+def check_run(objects: Objects) -> tuple[Graph, Graph, QuantPlan]:
     """Refuse now what would fail after hours of training.
+
+    Returns:
+        The captured network with the weights of now, its deployed form, and the plan.
 
     Raises:
         MsqkdError: whatever the user can mend.
@@ -52,6 +55,7 @@ def check_run(objects: Objects) -> None:
         objects.teaching.check(captured, objects.bundle.train.batch(np.arange(1))[0])
     if objects.teacher_cache is not None:
         objects.teacher_cache.decide(captured)
+    return captured, graph, plan
 
 
 def _sections(objects: Objects) -> dict[str, TrainSection]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 import mindspore as ms
 
 from msqkd.analysis.parity import Device, batch_size, compare_execution, differing_values, integer_outputs
+from msqkd.analysis.report import plain
 from msqkd.data import Split, as_tuple, subset
-from msqkd.errors import ExportError
+from msqkd.errors import ExportError, MsqkdError
 from msqkd.exporters import ASCEND, FORMATS, LITE, MS, MS_FLOAT, ONNX, PORTABLE, Format, check_precisions, export
 from msqkd.exporters.portable import write_float
-from msqkd.exporters.verify import compare
 from msqkd.files import sha256
 from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph
@@ -22,15 +24,15 @@ from msqkd.integer.registry import X86
 from msqkd.pipeline.build import metric_of
 from msqkd.pipeline.rundir import RunDirectory, export_name
 from msqkd.progress import Reporter
+from msqkd.quant.bounds import Distance, distance
 from msqkd.quant.fake_quant import OFF, QUANTIZE
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qat import quantize_cell
 from msqkd.recipe import Recipe
 from msqkd.train.evaluate import input_batches, output_arrays
 from msqkd.train.metric import Metric, Outputs, Scale
+from msqkd.user_code import reason_of
 
-_DISAGREEMENT = 1.0  # percent of the samples for which a file may name another class, where equal is not to be had
-_RELATIVE_ERROR = 0.02  # likewise, of the outputs of a network that names no classes
 _FEW_SAMPLES = 64  # computed by the kernels of a file that is in float, in numpy
 _ANY_RANGE = (0.0, 255.0)  # wide, and not symmetric: a zero point shows where none is allowed
 _LARGE_TEST = 2000  # test samples; of more, the integer accuracy is left to `msqkd verify`
@@ -45,6 +47,7 @@ class Exported:
         captured: the float network, with what is trained only.
         graph, plan: what is exported, every range known.
         test, calibration: the samples it is measured on.
+        judge: a metric in place of the recipe's.
     """
 
     recipe: Recipe
@@ -53,11 +56,12 @@ class Exported:
     plan: QuantPlan
     test: Split
     calibration: Split
+    judge: Optional[Metric] = None
 
     @cached_property
     def metric(self) -> Metric:
         """What the network is judged by."""
-        return metric_of(self.recipe)
+        return self.judge or metric_of(self.recipe)
 
 
 # -- before anything is trained ----------------------------------------------------------------------------------------
@@ -86,9 +90,8 @@ def preflight(recipe: Recipe, graph: Graph, plan: QuantPlan) -> None:
             check_precisions(form, plan)
             if form.check is not None:
                 form.check(graph, guessed)
-        except ExportError as error:
-            reason = f"no {form.suffix} file is possible: {error}"
-            raise ExportError(f"export.formats: {reason}; {_without(recipe, form.name)}") from error
+        except Exception as error:
+            raise impossible(recipe, form, error) from error
     if (plan.stored_weights() or plan.half_nodes()) and not plan.activations:
         name = next((name for name in recipe.export.formats if name in (LITE, ASCEND)), None)
         if name is not None:
@@ -96,6 +99,12 @@ def preflight(recipe: Recipe, graph: Graph, plan: QuantPlan) -> None:
                 f"export.formats: {name} carries the parameters of int8 layers, and no layer is int8 here (they "
                 f"compute in float, whatever they store); {_without(recipe, name)}"
             )
+
+
+def impossible(recipe: Recipe, form: Format, error: Exception) -> ExportError:
+    """Return the error of a format that cannot be written, with the way to leave it out."""
+    reason = f"no {form.suffix} file is possible: {why(error)}"
+    return ExportError(f"export.formats: {reason}; {_without(recipe, form.name)}")
 
 
 def guessed_plan(plan: QuantPlan) -> QuantPlan:
@@ -111,32 +120,161 @@ def _without(recipe: Recipe, name: str) -> str:
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------
-def export_files(network: Exported, folder: RunDirectory, reporter: Reporter) -> dict[str, Any]:
+def plan_of(form: Format, graph: Graph, plan: QuantPlan) -> QuantPlan:
+    """Return the plan that a file of this format carries out, and that it is compared with."""
+    return plan
+
+
+class Files:
+    """Writes the files of a network, reads each back and compares it with the network.
+
+    Args:
+        network: what is exported.
+        place: the path of a file by its name.
+    """
+
+    def __init__(self, network: Exported, place: Callable[[str], Path]) -> None:
+        self.network, self.place = network, place
+        self._fakes: dict[int, tuple[QuantPlan, Outputs]] = {}
+
+    def fake(self, plan: QuantPlan) -> Outputs:
+        """Return the outputs of the fake-quantized network on the test set."""
+        if id(plan) not in self._fakes:
+            cell = quantize_cell(self.network.graph, plan)
+            cell.set_phase(QUANTIZE)
+            self._fakes[id(plan)] = plan, self._outputs(cell)
+        return self._fakes[id(plan)][1]
+
+    @cached_property
+    def exact(self) -> Outputs:
+        """Outputs of the float network on the test set."""
+        return self._outputs(to_cell(self.network.graph))
+
+    def _outputs(self, network: Any) -> Outputs:
+        return output_arrays(network, self.network.test, self.network.recipe.data.eval_batch_size)
+
+    def write_float(self) -> Path:
+        """Write the float network."""
+        return write_float(self.network.captured.deployed_part(), self.place("float.mindir"))
+
+    def write(self, form: Format) -> Path:
+        """Write the network in a format.
+
+        Raises:
+            MsqkdError: the format cannot hold the trained values, or the file cannot be written.
+        """
+        graph, plan = self.network.graph, self.network.plan
+        file = self.place(export_name(self.network.recipe.name, form))
+        return export(graph, plan_of(form, graph, plan), file, form.name)
+
+    def examine(self, form: Format, file: Path) -> dict[str, Any]:
+        """Compare an exported file with its network; empty for a format that only the device can compute.
+
+        Returns:
+            What was measured, and under ``failed`` what is beyond the recipe's bounds, where anything is.
+
+        Raises:
+            ExportError: the file cannot be read, or holds another program than was written.
+        """
+        if form.name == MS:
+            return check_integers(file, self.network)
+        if form.load is None:
+            return {}
+        metric, test = self.network.metric, self.network.test
+        run = _tensors(form.load(file))
+        if not form.int8:
+            return self._float_file(form, file, run)
+        reference = self.fake(plan_of(form, self.network.graph, self.network.plan))
+        found = self._outputs(run)
+        near = distance(found, reference, metric.is_accuracy)
+        excess = self._beyond(form, near, self.network.recipe.verify.bounds.excess(near))
+        if excess:  # the float network is the measure of another arithmetic
+            own, away = (distance(answers, self.exact, metric.is_accuracy) for answers in (reference, found))
+            excess = self._beyond(form, near, self.network.recipe.verify.bounds.excess(near, own, away))
+        return {**_record(file, near, excess), "accuracy": metric(found, test.labels, test.name)}
+
+    def _float_file(self, form: Format, file: Path, run: Callable[..., Any]) -> dict[str, Any]:
+        """Compare a file that computes in float with the network in float, its weights rounded where the file's are."""
+        few = subset(self.network.test, min(_FEW_SAMPLES, len(self.network.test)))
+        if form.name == MS_FLOAT:
+            cell: Any = to_cell(self.network.graph)
+        else:
+            cell = quantize_cell(self.network.graph, plan_of(form, self.network.graph, self.network.plan))
+            cell.set_phase(OFF)
+        found, reference = (output_arrays(network, few, len(few)) for network in (run, cell))
+        near = distance(found, reference, self.network.metric.is_accuracy)
+        return _record(file, near, self._beyond(form, near, self.network.recipe.verify.bounds.excess(near)))
+
+    def _beyond(self, form: Format, near: Distance, excess: list[str]) -> list[str]:
+        """Add the bound of the portable file, whose arithmetic is that of the fake-quantized network."""
+        tolerance = self.network.recipe.export.verify_tolerance * max(near.largest, 1.0)
+        if form.name != PORTABLE or near.max_abs_diff <= tolerance:
+            return excess
+        text = f"largest difference {near.max_abs_diff:.3g}, allowed: {tolerance:.3g} (export.verify_tolerance)"
+        return [text, *excess]
+
+
+def _record(file: Path, near: Distance, excess: Sequence[str]) -> dict[str, Any]:
+    """Return what a run's state keeps of a comparison."""
+    found: dict[str, Any] = near.to_dict()
+    if excess:
+        found["failed"] = f"{file.name} does not answer as the trained network: {'; '.join(excess)}"
+    return found
+
+
+def export_files(
+    network: Exported, folder: RunDirectory, reporter: Reporter, before: Optional[Mapping[str, Any]] = None
+) -> dict[str, Any]:
     """Write every file of the recipe, read each back, and compute what the device will answer.
+
+    A format that fails keeps nothing from the others: the reason is recorded under ``failed``.
+
+    Args:
+        network: what is exported.
+        folder: of the run.
+        reporter: where progress is told.
+        before: the result of an earlier export, of which formats that did not fail are kept.
 
     Returns:
         What the export stage records: names, sizes and checksums of the files, how each was verified, accuracies on
         the test set in percent (or what the recipe's metric says), and the comparison of the three executions on the
         calibration samples.
-
-    Raises:
-        ExportError: a file cannot be written, or does not answer as the network.
     """
-    recipe, graph, plan = network.recipe, network.graph, network.plan
-    cell = quantize_cell(graph, plan)
-    cell.set_phase(QUANTIZE)
-    reference = output_arrays(cell, network.test, recipe.data.eval_batch_size)
-    files = {"float": write_float(network.captured.deployed_part(), folder.file("float.mindir"))}
+    writer = Files(network, folder.file)
+    files: dict[str, Path] = {}
     verified: dict[str, Any] = {}
-    for name in recipe.export.formats:
+
+    def attempt(name: str, file: Path, write: Callable[[], Path], examine: Callable[[Path], dict[str, Any]]) -> None:
+        def work() -> dict[str, Any]:
+            file.unlink(missing_ok=True)  # one that failed before
+            files[name] = write()
+            return examine(files[name])
+
+        found = _or_reason(name, work, reporter)
+        verified[name] = {"file": files[name].name if name in files else None, **found}
+
+    attempt("float", folder.file("float.mindir"), writer.write_float, lambda file: {})
+    if "failed" not in verified["float"]:
+        del verified["float"]  # there is nothing to compare it with
+    for name in network.recipe.export.formats:
         form = FORMATS[name]
-        files[name] = export(graph, plan, folder.file(export_name(recipe.name, form)), name)
-        verified[name] = {"file": files[name].name, **examine(form, files[name], network, reference)}
-    trained = network.metric(reference, network.test.labels, network.test.name)
-    parity = calibration_parity(network, reporter)
+        file = folder.file(export_name(network.recipe.name, form))
+        held = before["verified"].get(name) if before is not None else None
+        if held is not None and "failed" not in held and file.is_file():
+            files[name], verified[name] = file, held
+        else:
+            attempt(name, file, partial(writer.write, form), partial(writer.examine, form))
+    trained = network.metric(writer.fake(network.plan), network.test.labels, network.test.name)
+    if before is not None and "failed" not in before["parity"]:
+        integer_accuracy, parity = before["integer_accuracy"], before["parity"]
+    else:
+        parity = _or_reason("device", lambda: _on_the_device(network, reporter), reporter)
+        integer_accuracy = parity.pop("integer_accuracy", None)
+        if "failed" in parity:
+            parity = {"split": "calibration", "metric": network.metric.to_dict(), "exceeded": True, **parity}
     return {
         "accuracy": _exported_accuracy(verified, trained),
-        "integer_accuracy": _integer_accuracy(network, reporter),
+        "integer_accuracy": integer_accuracy,
         "files": [file.name for file in files.values()],
         "sizes": {name: file.stat().st_size for name, file in files.items()},
         "sha256": {file.name: sha256(file) for file in files.values()},
@@ -145,43 +283,49 @@ def export_files(network: Exported, folder: RunDirectory, reporter: Reporter) ->
     }
 
 
+def _or_reason(name: str, work: Callable[[], dict[str, Any]], reporter: Reporter) -> dict[str, Any]:
+    """Return the result of `work`, or under ``failed`` why there is none; a failure is told.
+
+    Whatever goes wrong here comes after the training, so it must not take the rest of the run with it.
+    """
+    try:
+        found = work()
+    except Exception as error:
+        found = {"failed": why(error)}
+    if "failed" in found:
+        reporter.warn(f"{name} failed: {found['failed']}")
+    return found
+
+
+def why(error: Exception) -> str:
+    """An error in a sentence: the user's as it is, another one with its place, which a report of the fault needs."""
+    if isinstance(error, MsqkdError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{reason_of(error)}{place}"
+
+
+def failures(verified: Mapping[str, Any], parity: Mapping[str, Any]) -> dict[str, str]:
+    """Return why formats failed, by name, from what `export_files` recorded; the device is named ``device``."""
+    found = {name: entry["failed"] for name, entry in verified.items() if entry.get("failed")}
+    if parity.get("failed"):
+        found["device"] = parity["failed"]
+    return found
+
+
 def _exported_accuracy(verified: dict[str, Any], trained: float) -> float:
     """The test accuracy of a file: of the portable one, which MindSpore itself computes, where there is one.
 
-    `trained`, that of the network, stands for files that were not computed on the whole test set.
+    `trained`, that of the network, stands for files that failed or were not computed on the whole test set.
     """
     for name in (PORTABLE, *verified):
-        if verified.get(name, {}).get("accuracy") is not None:
-            return float(verified[name]["accuracy"])
+        entry = verified.get(name, {})
+        if entry.get("accuracy") is not None and "failed" not in entry:
+            return float(entry["accuracy"])
     return trained
-
-
-def examine(form: Format, file: Path, network: Exported, reference: Outputs) -> dict[str, Any]:
-    """Hold an exported file against its network; empty for a format that only the device can compute.
-
-    Args:
-        form: the format of the file.
-        file: where it is.
-        network: what was exported.
-        reference: the fake-quantised network's outputs on the test set.
-
-    Raises:
-        ExportError: the file is not the network.
-    """
-    if form.name == MS:
-        return check_integers(file, network)
-    if form.load is None:
-        return {}
-    if not form.int8:
-        return _float_file(form, file, network)
-    metric, test = network.metric, network.test
-    found = output_arrays(_tensors(form.load(file)), test, network.recipe.data.eval_batch_size)
-    result = {
-        **compare(found, reference, metric.is_accuracy),
-        "accuracy": metric(found, test.labels, test.name),
-    }
-    _refuse_another(form, file, result, len(test), network.recipe.export.verify_tolerance)
-    return result
 
 
 def check_integers(file: Path, network: Exported) -> dict[str, Any]:
@@ -196,30 +340,14 @@ def check_integers(file: Path, network: Exported) -> dict[str, Any]:
     size = min(batch_size(network.graph, network.recipe.calibration.batch_size), len(network.calibration))
     batch = next(input_batches(network.calibration, size))
     machine = network.recipe.verify.machine or X86
-    different, total = differing_values(
-        lite_program(network.graph, network.plan), read_ms(file), as_tuple(batch), machine
-    )
+    plan = plan_of(FORMATS[MS], network.graph, network.plan)
+    different, total = differing_values(lite_program(network.graph, plan), read_ms(file), as_tuple(batch), machine)
     if different:
         raise ExportError(
             f"{file.name} does not compute as the network it was written from: {different} of {total} values differ; "
             "allowed: none"
         )
     return {"differing_values": different, "compared_values": total}
-
-
-def _float_file(form: Format, file: Path, network: Exported) -> dict[str, Any]:
-    """Compare a file that computes in float with the network in float, its weights rounded where the file's are."""
-    few = subset(network.test, min(_FEW_SAMPLES, len(network.test)))
-    if form.name == MS_FLOAT:
-        cell: Any = to_cell(network.graph)
-    else:
-        cell = quantize_cell(network.graph, network.plan)
-        cell.set_phase(OFF)
-    assert form.load is not None
-    found = output_arrays(_tensors(form.load(file)), few, len(few))
-    result: dict[str, Any] = compare(found, output_arrays(cell, few, len(few)), network.metric.is_accuracy)
-    _refuse_another(form, file, result, len(few), network.recipe.export.verify_tolerance)
-    return result
 
 
 def _tensors(run: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
@@ -231,31 +359,6 @@ def _tensors(run: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
         return tuple(output if isinstance(output, ms.Tensor) else ms.Tensor(output) for output in outputs)
 
     return call
-
-
-def _refuse_another(form: Format, file: Path, result: dict[str, Any], samples: int, tolerance: float) -> None:
-    if form.name == PORTABLE:
-        allowed = f"a difference of at most {tolerance:g}"
-        wrong = result["max_abs_diff"] > tolerance
-    elif "relative_error" in result:
-        allowed = f"a relative error of at most {_RELATIVE_ERROR:g}"
-        wrong = result["relative_error"] > _RELATIVE_ERROR
-    else:
-        # Equal but for the order of sums or the rounding of halves, which may move a value to the next level, and a
-        # close call between two classes with it.
-        allowed = f"at least {100 - _DISAGREEMENT:g} % equal answers"
-        different = (100 - result["agreement"]) / 100 * samples
-        wrong = different > max(samples * _DISAGREEMENT / 100, 2.5)
-    if wrong:
-        other = (
-            f"equal answers {result['agreement']:.2f} %"
-            if "agreement" in result
-            else f"relative error {result['relative_error']:.3g}"
-        )
-        raise ExportError(
-            f"{file.name} does not answer as the trained network: largest difference {result['max_abs_diff']:.3g}, "
-            f"{other}; allowed: {allowed}"
-        )
 
 
 # -- the device --------------------------------------------------------------------------------------------------------
@@ -277,7 +380,13 @@ def split_parity(
             network.graph, network.plan, input_batches(split, size), split.labels, machine or X86, task.update,
             network.metric,
         )  # fmt: skip
-    return {"split": which, **parity.to_dict(network.recipe.verify.max_deviation)}
+    return {"split": which, **plain(parity.to_dict(network.recipe.verify.bounds))}
+
+
+def _on_the_device(network: Exported, reporter: Reporter) -> dict[str, Any]:
+    """Return the comparison on the calibration samples, and `integer_accuracy` beside it."""
+    parity = calibration_parity(network, reporter)
+    return {**parity, "integer_accuracy": _integer_accuracy(network, reporter)}
 
 
 def _integer_accuracy(network: Exported, reporter: Reporter) -> Optional[float]:
@@ -294,6 +403,8 @@ def _integer_accuracy(network: Exported, reporter: Reporter) -> Optional[float]:
 
 def deviation_words(parity: dict[str, Any]) -> str:
     """In a sentence, how far the device is from the fake-quantised network, and where the two part."""
+    if "failed" in parity:
+        return f"the device could not be compared with the fake-quantised network: {parity['failed']}"
     reached, scale = parity["accuracy"], Scale.of(parity["metric"])
     if reached["integer"] is None:
         found = f"gives other answers than the fake-quantised network to {parity['deviation']:.2f} %"
@@ -306,6 +417,8 @@ def deviation_words(parity: dict[str, Any]) -> str:
         f"on the {parity['samples']} {parity['split']} samples the device {found} "
         f"(verify.max_deviation: {parity['max_deviation']:g})"
     )
+    if parity.get("excess"):  # not there in runs of earlier versions
+        text += f"; beyond the bounds: {'; '.join(parity['excess'])}"
     first = parity["first_beyond_one"] or parity["first_difference"]
     if first is None:
         return f"{text}; no int8 value differs"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,6 +15,8 @@ from msqkd.analysis.refresh import refresh_report
 from msqkd.bench import bench_layers, bench_onnx, markdown
 from msqkd.data import Split, as_tuple
 from msqkd.files import write_json, write_text
+from msqkd.pipeline.export import Exported
+from msqkd.pipeline.lock import locked
 from msqkd.pipeline.run import reopen
 from msqkd.pipeline.rundir import RunDirectory
 from msqkd.progress import Reporter
@@ -48,6 +51,7 @@ def bench_run(
         One measurement a batch size, as `msqkd.bench.Comparison.to_dict` gives it.
 
     Raises:
+        FolderError: another process is at work in the folder.
         ExportError: no finished run, or a network that ONNX cannot hold.
         DataError: a number of samples or threads that makes no measurement.
         MissingDependencyError: onnx or onnxruntime is not installed.
@@ -55,22 +59,20 @@ def bench_run(
     from msqkd.exporters.onnx import export_onnx, export_onnx_float
 
     reporter = reporter or Reporter()
-    folder = RunDirectory.finished(path)
-    recipe = make_recipe(folder.state["recipe"])
-    network = reopen(folder, recipe, reporter)
     found = []
-    with tempfile.TemporaryDirectory() as scratch:
-        float_file = export_onnx_float(network.graph, Path(scratch) / "float.onnx")
-        int8_file = export_onnx(network.graph, network.plan, Path(scratch) / "int8.onnx")
-        for size in batches:
-            reporter.say(f"batch {size}: {seconds:g} s")
-            samples = samples_of(network.test, size)
-            measured = bench_onnx(float_file, int8_file, samples, threads=threads, seconds=seconds)
-            found.append(measured)
-    results = [item.to_dict() for item in found]
-    write_json(folder.file(f"{REPORT}.json"), results)
-    write_text(folder.file(f"{REPORT}.md"), markdown(found))
-    refresh_report(folder.path)
+    with _reopened(path, reporter) as (folder, network):
+        with tempfile.TemporaryDirectory() as scratch:
+            float_file = export_onnx_float(network.graph, Path(scratch) / "float.onnx")
+            int8_file = export_onnx(network.graph, network.plan, Path(scratch) / "int8.onnx")
+            for size in batches:
+                reporter.say(f"batch {size}: {seconds:g} s")
+                samples = samples_of(network.test, size)
+                measured = bench_onnx(float_file, int8_file, samples, threads=threads, seconds=seconds)
+                found.append(measured)
+        results = [item.to_dict() for item in found]
+        write_json(folder.file(f"{REPORT}.json"), results)
+        write_text(folder.file(f"{REPORT}.md"), markdown(found))
+        refresh_report(folder.path)
     return results
 
 
@@ -86,16 +88,24 @@ def bench_run_layers(
         batch: samples a call.
 
     Raises:
-        ExportError, DataError, MissingDependencyError: as `bench_run`.
+        FolderError, ExportError, DataError, MissingDependencyError: as `bench_run`.
     """
     reporter = reporter or Reporter()
-    folder = RunDirectory.finished(path)
-    network = reopen(folder, make_recipe(folder.state["recipe"]), reporter)
-    reporter.say(f"layer by layer, batch {batch}: {seconds:g} s")
-    samples = samples_of(network.test, batch)
-    times = bench_layers(network.graph, network.plan, samples, threads=threads, seconds=seconds)
-    write_json(folder.file(LAYERS), times.to_dict())
+    with _reopened(path, reporter) as (folder, network):
+        reporter.say(f"layer by layer, batch {batch}: {seconds:g} s")
+        samples = samples_of(network.test, batch)
+        times = bench_layers(network.graph, network.plan, samples, threads=threads, seconds=seconds)
+        write_json(folder.file(LAYERS), times.to_dict())
     return times
+
+
+@contextmanager
+def _reopened(path: Path, reporter: Reporter) -> Iterator[tuple[RunDirectory, Exported]]:
+    """Yield the folder of a finished run, which is held meanwhile, and its network."""
+    RunDirectory.finished(path)  # a folder without a run is refused before it is locked
+    with locked(path, reporter):
+        folder = RunDirectory.finished(path)
+        yield folder, reopen(folder, make_recipe(folder.state["recipe"]), reporter)
 
 
 def samples_of(split: Split, size: int) -> tuple[np.ndarray, ...]:

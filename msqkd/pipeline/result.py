@@ -6,20 +6,44 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from msqkd.analysis.distributions import add_outliers, distributions
+from msqkd.analysis.layers import layer_table
 from msqkd.analysis.report import API_VERSION
+from msqkd.analysis.statistics import Distribution, weight_statistics
+from msqkd.data import Split, subset
 from msqkd.environment import versions
 from msqkd.graph.ir import Graph
 from msqkd.quant.plan import QuantPlan
 from msqkd.recipe import Recipe, dump_recipe
+from msqkd.train.evaluate import input_batches
 
 _MEASURED = ("float", "float_ft", "float_kd", "ptq", "qat", "qat_kd")
 _TRAININGS = ("float_ft", "float_kd", "qat", "qat_kd")
+_SQNR_SAMPLES = 256
 _CALIBRATION = ("samples", "observer", "kept", "loss", "methods")
 
 
 def training_only_rows(captured: Graph) -> list[dict[str, str]]:
     """What a captured network has beside its deployed part, one row an operation."""
     return [{"name": node.name, "op": node.op, "cell_path": node.cell_path} for node in captured.training_only()]
+
+
+def layer_parts(
+    graph: Graph, plan: QuantPlan, reference: Graph, test: Split
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Compute the rows of the report's layers, and the distributions it shows, on some test samples.
+
+    Args:
+        graph, plan: the exported network, every range known.
+        reference: its float network.
+        test: the test set.
+    """
+    samples = subset(test, min(_SQNR_SAMPLES, len(test)))
+    values: dict[str, Distribution] = {}
+    layers = layer_table(graph, plan, reference, input_batches(samples, min(64, len(samples))), values)
+    weights = weight_statistics(graph, plan)
+    add_outliers(layers, values, weights)
+    return layers, distributions(layers, values, weights)
 
 
 def assemble(
@@ -50,8 +74,8 @@ def assemble(
     histories = {role: stages[role]["history"] for role in _TRAININGS if role in stages}
     if stages["float"]["history"]:
         histories["pretrain"] = stages["float"]["history"]
-    sizes = dict(exported["sizes"])
-    float_size, int8_size = sizes.pop("float"), sizes.pop("portable_mindir", sizes.get("ms"))
+    sizes = dict(exported["sizes"])  # of a format that failed there is no file
+    float_size, int8_size = sizes.pop("float", None), sizes.pop("portable_mindir", sizes.get("ms"))
     calibration = stages.get("calibration", stages["ptq"])
     accuracy = {name: stages[name]["accuracy"] if name in stages else None for name in _MEASURED}
     return {

@@ -8,18 +8,16 @@ from typing import Any, Optional
 import mindspore as ms
 
 from msqkd import parallel
-from msqkd.analysis.distributions import add_outliers, distributions
-from msqkd.analysis.layers import layer_table
 from msqkd.analysis.refresh import completed
 from msqkd.analysis.report import write_report
-from msqkd.analysis.statistics import Distribution, weight_statistics
-from msqkd.data import subset
 from msqkd.files import write_json
-from msqkd.pipeline.export import Exported, deviation_words, export_files
+from msqkd.graph.ir import Graph
+from msqkd.pipeline.export import Exported, deviation_words, export_files, failures, why
 from msqkd.pipeline.objects import ROLES, Objects
 from msqkd.pipeline.ptq import quantised_without_training
 from msqkd.pipeline.ranking import quantised_metric
-from msqkd.pipeline.result import assemble, training_only_rows
+from msqkd.pipeline.rehearsal import rehearse
+from msqkd.pipeline.result import assemble, layer_parts, training_only_rows
 from msqkd.pipeline.rundir import RunDirectory
 from msqkd.pipeline.stages import Stages
 from msqkd.pipeline.trainings import train
@@ -27,10 +25,8 @@ from msqkd.progress import Reporter
 from msqkd.quant.algorithms.methods import Improved
 from msqkd.quant.config import INT8, NONE
 from msqkd.quant.fake_quant import QUANTIZE
+from msqkd.quant.plan import QuantPlan
 from msqkd.recipe import Recipe
-from msqkd.train.evaluate import input_batches
-
-_SQNR_SAMPLES = 256
 
 
 def run_recipe(
@@ -110,7 +106,8 @@ def reopen(folder: RunDirectory, recipe: Recipe, reporter: Reporter) -> Exported
 
 class _Run(Stages):
     def run(self) -> dict[str, Any]:
-        self.begin(5 + (len(self.objects.trainings) + 1 if self.objects.trainings else 0))
+        found = self.begin(5 + (len(self.objects.trainings) + 1 if self.objects.trainings else 0))
+        self._rehearse(*found)
         self.float_network()
         self._plan_stage()
         self._ptq()
@@ -126,12 +123,17 @@ class _Run(Stages):
 
     def train(self) -> dict[str, Any]:
         """The trainings alone."""
-        self.begin(2 + len(self.objects.trainings))
+        self._rehearse(*self.begin(2 + len(self.objects.trainings)))
         self.float_network()
         self._plan_stage()
         for role in self.objects.trainings:
             self._training_stage(role)
         return self._trained() if parallel.is_first() else {}
+
+    def _rehearse(self, captured: Graph, deployed: Graph, plan: QuantPlan) -> None:
+        """Try the export while nothing is paid for; of use as long as the stage before it is to be done."""
+        if not self.folder.done("calibration" if self.objects.trainings else "ptq"):
+            rehearse(self.objects, captured, deployed, plan)
 
     def _plan_stage(self) -> None:
         def work() -> dict[str, Any]:
@@ -236,14 +238,22 @@ class _Run(Stages):
         self.stage("calibration", "Calibration of the trained network", work, tell)
 
     def _export(self) -> None:
-        """Write the files, and compare what the device will compute with what training promised."""
+        """Write the files, and compare what the device will compute with what training promised.
+
+        What failed in an earlier run of the folder is tried again.
+        """
+        before = self.folder.result("export") if self.folder.done("export") else None
+        if before is not None and failures(before["verified"], before["parity"]):
+            self.folder.forget("export")
         result = self.stage(
             "export",
             "Export and verification",
-            lambda: export_files(self.objects.exported(), self.folder, self.reporter),
+            lambda: export_files(self.objects.exported(), self.folder, self.reporter, before),
             lambda r: f"exported {self.objects.metric.words(r['accuracy'])}, files {', '.join(r['files'])}",
         )
         parity = result["parity"]
+        for name, reason in failures(result["verified"], {}).items():
+            self.warnings.append(f"{name} failed: {reason}")
         if parity["exceeded"]:
             self.warnings.append(deviation_words(parity))
             self.reporter.warn(self.warnings[-1])
@@ -270,17 +280,20 @@ class _Run(Stages):
             for state in self.folder.path.glob(pattern):
                 state.unlink()
 
+    def _layers(self, network: Exported) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The parts of the report about layers; empty where trained values do not allow them, since the rest counts."""
+        try:
+            return layer_parts(network.graph, network.plan, self.objects.reference_graph(), network.test)
+        except Exception as error:
+            self.warnings.append(f"the report lacks its layers: {why(error)}")
+            self.reporter.warn(self.warnings[-1])
+            return [], []
+
     def _report(self) -> dict[str, Any]:
         self.reporter.stage("Report")
         folder, recipe = self.folder, self.recipe
         network = self.objects.exported()
-        graph, plan = network.graph, network.plan
-        samples = subset(self.objects.bundle.test, min(_SQNR_SAMPLES, len(self.objects.bundle.test)))
-        batches = input_batches(samples, min(64, len(samples)))
-        values: dict[str, Distribution] = {}
-        layers = layer_table(graph, plan, self.objects.reference_graph(), batches, values)
-        weights = weight_statistics(graph, plan)
-        add_outliers(layers, values, weights)
+        layers, shown = self._layers(network)
         counts = {
             "train": len(self.objects.bundle.train),
             "test": len(self.objects.bundle.test),
@@ -289,9 +302,9 @@ class _Run(Stages):
         result = assemble(
             recipe,
             folder.state["stages"],
-            plan,
+            network.plan,
             layers,
-            distributions(layers, values, weights),
+            shown,
             {"name": self.objects.bundle.name, **counts},
             self.started,
             self.warnings,

@@ -6,14 +6,14 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from msqkd import parallel
-from msqkd.errors import ExportError, RecipeError
+from msqkd.errors import ExportError, FolderError, RecipeError
 from msqkd.exporters import FORMATS, Format
 from msqkd.files import sha256, write_json, write_text
-from msqkd.pipeline.lock import lock, release
-from msqkd.recipe import Recipe, dump_recipe
+from msqkd.pipeline.lock import LOCK_FILE, lock, release
+from msqkd.recipe import Recipe, dump_recipe, make_recipe
 
 _STATE = "state.json"
 
@@ -27,10 +27,10 @@ _TRAINED = "float|ptq|ptq_reference|float_ft|float_kd|qat|qat_kd|pretrain"
 _EXPORTED = "|".join(".+" + re.escape(export_name("", form)) for form in FORMATS.values())
 _OURS = re.compile(
     rf"state\.json|recipe\.yaml|plan\.json|(report|verify|analysis)\.(json|html)|bench\.(json|md)|bench_layers\.json|(tuned|searched)\.yaml|(tune|search)\.(json|html)|({_TRAINED})\.(ckpt|state(\.(\d+|best))?\.npz)|float\.mindir"
-    rf"|teacher\d+\.logits\.(npy|npy\.part|json)|{_EXPORTED}"
+    rf"|{re.escape(LOCK_FILE)}|teacher\d+\.logits\.(npy|npy\.part|json)|{_EXPORTED}"
 )
 _KEYS = ("verb", "recipe_sha256", "recipe", "stages")
-_BEGUN = {_STATE, "recipe.yaml"}
+_BEGUN = {_STATE, "recipe.yaml", LOCK_FILE}
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.[a-z]+")  # as msqkd.files.replacing names them
 
 
@@ -38,14 +38,14 @@ def writable_folder(path: Path) -> Path:
     """`path`, created when needed; found out now, not after the work.
 
     Raises:
-        ExportError: it cannot be created, or not be written to.
+        FolderError: it cannot be created, or not be written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ExportError(f"output folder {path} cannot be created: {error.strerror}") from error
+        raise FolderError(f"output folder {path} cannot be created: {error.strerror}") from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise ExportError(f"output folder {path} is not writable; choose another with --output")
+        raise FolderError(f"output folder {path} is not writable; choose another with --output")
     return path
 
 
@@ -58,8 +58,11 @@ class RunDirectory:
         fresh: forget what is there.
         verb: the command that fills it, ``run`` or ``calibrate``.
 
+    Attributes:
+        unlocked: why other processes cannot be kept from the folder, in a sentence; None where they are.
+
     Raises:
-        ExportError: the folder cannot be written, or another run is at work in it.
+        FolderError: the folder cannot be written, or another run is at work in it.
         RecipeError: it holds the run of another recipe; names the settings that differ.
     """
 
@@ -68,7 +71,7 @@ class RunDirectory:
         values: tuple[Any, ...] = (verb, recipe.sha(), recipe.to_dict(), {})
         self.state: dict[str, Any] = dict(zip(_KEYS, values))
         writable_folder(path)
-        lock(path)
+        self.unlocked = lock(path)
         try:
             self._take(recipe, fresh)
         except BaseException:
@@ -85,7 +88,7 @@ class RunDirectory:
         path = self.path
         strangers = [child.name for child in path.iterdir() if not self._is_ours(child)]
         if strangers and (fresh or not (path / _STATE).exists()):
-            raise ExportError(
+            raise FolderError(
                 f"output folder {path} holds other files ({', '.join(sorted(strangers)[:3])}); "
                 "choose an empty or new one with --output"
             )
@@ -116,7 +119,7 @@ class RunDirectory:
                 "all workers need it on one file system: choose a shared folder with --output"
             )
         folder = cls.__new__(cls)
-        folder.path, folder.state = path, state
+        folder.path, folder.state, folder.unlocked = path, state, None
         return folder
 
     @classmethod
@@ -131,7 +134,7 @@ class RunDirectory:
             what = f"it holds no {_STATE}" if path.is_dir() else "there is no such folder"
             raise ExportError(f"{path} is not the folder of a run: {what}; give one that msqkd run has filled")
         folder = cls.__new__(cls)
-        folder.path = path
+        folder.path, folder.unlocked = path, None
         folder.state = folder._read()
         return folder
 
@@ -185,6 +188,9 @@ class RunDirectory:
         same_verb = held["verb"] == self.state["verb"]
         if same_verb and held["recipe_sha256"] == recipe.sha():
             return True
+        if same_verb and _with_defaults_of_now(held["recipe"]) == recipe.sha():
+            held.update({key: self.state[key] for key in ("recipe_sha256", "recipe")})
+            return True
         if not held["stages"] and {child.name for child in self.path.iterdir()} <= _BEGUN:
             return False
         differing = [] if same_verb else [f"command: {held['verb']!r} → {self.state['verb']!r}"]
@@ -208,7 +214,8 @@ class RunDirectory:
 
     def _clear(self) -> None:
         for child in self.path.iterdir():
-            child.unlink()
+            if child.name != LOCK_FILE:  # which this process may hold
+                child.unlink()
 
     def _write(self) -> None:
         write_json(self.path / _STATE, self.state)
@@ -221,6 +228,10 @@ class RunDirectory:
         """What `finish` recorded for a stage."""
         return self.state["stages"][stage]
 
+    def forget(self, stage: str) -> None:
+        """Do a stage again; until it is finished again, the folder keeps the earlier result."""
+        del self.state["stages"][stage]
+
     def finish(self, stage: str, result: Any) -> None:
         """Record a finished stage with its JSON-able result; its files are already written."""
         self.state["stages"][stage] = result
@@ -230,6 +241,14 @@ class RunDirectory:
     def file(self, name: str) -> Path:
         """A file in the folder."""
         return self.path / name
+
+
+def _with_defaults_of_now(recipe: Any) -> Optional[str]:
+    """Return the checksum of a recipe that an earlier version recorded; settings new since then have their defaults."""
+    try:
+        return make_recipe(recipe).sha()
+    except RecipeError:
+        return None
 
 
 def _differences(old: Any, new: Any, place: str = "") -> list[str]:

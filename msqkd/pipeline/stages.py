@@ -13,11 +13,13 @@ import mindspore as ms
 
 from msqkd import parallel
 from msqkd.graph.cell import to_cell
+from msqkd.graph.ir import Graph
 from msqkd.pipeline.checks import check_run
 from msqkd.pipeline.objects import Objects
 from msqkd.pipeline.rundir import RunDirectory
 from msqkd.pipeline.trainings import pretrain
 from msqkd.progress import Reporter
+from msqkd.quant.plan import QuantPlan
 from msqkd.recipe import Recipe
 
 
@@ -58,8 +60,11 @@ class Stages:
         self.warnings: list[str] = []
         self.started = datetime.now(timezone.utc)
 
-    def begin(self, stages: int) -> None:
+    def begin(self, stages: int) -> tuple[Graph, Graph, QuantPlan]:
         """Say what the recipe warns of, and refuse what cannot be done, before so many stages.
+
+        Returns:
+            As `check_run`.
 
         Raises:
             MsqkdError: whatever the user can mend.
@@ -67,7 +72,9 @@ class Stages:
         self.reporter.stages = stages
         for warning in self.recipe.warnings():
             self.reporter.warn(warning)
-        check_run(self.objects)
+        if self.folder.unlocked is not None:
+            self.reporter.warn(self.folder.unlocked)
+        return check_run(self.objects)
 
     def stage(self, name: str, title: str, work: Callable[[], Any], tell: Callable[[Any], str]) -> Any:
         """Do a stage, unless the folder has its result.

@@ -15,7 +15,7 @@ from msqkd.analysis.fragments import rule_of
 from msqkd.analysis.sensitivity import Probe, SwitchedNetwork, loss_kind, whole_batches
 from msqkd.analysis.tune_report import write_tuning
 from msqkd.data import Split, subset
-from msqkd.errors import DataError, MsqkdError
+from msqkd.errors import DataError, ExportError, FolderError, PlanError, SimulationError, TrainingError
 from msqkd.files import write_text
 from msqkd.graph.cell import to_cell
 from msqkd.pipeline.objects import Objects
@@ -24,6 +24,7 @@ from msqkd.pipeline.ranking import quantised_metric, ranking_split, sets_of
 from msqkd.pipeline.run import run_recipe
 from msqkd.pipeline.stages import Stages, opened
 from msqkd.pipeline.teachers import teachers_beside
+from msqkd.platform import without_kernel
 from msqkd.progress import Reporter
 from msqkd.quant.algorithms.methods import Improved
 from msqkd.quant.algorithms.order import STAGES, against_order
@@ -209,9 +210,10 @@ class _Tuning(Stages):
                 if candidate.trains:
                     return {**told, **self._trained(recipe, on_test)}
                 found = self._measured(recipe, self.tuning)
-            except (MsqkdError, RuntimeError) as error:
-                # This network has no place for it (a transformer nothing to equalise), or MindSpore cannot compute it.
-                why = str(error) if isinstance(error, MsqkdError) else f"MindSpore: {reason_of(error)}"
+            except (PlanError, ExportError, SimulationError, TrainingError, RuntimeError) as error:
+                why = _not_possible(error)
+                if why is None:
+                    raise
                 return {**told, "metric": None, "drop": None, "error": why}
             return {**told, "metric": found, "drop": self.metric.lost(base, found)}
 
@@ -336,6 +338,19 @@ class _Tuning(Stages):
         }
         write_tuning(result, self.folder.path)
         return result
+
+
+def _not_possible(error: Exception) -> Optional[str]:
+    """Say why a trial's settings do not fit the network; None for an error that is not about them.
+
+    A network may have no place for a method (a transformer nothing to equalize), a file or the device may not hold what
+    it would become, the training may diverge, or MindSpore has no kernel for it. A folder in use is none of these.
+    """
+    if isinstance(error, FolderError):
+        return None
+    if isinstance(error, RuntimeError):
+        return f"MindSpore: {reason_of(error)}" if without_kernel(error) else None
+    return str(error)
 
 
 def _drop(trial: Mapping[str, Any]) -> float:

@@ -15,6 +15,7 @@ from msqkd.errors import SimulationError
 from msqkd.exporters import MS
 from msqkd.integer.registry import MACHINES
 from msqkd.pipeline.export import check_integers, deviation_words, split_parity
+from msqkd.pipeline.lock import locked
 from msqkd.pipeline.run import reopen
 from msqkd.pipeline.rundir import RunDirectory, writable_folder
 from msqkd.progress import Reporter
@@ -49,12 +50,21 @@ def verify_run(
         `sha256`; and under `verified` whether the device deviates by no more than the recipe's bound.
 
     Raises:
+        FolderError: another process is at work in the run's folder.
         ExportError: no finished run, an exported file that is not the recorded one, a ``.ms`` file that does not
             compute as its network, or an output folder that cannot be written.
         SimulationError: `machine` is unknown, or the run's target has but one.
         MsqkdError: the data or the network cannot be had any more.
     """
     reporter = reporter or Reporter()
+    RunDirectory.finished(path)  # a folder without a run is refused before it is locked
+    with locked(path, reporter):
+        return _verified(path, output, samples, machine, reporter)
+
+
+def _verified(
+    path: Path, output: Optional[Path], samples: Optional[int], machine: Optional[str], reporter: Reporter
+) -> dict[str, Any]:
     started, begin = datetime.now(timezone.utc), time.monotonic()
     folder = RunDirectory.finished(path)
     recipe = _recipe(folder, machine)
@@ -66,9 +76,10 @@ def verify_run(
     reporter.stage("The network, from the run's folder")
     network = reopen(folder, recipe, reporter)
     files: dict[str, dict[str, Any]] = {
-        form: {"file": entry["file"]} for form, entry in folder.result("export")["verified"].items()
+        form: {key: entry[key] for key in ("file", "failed") if key in entry}
+        for form, entry in folder.result("export")["verified"].items()
     }
-    if MS in files:
+    if files.get(MS, {}).get("file"):
         files[MS].update(check_integers(folder.file(files[MS]["file"]), network))
         reporter.say(f"{files[MS]['file']}: all {files[MS]['compared_values']:,} values of a batch as simulated")
     count = samples or recipe.verify.samples

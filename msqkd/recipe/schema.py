@@ -23,10 +23,12 @@ from pydantic import (
 
 from msqkd.distill.schedule import default_alpha, default_temperature
 from msqkd.exporters import FORMATS
+from msqkd.quant.bounds import Bounds
 from msqkd.recipe.distillation import DistillationSection
 from msqkd.recipe.fields import (
     Count,
     Factory,
+    Fraction,
     FreeMapping,
     NotNegative,
     Percentile,
@@ -163,20 +165,44 @@ class ExportSection(Section):
     )
     verify_tolerance: NotNegative = Field(
         default=1e-4,
-        description="Largest absolute difference of outputs accepted when the portable file is verified.",
+        description="Largest absolute difference of outputs accepted when the portable file is verified; where outputs "
+        "are larger than 1, times the largest of them.",
     )
 
 
 class VerifySection(Section):
-    """How far the device may be from the fake-quantised network. Every export ends with a comparison of the two on the
-    calibration samples; `msqkd verify` compares them on the test set."""
+    """How far the device, and every exported file, may be from the fake-quantised network. Every export ends with a
+    comparison on the calibration samples; `msqkd verify` compares on the test set. [device.md](device.md#bounds) says
+    where the bounds and their defaults come from."""
 
     max_deviation: NotNegative = Field(
-        default=0.1,
+        default=Bounds.max_deviation,
         description="Largest difference of top-1 accuracy between integer and fake-quantised execution, in points; "
         "without labels, the largest share of different answers, in percent. What chance explains (two standard "
         "errors of the answers that changed) passes; 0 accepts no difference. With evaluation.metric: the largest "
         "difference of the metric, in its own unit, 0.01 where not given, and nothing else passes.",
+    )
+    max_changed: NotNegative = Field(
+        default=Bounds.max_changed,
+        description="Largest share of samples with another top-1 class than in the fake-quantised network, in percent, "
+        "of the device and of every file. Where quantisation itself changes more classes of the float network, as many "
+        "pass, up to five times the bound. So do two standard errors of the bound; 0 accepts none. 0.75 % change in a "
+        "W8A8 ResNet-20.",
+    )
+    max_relative_error: NotNegative = Field(
+        default=Bounds.max_relative_error,
+        description="With evaluation.metric: largest relative error (root mean square) of the outputs to the "
+        "fake-quantised network. Beyond it max_sqnr_loss decides. 2 % is an SQNR of 34 dB.",
+    )
+    max_sqnr_loss: NotNegative = Field(
+        default=Bounds.max_sqnr_loss,
+        description="With evaluation.metric: dB that the SQNR of the outputs to float may be below that of the "
+        "fake-quantised network. 3 dB is twice the energy of the noise.",
+    )
+    min_cosine: Fraction = Field(
+        default=Bounds.min_cosine,
+        description="With evaluation.metric: least cosine similarity of the outputs to the fake-quantised network, "
+        "mean of the samples. Outputs as near to float as max_sqnr_loss allows pass too.",
     )
     samples: Optional[Count] = Field(
         default=None, description="Test samples `msqkd verify` computes, at most; null takes the whole test set."
@@ -185,6 +211,13 @@ class VerifySection(Section):
         default=None,
         description="Build of MindSpore Lite whose arithmetic is computed; target lite_arm only, arm64 there.",
     )
+
+    @property
+    def bounds(self) -> Bounds:
+        """The bounds, as `msqkd.quant.bounds` takes them."""
+        return Bounds(
+            self.max_deviation, self.max_changed, self.max_relative_error, self.max_sqnr_loss, self.min_cosine
+        )
 
 
 class Recipe(Section):

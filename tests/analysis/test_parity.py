@@ -19,6 +19,8 @@ from msqkd.graph.ir import Graph
 from msqkd.graph.islands import run_island
 from msqkd.integer.program import ISLAND, Program, TensorQuant
 from msqkd.integer.simulator import Simulator
+from msqkd.quant.bounds import Bounds
+from msqkd.quant.config import QuantConfig, WeightQuantizer
 from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import QuantPlan
@@ -260,6 +262,14 @@ def test_the_bound_is_on_points_beyond_chance(case: Parity, samples_off: int, po
     assert (data["accuracy"]["integer"] is None) is (case.correct is None)
 
 
+def test_a_device_that_changes_most_predictions_does_not_pass_by_chance() -> None:
+    wrong = made(1000, 861, 900, same=600)  # 3.9 points are less than two standard errors of 400 changes
+    assert wrong.exceeds(0.1)
+    assert "40.00 % changed predictions" in wrong.to_dict(0.1)["excess"][0]
+    assert not wrong.exceeds(Bounds(max_changed=100.0))
+    assert made(1000, 900, 900, same=600).exceeds(0.1), "as many right answers gained as lost"
+
+
 def test_a_bound_of_0_accepts_no_difference() -> None:
     assert made(1000, 901, 900, same=999).exceeds(0.0)
     assert not made(1000, 900, 900, same=990).exceeds(0.0)
@@ -268,12 +278,61 @@ def test_a_bound_of_0_accepts_no_difference() -> None:
 def test_the_data_can_be_written_as_json(found: Parity) -> None:
     data: dict[str, Any] = json.loads(json.dumps(found.to_dict(0.1), allow_nan=False))
     assert list(data) == [
-        "target", "machine", "samples", "metric", "accuracy", "agreement", "deviation", "deviating_samples",
-        "max_deviation", "exceeded", "first_difference", "first_beyond_one", "values",
+        "target", "machine", "samples", "metric", "accuracy", "agreement", "outputs", "deviation", "deviating_samples",
+        "max_deviation", "bounds", "exceeded", "excess", "first_difference", "first_beyond_one", "values",
     ]  # fmt: skip
+    assert data["bounds"]["max_deviation"] == data["max_deviation"] == 0.1
+    assert list(data["outputs"]) == list(parity.PAIRS)
     assert list(data["values"][0]["histogram"]) == list(BINS)
     bare = replace(found.values[0], histogram=(), max_lsb=None, scale=None).to_dict()
     assert bare["histogram"] is None
+
+
+class Embedding(nn.Cell):
+    """No classes: a vector of directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, has_bias=True), nn.Dense(8, 16)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.fc(ops.mean(ops.relu(self.conv(x)), (2, 3)))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_outputs_that_are_no_classes_have_bounds_of_their_own(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = planned(Embedding())[0]
+    config = QuantConfig(WeightQuantizer(bits, per_channel=True), bits)
+    plan = calibrate(graph, make_plan(graph, config), [samples(32, seed=0)])
+    metric = Metric("nothing", lambda outputs, labels: 0.0)  # a metric that sees no difference
+
+    def compared() -> Parity:
+        return compare_execution(graph, plan, [samples(6), samples(4, seed=2)], LABELS, metric=metric)
+
+    right = compared()
+    assert right.excess(Bounds()) == []
+    cell = quantize_cell(graph, plan)
+    cell.set_phase(QUANTIZE)
+    inputs = np.concatenate([samples(6), samples(4, seed=2)])
+    fake, integer = cell(ms.Tensor(inputs)).asnumpy(), integer_outputs(Device(graph, plan), [inputs])[0]
+    error = np.sqrt(np.square(integer - fake).mean() / np.square(fake).mean())
+    assert right.distances["integer_fake_quantised"].relative_error == pytest.approx(error, rel=1e-4)
+    real = parity.device_program
+
+    def broken(graph: Graph, plan: QuantPlan) -> tuple[Program, str]:
+        program, kind = real(graph, plan)
+        step = next(step for step in program.steps if step.layer == "fc")
+        for name in step.inputs[1:]:
+            tensor = program.tensors[name]
+            assert tensor.data is not None
+            tensor.data = np.roll(tensor.data, 1, axis=0)
+        return program, kind
+
+    monkeypatch.setattr(parity, "device_program", broken)
+    wrong = compared()
+    assert wrong.deviation == 0
+    assert {text.split()[0] for text in wrong.excess(Bounds())} == {"relative", "cosine"}
+    assert wrong.to_dict(0.1)["exceeded"] is True
 
 
 class Rows(nn.Cell):

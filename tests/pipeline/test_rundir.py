@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +12,15 @@ from typing import Any
 
 import pytest
 
-from msqkd.errors import ExportError, RecipeError
+from msqkd.errors import ExportError, FolderError, RecipeError
 from msqkd.exporters import FORMATS
 from msqkd.files import sha256
+from msqkd.pipeline import lock as locks
+from msqkd.pipeline.analyze import analyze_run
+from msqkd.pipeline.latency import bench_run, bench_run_layers
 from msqkd.pipeline.rundir import RunDirectory, export_name
+from msqkd.pipeline.verify import verify_run
+from msqkd.progress import Reporter
 from msqkd.recipe import load_recipe
 
 
@@ -152,6 +159,85 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
         assert RunDirectory(tmp_path, recipe()).done("float")
         assert not can_be_locked(tmp_path)
     assert can_be_locked(tmp_path)
+
+
+@pytest.mark.parametrize("command", [verify_run, analyze_run, bench_run, bench_run_layers])
+def test_what_writes_into_a_run_waits_for_no_other_command(tmp_path: Path, command: Any) -> None:
+    with finished(tmp_path):
+        pass
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(FolderError, match="another run is at work"):
+            command(tmp_path, reporter=Reporter(quiet=True))
+    finally:
+        os.close(other)
+
+
+@pytest.fixture
+def _network_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders cannot be locked, files can: as on NFS."""
+    real = fcntl.flock
+
+    def flock(handle: int, how: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.usefixtures("_network_folder")
+def test_where_folders_cannot_be_locked_a_file_is(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, recipe()) as folder:
+        assert folder.unlocked is None
+        hold = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        found = subprocess.run([sys.executable, "-c", hold, tmp_path / ".lock"], capture_output=True, text=True)
+        assert "BlockingIOError" in found.stderr, "another process finds it locked"
+    other = os.open(tmp_path / ".lock", os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(FolderError, match="another run is at work"):
+        RunDirectory(tmp_path, recipe())
+    os.close(other)
+    with RunDirectory(tmp_path, recipe("seed=1"), fresh=True):
+        assert names(tmp_path) == {"state.json", "recipe.yaml", ".lock"}, "the file is the run's own"
+
+
+@pytest.mark.parametrize("missing", ["flock", "locks"])
+def test_a_folder_that_cannot_be_locked_is_told(
+    tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if missing == "flock":
+        monkeypatch.setattr(locks, "fcntl", None)
+    else:
+        monkeypatch.setattr(fcntl, "flock", flock)
+    with RunDirectory(tmp_path, recipe()) as folder:
+        assert folder.unlocked is not None
+        assert "cannot be locked" in folder.unlocked
+    with locks.locked(tmp_path, Reporter()):
+        pass
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("No locks available" if missing == "locks" else "no flock") in said
+    assert "let no other msqkd command work in it" in said
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_new_settings_at_their_defaults(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, recipe()) as folder:
+        folder.finish("float", {"accuracy": 1.0})
+    state = json.loads((tmp_path / "state.json").read_text())
+    for key in ("max_changed", "max_relative_error", "max_sqnr_loss", "min_cosine"):
+        del state["recipe"]["verify"][key]
+    state["recipe_sha256"] = "0" * 64
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with RunDirectory(tmp_path, recipe()) as folder:
+        assert folder.done("float")
+        assert folder.state["recipe_sha256"] == recipe().sha()
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(RecipeError, match=r"differs in verify.max_changed: None → 3.0"):
+        RunDirectory(tmp_path, recipe("verify.max_changed=3"))
 
 
 def can_be_locked(folder: Path) -> bool:

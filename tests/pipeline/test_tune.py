@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Callable
+from unittest.mock import Mock
 
 import pytest
 
+from msqkd.errors import DataError, FolderError, MissingDependencyError
 from msqkd.pipeline import tune
 from msqkd.progress import Reporter
 from msqkd.recipe import load_recipe
@@ -141,6 +144,25 @@ def test_a_trial_that_mindspore_cannot_compute_is_passed_over(
     assert failed["drop"] is None
     assert result["best"]["title"] != failed["title"]
     assert failed["error"] in (tmp_path / "out" / "tune.html").read_text()
+
+
+@pytest.mark.usefixtures("cheap", "graph_mode")
+def test_an_error_that_is_not_about_the_settings_ends_a_tuning(
+    tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(str(few_bits(tiny, pretrain={"epoch_size": 1, "batch_size": 24, "lr": 0.05})))
+    for error in (
+        RuntimeError("memory isn't enough and alloc failed"),
+        FolderError("another run is at work"),
+        DataError("no labels"),
+        MissingDependencyError("pip install"),
+        OSError(28, "No space left on device"),
+    ):
+        monkeypatch.setattr(tune._Tuning, "_measured", Mock(side_effect=error))
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            tune.tune_recipe(recipe, tmp_path / "out", tune.Goal(max_drop=0.0, trials=1), Reporter(quiet=True))
+        state = json.loads((tmp_path / "out" / "state.json").read_text())
+        assert not any(name.startswith("trial") for name in state["stages"]), "it is tried again the next time"
 
 
 @pytest.mark.usefixtures("cheap", "graph_mode")
