@@ -233,9 +233,8 @@ def roundable(work: Work) -> tuple[list[str], list[str]]:
 def reconstruct(work: Work, parts: Sequence[Part], training: TrainedRounding, *, whole: bool) -> list[str]:
     """Train the roundings of all parts, one after the other, on what arrives in the quantised network before them.
 
-    The target is what the float network gives with the parameters that `work.graph` has now. What is trained is written
-    into `work`: of each layer the weights become scale · integer, and the plan holds the scale. Roundings that are no
-    better than the nearest ones are not taken.
+    The target is what `work.reference` gives. What is trained is written into `work`: of each layer the weights become
+    scale · integer, and the plan holds the scale. Roundings that are no better than the nearest ones are not taken.
 
     Args:
         work: the network.
@@ -249,7 +248,7 @@ def reconstruct(work: Work, parts: Sequence[Part], training: TrainedRounding, *,
     graph = work.graph
     work.plan = work.plan.with_weight_observers(graph)
     batches = samples_that_fit(graph, work.samples)
-    exact, quantized = Stream(graph.copy(), batches), Stream(graph, batches, work.plan)
+    exact, quantized = Stream(work.reference, batches), Stream(graph, batches, work.plan)
     trainers: dict[Any, _Trainer] = {}
     told: list[str] = []
     falls: list[float] = []
@@ -467,7 +466,7 @@ class _Trainer:
         plan = work.plan
         weights = dict(plan.weights)
         for name, whole_numbers, grid in zip(part.layers, integers, grids):
-            work.graph.params[grid.parameter].data = grid.qparams.dequantize(whole_numbers)
+            work.deploy(grid.parameter, grid.qparams.dequantize(whole_numbers))
             weights[name] = replace(weights[name], scale=grid.qparams.scale)
         plan = replace(plan, weights=weights)
         found = dict(zip(trained_groups(work, piece, self.whole), self.scales.values()))
