@@ -27,7 +27,7 @@ from msqkd.quant.integers import round_biases
 from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.presets import preset as find_preset
-from msqkd.quant.ptq import Batches, batches_of, calibrate
+from msqkd.quant.ptq import Batches, batches_of, calibrate, in_random_order
 from msqkd.quant.qat import QuantCell, deployment_graph, needed_before_training, quantize_cell
 from msqkd.quant.schedule import DIRECT, QatSchedule
 
@@ -224,7 +224,8 @@ def create_ptq_network(
             moving average suits training, where it has many steps).
         calib_dataset: batches; may be given to `quantize` instead. Of a batch that is a tuple the network takes the
             first arrays, as many as it has inputs; labels behind them are not read.
-        calib_iteration: how many batches are used (all by default).
+        calib_iteration: how many batches are used, from the first on (all by default). The set is read in its own
+            order: shuffle a set that is sorted by class before you take a part of it.
         example_input: a Tensor, a tuple of Tensors (needed where the network has several inputs) or a sample shape; by
             default the first array of `calib_dataset`.
         rules, target, preset: as in `plan_network`; not for a QuantCell, which has its plan.
@@ -276,6 +277,7 @@ def quantize(ptq_net: PTQNetwork, calib_dataset: Optional[Batches] = None) -> Qu
         held = list(islice(batches_of(dataset, len(graph.inputs)), ptq_net.iterations))
         if not held:
             raise DataError("the calibration set has 0 samples; give at least one batch")
+        held = in_random_order(held, seed=0)
         found = improve(graph, plan, ptq_net.methods, lambda: iter(held), lambda g, p: calibrate(g, p, held))
         graph, plan = found.graph, found.plan
     else:

@@ -111,6 +111,12 @@ class Objects:
         """The samples ranges are measured on."""
         return calibration_split(self.recipe, self.bundle.train)
 
+    def beside_calibration(self, samples: int) -> Optional[Split]:
+        """Training samples that are not calibrated on, drawn likewise, at most so many; None where none is left."""
+        if len(self.calibration) == len(self.bundle.train):
+            return None
+        return calibration_split(self.recipe, self.bundle.train, samples)
+
     @cached_property
     def captured(self) -> Graph:
         """The float network with its trained weights."""

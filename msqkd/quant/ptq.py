@@ -54,6 +54,20 @@ def _input(column: Any) -> np.ndarray:
     return data if data.dtype.kind in "iub" and data.dtype != np.uint8 else data.astype(np.float32)
 
 
+def in_random_order(batches: Sequence[tuple[np.ndarray, ...]], seed: int) -> list[tuple[np.ndarray, ...]]:
+    """Return the samples of all batches in a random order, in batches of the same sizes.
+
+    Args:
+        batches: arrays (N, ...) a batch, one for each input, of the same shapes but for N; one batch or more.
+        seed: of the order.
+    """
+    sizes = [len(batch[0]) for batch in batches]
+    order = np.random.default_rng(seed).permutation(sum(sizes))
+    ends = np.cumsum(sizes)[:-1]
+    columns = [np.split(np.concatenate(column)[order], ends) for column in zip(*batches)]
+    return list(zip(*columns))
+
+
 class Observation:
     """A network that shows the values a plan quantises, while their observers watch.
 

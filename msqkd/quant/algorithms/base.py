@@ -30,7 +30,8 @@ class Work:
             attributes of operations.
         plan: its plan; from the integer stage on with ranges. Methods of this stage may set scales and clip ratios of
             weights in it (a method replaces it, it is not changed in place).
-        samples: gives the unlabelled calibration samples from the first on, a tuple of arrays (N, ...) a batch.
+        samples: gives the unlabelled calibration samples from the first on, a tuple of arrays (N, ...) a batch. Methods
+            may stop before the last one, so the order must be random or balanced, never by class.
         seed: of everything drawn.
         progress: told, from time to time, the steps done and how many there are.
         reference: the float network that `graph` approximates, with the same nodes, values and shapes: the network
