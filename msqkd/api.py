@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, islice
@@ -14,6 +15,7 @@ from mindspore import Tensor, nn
 from msqkd.errors import CaptureError, DataError, ExportError, PlanError, did_you_mean
 from msqkd.exporters import export as _export_formats
 from msqkd.files import PathLike
+from msqkd.graph.batches import check_shapes
 from msqkd.graph.capture import capture, sample_shapes
 from msqkd.graph.ir import Graph
 from msqkd.graph.load import load_mindir
@@ -266,8 +268,10 @@ def create_ptq_network(
 def quantize(ptq_net: PTQNetwork, calib_dataset: Optional[Batches] = None) -> QuantCell:
     """Find every range on the calibration samples and return the quantised cell, in evaluation mode.
 
+    A range that is far too wide for its values is a warning of Python's, and of the cell's plan.
+
     Raises:
-        DataError: no samples.
+        DataError: no samples, or samples of another shape than the network takes.
     """
     dataset = calib_dataset if calib_dataset is not None else ptq_net.dataset
     if dataset is None:
@@ -277,11 +281,15 @@ def quantize(ptq_net: PTQNetwork, calib_dataset: Optional[Batches] = None) -> Qu
         held = list(islice(batches_of(dataset, len(graph.inputs)), ptq_net.iterations))
         if not held:
             raise DataError("the calibration set has 0 samples; give at least one batch")
+        for number, batch in enumerate(held, start=1):
+            check_shapes(graph, batch, f"batch {number} of the calibration set")
         held = in_random_order(held, seed=0)
         found = improve(graph, plan, ptq_net.methods, lambda: iter(held), lambda g, p: calibrate(g, p, held))
         graph, plan = found.graph, found.plan
     else:
         plan = calibrate(graph, plan, dataset, iterations=ptq_net.iterations)
+    for text in plan.warnings[len(ptq_net.plan.warnings) :]:
+        warnings.warn(text, stacklevel=2)
     cell = quantize_cell(round_biases(graph, plan), plan)
     cell.set_phase(QUANTIZE)
     return cell

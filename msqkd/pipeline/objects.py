@@ -273,6 +273,10 @@ class Objects:
         section = self.recipe.calibration
         return self.observe(graph, plan, "calibration", section.observer, section.percentile or 99.99)
 
+    def new_warnings(self, plan: QuantPlan) -> list[str]:
+        """The warnings of a calibrated plan that are not those of the plan itself."""
+        return [text for text in plan.warnings if text not in self.plan.warnings]
+
     def observe(
         self, graph: Graph, plan: QuantPlan, title: str, observer: Optional[str], percentile: float
     ) -> QuantPlan:
