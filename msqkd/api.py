@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, islice
@@ -14,6 +15,7 @@ from mindspore import Tensor, nn
 from msqkd.errors import CaptureError, DataError, ExportError, PlanError, did_you_mean
 from msqkd.exporters import export as _export_formats
 from msqkd.files import PathLike
+from msqkd.graph.batches import check_shapes
 from msqkd.graph.capture import capture, sample_shapes
 from msqkd.graph.ir import Graph
 from msqkd.graph.load import load_mindir
@@ -27,7 +29,7 @@ from msqkd.quant.integers import round_biases
 from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.presets import preset as find_preset
-from msqkd.quant.ptq import Batches, batches_of, calibrate
+from msqkd.quant.ptq import Batches, batches_of, calibrate, in_random_order
 from msqkd.quant.qat import QuantCell, deployment_graph, needed_before_training, quantize_cell
 from msqkd.quant.schedule import DIRECT, QatSchedule
 
@@ -224,7 +226,8 @@ def create_ptq_network(
             moving average suits training, where it has many steps).
         calib_dataset: batches; may be given to `quantize` instead. Of a batch that is a tuple the network takes the
             first arrays, as many as it has inputs; labels behind them are not read.
-        calib_iteration: how many batches are used (all by default).
+        calib_iteration: how many batches are used, from the first on (all by default). The set is read in its own
+            order: shuffle a set that is sorted by class before you take a part of it.
         example_input: a Tensor, a tuple of Tensors (needed where the network has several inputs) or a sample shape; by
             default the first array of `calib_dataset`.
         rules, target, preset: as in `plan_network`; not for a QuantCell, which has its plan.
@@ -265,8 +268,10 @@ def create_ptq_network(
 def quantize(ptq_net: PTQNetwork, calib_dataset: Optional[Batches] = None) -> QuantCell:
     """Find every range on the calibration samples and return the quantised cell, in evaluation mode.
 
+    A range that is far too wide for its values is a warning of Python's, and of the cell's plan.
+
     Raises:
-        DataError: no samples.
+        DataError: no samples, or samples of another shape than the network takes.
     """
     dataset = calib_dataset if calib_dataset is not None else ptq_net.dataset
     if dataset is None:
@@ -276,10 +281,15 @@ def quantize(ptq_net: PTQNetwork, calib_dataset: Optional[Batches] = None) -> Qu
         held = list(islice(batches_of(dataset, len(graph.inputs)), ptq_net.iterations))
         if not held:
             raise DataError("the calibration set has 0 samples; give at least one batch")
+        for number, batch in enumerate(held, start=1):
+            check_shapes(graph, batch, f"batch {number} of the calibration set")
+        held = in_random_order(held, seed=0)
         found = improve(graph, plan, ptq_net.methods, lambda: iter(held), lambda g, p: calibrate(g, p, held))
         graph, plan = found.graph, found.plan
     else:
         plan = calibrate(graph, plan, dataset, iterations=ptq_net.iterations)
+    for text in plan.warnings[len(ptq_net.plan.warnings) :]:
+        warnings.warn(text, stacklevel=2)
     cell = quantize_cell(round_biases(graph, plan), plan)
     cell.set_phase(QUANTIZE)
     return cell

@@ -199,7 +199,7 @@ def _equalised(graph: Graph, plan: QuantPlan, samples: Split, size: int) -> Grap
     def batches() -> Iterator[tuple[np.ndarray, ...]]:
         return map(as_tuple, input_batches(samples, size))
 
-    work = Work(graph.copy(), plan, graph, batches)
+    work = Work(graph.copy(), plan, batches)
     Equalize(absorb=False).apply(work)
     return work.graph
 

@@ -84,6 +84,11 @@ class Split(ABC):
         """Whether `batch` may give other samples with `rng` than without; assumed where a split does not know."""
         return True
 
+    @property
+    def held_labels(self) -> Optional[Arrays]:
+        """The labels of every sample where no sample has to be read for them; None where they are not held."""
+        return self.labels
+
     def labels_of(self, indices: np.ndarray) -> Optional[Arrays]:
         """The labels of the samples at `indices`."""
         return None if self.labels is None else taken(self.labels, indices)
@@ -241,6 +246,12 @@ class Subset(Split):
         """Those of the samples; where the split does not hold its own, only these samples are read."""
         return self._split.labels_of(self._indices)
 
+    @property
+    def held_labels(self) -> Optional[Arrays]:
+        """See `Split.held_labels`."""
+        held = self._split.held_labels
+        return None if held is None else taken(held, self._indices)
+
     def labels_of(self, indices: np.ndarray) -> Optional[Arrays]:
         """See `Split.labels_of`."""
         return self._split.labels_of(self._indices[indices])
@@ -296,18 +307,6 @@ def subset(split: Split, indices: Union[int, Sequence[int], np.ndarray]) -> Spli
         wrong = chosen[(chosen < 0) | (chosen >= len(split))][0]
         raise DataError(f"{split.name}: there is no sample {wrong}; 0 to {len(split) - 1} are allowed")
     return Subset(split, chosen)
-
-
-def first(split: Split, n: int) -> Split:
-    """The first `n` samples of `split`, for calibration; all of them when it has fewer (`len` of the result tells).
-
-    Raises DataError when n is 0 or negative, or the split is empty.
-    """
-    if n <= 0:
-        raise DataError(f"{split.name}: {n} samples were asked for; at least 1 is needed")
-    if len(split) == 0:
-        raise DataError(f"{split.name} is empty: there is nothing to calibrate with")
-    return subset(split, n)
 
 
 def _as_labels(labels: np.ndarray, name: str) -> np.ndarray:

@@ -146,6 +146,11 @@ class TensorSplit(Split):
         """The labels of every sample; those of a source are read once, with all its samples."""
         return self._labels if self._source is None else self.labels_of(np.arange(len(self)))
 
+    @property
+    def held_labels(self) -> Optional[Arrays]:
+        """See `Split.held_labels`; a source does not hold them."""
+        return self._labels
+
     def labels_of(self, indices: np.ndarray) -> Optional[Arrays]:
         """See `Split.labels_of`."""
         if self._source is None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import mindspore as ms
-import numpy as np
 
 from msqkd.analysis.analysis_report import REPORT as REPORT
 from msqkd.analysis.analysis_report import write_analysis
@@ -121,11 +120,9 @@ def _analyzed(
 
 
 def _samples(objects: Objects, count: int) -> Split:
-    """Training samples behind those of the calibration; where there are none, these."""
-    train, begin = objects.bundle.train, len(objects.calibration)
-    if begin >= len(train):
-        return subset(objects.calibration, count)
-    return subset(train, np.arange(begin, min(begin + count, len(train))))
+    """Training samples that are not calibrated on; where none is left, those of the calibration."""
+    others = objects.beside_calibration(count)
+    return others if others is not None else subset(objects.calibration, count)
 
 
 def _accepted(found: Analysis, objects: Objects) -> Analysis:

@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import nn
 
 from msqkd.checkpoints import LoadReport, load_checkpoint
-from msqkd.data import DataBundle, InputSpec, Split, as_tuple, load_data
+from msqkd.data import DataBundle, InputSpec, Split, as_tuple, fair_order, load_data, subset
 from msqkd.distill.losses import hard_loss
 from msqkd.errors import DataError, ModelError, did_you_mean
 from msqkd.graph.capture import capture
@@ -245,14 +245,24 @@ def try_loss(settings: TrainSection, graph: Graph, train: Split, where: str) -> 
         raise ModelError(f"{place} gives {what}; a scalar of type float32 is needed")
 
 
-def calibration_split(recipe: Recipe, train: Split) -> Split:
-    """The first training samples, as many as the recipe says."""
-    from msqkd.data import first
+def calibration_split(recipe: Recipe, train: Split, beside: Optional[int] = None) -> Split:
+    """Draw calibration samples from the training set, as many as the recipe says.
 
+    The recipe's seed decides the draw, balanced over the classes (see `msqkd.data.fair_order`).
+
+    Args:
+        recipe: says how many.
+        train: the training set.
+        beside: if given, draw so many samples beside those of the calibration, or as many as are left.
+
+    Raises:
+        DataError: no sample is left.
+    """
     wanted = recipe.calibration.samples
     if recipe.calibration.iterations is not None:
         wanted = min(wanted, recipe.calibration.iterations * recipe.calibration.batch_size)
-    return first(train, wanted)
+    order = fair_order(train, recipe.seed)
+    return subset(train, order[:wanted] if beside is None else order[wanted : wanted + beside])
 
 
 def plan_graph(recipe: Recipe, graph: Graph) -> QuantPlan:

@@ -111,6 +111,12 @@ class Objects:
         """The samples ranges are measured on."""
         return calibration_split(self.recipe, self.bundle.train)
 
+    def beside_calibration(self, samples: int) -> Optional[Split]:
+        """Training samples that are not calibrated on, drawn likewise, at most so many; None where none is left."""
+        if len(self.calibration) == len(self.bundle.train):
+            return None
+        return calibration_split(self.recipe, self.bundle.train, samples)
+
     @cached_property
     def captured(self) -> Graph:
         """The float network with its trained weights."""
@@ -266,6 +272,10 @@ class Objects:
         """The plan with the ranges of the calibration samples."""
         section = self.recipe.calibration
         return self.observe(graph, plan, "calibration", section.observer, section.percentile or 99.99)
+
+    def new_warnings(self, plan: QuantPlan) -> list[str]:
+        """The warnings of a calibrated plan that are not those of the plan itself."""
+        return [text for text in plan.warnings if text not in self.plan.warnings]
 
     def observe(
         self, graph: Graph, plan: QuantPlan, title: str, observer: Optional[str], percentile: float

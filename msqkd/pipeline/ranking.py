@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from msqkd.data import Split, subset
+from msqkd.data import Split
 from msqkd.errors import DataError
 from msqkd.pipeline.objects import Objects
 from msqkd.quant.algorithms.methods import Improved
@@ -16,19 +14,17 @@ from msqkd.train.evaluate import measured
 
 
 def ranking_split(objects: Objects, samples: int) -> Split:
-    """The training samples behind those of the calibration, at most so many.
+    """Training samples that are not calibrated on, at most so many (see `msqkd.data.fair_order`).
 
     Raises:
         DataError: none is left, or they have no labels.
     """
-    train, used = objects.bundle.train, len(objects.calibration)
-    chosen = np.arange(used, min(used + samples, len(train)))
-    if len(chosen) == 0:
+    train, split = objects.bundle.train, objects.beside_calibration(samples)
+    if split is None:
         raise DataError(
-            f"{train.name} has {len(train)} samples, and calibration takes {used}: none is left to rank candidates on; "
-            "lower calibration.samples"
+            f"{train.name} has {len(train)} samples, and calibration takes {len(objects.calibration)}: none is left to "
+            "rank candidates on; lower calibration.samples"
         )
-    split = subset(train, chosen)
     if split.labels is None:
         raise DataError(f"{train.name} has no labels; candidates cannot be ranked")
     return split

@@ -166,15 +166,19 @@ class _Run(Stages):
                 "ranges": found.plan.ranges(),
                 "samples": len(self.objects.calibration),
                 "observer": self.recipe.calibration.observer,
+                "warnings": self.objects.new_warnings(found.plan),
                 **told,
             }
 
-        self.stage(
+        result = self.stage(
             "ptq",
             "Calibration of the float network (PTQ)",
             work,
             lambda r: f"PTQ {self.objects.metric.words(r['accuracy'])}",
         )
+        for warning in result.get("warnings", ()):  # a folder of an earlier version has none
+            self.warnings.append(warning)
+            self.reporter.warn(warning)
 
     def _keep(self, found: Improved) -> dict[str, Any]:
         """Save what methods made of the network; returns the scales, and what the methods have to say."""

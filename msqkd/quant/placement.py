@@ -26,6 +26,7 @@ from msqkd.quant.config import (
     QuantConfig,
     Rule,
 )
+from msqkd.quant.masks import masked_nodes
 from msqkd.quant.plan import (
     FLOAT_INPUT,
     NO_NEIGHBOUR,
@@ -66,6 +67,7 @@ class _Placement:
             for name in dict.fromkeys(node.inputs):
                 self.readers.setdefault(name, []).append(node)
         self.supports = {node.name: self._support(node) for node in graph.nodes}
+        self.masked = masked_nodes(graph)
         self.verdicts: dict[str, tuple[str, str]] = {}
         self.forms: dict[str, Optional[str]] = {}
         self.avoids: dict[str, list[str]] = {}
@@ -145,6 +147,8 @@ class _Placement:
         precision = self.settings[node.name][0].precision
         if precision != INT8:
             return self._outside_int8(node, precision)
+        if node.name in self.masked:
+            return FLOAT_PRECISION, self.masked[node.name]
         support = self.supports[node.name]
         if support is None:
             return FLOAT_PRECISION, self._float_reason(node)

@@ -12,13 +12,16 @@ import mindspore as ms
 import numpy as np
 
 from msqkd.errors import DataError
+from msqkd.graph.batches import check_shapes
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.quant.fake_quant import FakeQuantWeight
 from msqkd.quant.half import check_parameters, check_values, watched, with_half
-from msqkd.quant.observers import Observer, make_observer
+from msqkd.quant.observers import Magnitudes, Observer, make_observer
 from msqkd.quant.plan import Group, QuantPlan
 
+_MOST, _WIDE = 0.999, 100.0
+"""A range more than so many times as wide as this share of its values leaves them about two integers on each side."""
 Batches = Iterable[Any]
 Progress = Callable[[int], None]
 
@@ -54,6 +57,20 @@ def _input(column: Any) -> np.ndarray:
     return data if data.dtype.kind in "iub" and data.dtype != np.uint8 else data.astype(np.float32)
 
 
+def in_random_order(batches: Sequence[tuple[np.ndarray, ...]], seed: int) -> list[tuple[np.ndarray, ...]]:
+    """Return the samples of all batches in a random order, in batches of the same sizes.
+
+    Args:
+        batches: arrays (N, ...) a batch, one for each input, of the same shapes but for N; one batch or more.
+        seed: of the order.
+    """
+    sizes = [len(batch[0]) for batch in batches]
+    order = np.random.default_rng(seed).permutation(sum(sizes))
+    ends = np.cumsum(sizes)[:-1]
+    columns = [np.split(np.concatenate(column)[order], ends) for column in zip(*batches)]
+    return list(zip(*columns))
+
+
 class Observation:
     """A network that shows the values a plan quantises, while their observers watch.
 
@@ -69,12 +86,13 @@ class Observation:
     def __init__(
         self, graph: Graph, plan: QuantPlan, observer: Optional[str] = None, percentile: float = 99.99
     ) -> None:
-        self.plan = plan
+        self.graph, self.plan = graph, plan
         # A fixed range is known, and one that follows another group's is derived from it.
         self.groups = [group for group in plan.groups.values() if not group.fixed and not group.source]
         if observer is not None:
             self.groups = [replace(group, observer=observer, percentile=percentile) for group in self.groups]
         self.observers: list[Observer] = [_observer(group) for group in self.groups]
+        self.magnitudes = [Magnitudes() for _ in self.groups]
         edges = {
             (name, quant.index): FakeQuantWeight(quant, graph.shape(graph.node(name).inputs[quant.index]))
             for name, quant in plan.with_weight_observers(graph).weights.items()
@@ -95,8 +113,10 @@ class Observation:
         values = self.cell(*map(ms.Tensor, batch))[self.outputs :] if self.places else ()
         for name, layer in self.half.items():
             check_values(layer, name, values[self.places[name]].asnumpy(), self.plan)
-        for group, observer in zip(self.groups, self.observers):
-            observer.update(values[self.places[group.name]].asnumpy(), where=f"value '{group.name}'")
+        for group, observer, magnitudes in zip(self.groups, self.observers, self.magnitudes):
+            value = values[self.places[group.name]].asnumpy()
+            observer.update(value, where=f"value '{group.name}'")
+            magnitudes.update(value)
 
     def ranges(self) -> dict[str, tuple[float, float]]:
         """The range of every group.
@@ -108,6 +128,23 @@ class Observation:
             group.name: observer.range(group.bits, group.symmetric, where=f"value '{group.name}'")
             for group, observer in zip(self.groups, self.observers)
         }
+
+    def warnings(self, ranges: Mapping[str, tuple[float, float]]) -> list[str]:
+        """Name the values whose range is so wide that nearly all of their numbers fall on a few integers."""
+        found = []
+        for group, magnitudes in zip(self.groups, self.magnitudes):
+            name, (low, high) = group.name, ranges[group.name]
+            reach, most = max(-low, high), magnitudes.quantile(_MOST)
+            if most > 0 and reach > _WIDE * most:
+                node = self.graph.producer(name)
+                what = f"the result of {node.name} ({node.op})" if node is not None else f"the input '{name}'"
+                layers = f"{node.name} and what reads it" if node is not None else "what reads it"
+                found.append(
+                    f"{what}: its range is [{low:.4g}, {high:.4g}], but {_MOST:.1%} of its values lie within "
+                    f"±{most:.3g}, on a few integers; leave outliers out (calibration.observer percentile with a lower "
+                    f"percentile), or keep {layers} in float (a rule with precision float)"
+                )
+        return found
 
 
 def _observer(group: Group) -> Observer:
@@ -125,7 +162,7 @@ def calibrate(
     percentile: float = 99.99,
     progress: Optional[Progress] = None,
 ) -> QuantPlan:
-    """The plan with the ranges that observers find on `dataset`.
+    """The plan with the ranges that observers find on `dataset`, and a warning for each that is far too wide.
 
     Args:
         graph: the deployment graph.
@@ -136,18 +173,21 @@ def calibrate(
         progress: called with the number of batches done.
 
     Raises:
-        DataError: the dataset gives no batch.
+        DataError: the dataset gives no batch, or samples of another shape than the network takes.
         PlanError: a value is not finite.
     """
     observation = Observation(graph, plan, observer, percentile)
     done = 0
     for done, batch in enumerate(islice(batches_of(dataset, len(graph.inputs)), iterations), start=1):
+        check_shapes(graph, batch, f"batch {done} of the calibration set")
         observation.update(*batch)
         if progress is not None:
             progress(done)
     if done == 0:
         raise DataError("the calibration set has 0 samples; give at least one batch")
-    return plan.with_ranges(observation.ranges())
+    ranges = observation.ranges()
+    warnings = dict.fromkeys([*plan.warnings, *observation.warnings(ranges)])
+    return replace(plan.with_ranges(ranges), warnings=list(warnings))
 
 
 def relative_error(answers: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from mindspore import nn
 
 from msqkd.errors import PlanError
+from msqkd.graph.batches import check_shapes
 from msqkd.graph.cell import Hooks, read_parameters, to_cell
 from msqkd.graph.half import half_precision
 from msqkd.graph.ir import Graph
@@ -91,6 +93,15 @@ class QuantCell(nn.Cell):
     batchnorm: str
     folded_graph: Graph
     batchnorm_frozen: bool
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Compute the network.
+
+        Raises:
+            DataError: an input has other sizes than the example that the network was captured with.
+        """
+        check_shapes(self.source_graph, inputs, "the batch")
+        return super().__call__(*inputs, **named)
 
     def setup(
         self,

@@ -126,7 +126,7 @@ class CalibrationSection(RangeSection):
     """How the ranges of activations are measured without training."""
 
     samples: Annotated[Count, BeforeValidator(_samples)] = Field(
-        default=1000, description="Training samples looked at, at most."
+        default=1000, description="Training samples measured, at most: drawn by the seed, balanced over classes."
     )
     batch_size: Count = Field(default=50, description="Samples a batch.")
     iterations: Optional[Count] = Field(

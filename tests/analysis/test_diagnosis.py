@@ -147,7 +147,7 @@ def test_few_large_weights_want_their_channels_split() -> None:
     methods = make_recipe(with_fragment({**RECIPE, **before}, cure.fragment)).ptq.methods
     assert methods == ["equalize", "split", "bias_correction"]
     # As in the network that is split.
-    work = Work(graph.copy(), broken, graph, lambda: iter([(X,)]))
+    work = Work(graph.copy(), broken, lambda: iter([(X,)]))
     Split(ratio=0.02).apply(work)
     found = measured_sensitivity(SwitchedNetwork(work.graph, broken), samples(), BATCH, ACCURACY, KL)
     assert cure.loss == pytest.approx(next(row.only_loss for row in found.layers if row.name == "right"), rel=0.05)

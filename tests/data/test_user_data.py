@@ -8,7 +8,7 @@ from typing import Any, Callable
 import numpy as np
 import pytest
 
-from msqkd.data import DataBundle, InputSpec, TensorSplit, first, load_data
+from msqkd.data import DataBundle, InputSpec, TensorSplit, load_data, subset
 from msqkd.errors import DataError, ModelError
 
 SPECS = (InputSpec("ids", (4,), "int32"), InputSpec("weight", (), "float32"))
@@ -52,7 +52,7 @@ def test_every_form_gives_the_same_samples(form: str) -> None:
     np.testing.assert_array_equal(weight, WEIGHT[[4, 1]].astype(np.float32))
     assert (ids.dtype, weight.dtype, labels.dtype) == (np.int32, np.float32, np.int32)
     np.testing.assert_array_equal(split.labels, LABELS)
-    np.testing.assert_array_equal(first(split, 2).labels, LABELS[:2])
+    np.testing.assert_array_equal(subset(split, 2).labels, LABELS[:2])
     assert (len(split), split.describe_samples()) == (6, "samples of ids 4 int32, weight number float32")
     split.check_labels(3)
     with pytest.raises(IndexError, match="asked for"):
@@ -77,7 +77,7 @@ def test_labels_are_read_only_where_they_are_needed() -> None:
     split = TensorSplit.of(Counting(), SPECS, "own")
     split.check_labels(3)
     before = Counting.read
-    np.testing.assert_array_equal(first(split, 3).labels, LABELS[:3])
+    np.testing.assert_array_equal(subset(split, 3).labels, LABELS[:3])
     assert Counting.read == before + 3
     split.check_labels(2)
     with pytest.raises(DataError, match="own: label 2 of sample 5 is outside 0 to 1"):

@@ -15,10 +15,12 @@ from msqkd.api import create_ptq_network, plan_network, quantize
 from msqkd.errors import DataError, MsqkdError, PlanError
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
+from msqkd.quant.algorithms.bias_correction import BiasCorrection
 from msqkd.quant.config import QuantConfig
 from msqkd.quant.fake_quant import QUANTIZE
+from msqkd.quant.observers import Magnitudes
 from msqkd.quant.plan import QuantPlan
-from msqkd.quant.ptq import batches_of, calibrate, divergence, relative_error
+from msqkd.quant.ptq import batches_of, calibrate, divergence, in_random_order, relative_error
 from msqkd.quant.qat import deployment_graph, quantize_cell
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -200,3 +202,96 @@ def test_relative_error_is_the_mean_over_outputs() -> None:
     one, other = np.array([3.0, 4.0]), np.array([1.0, 1.0])
     assert relative_error([one * 1.1, other], [one, other]) == pytest.approx(0.05)
     assert relative_error([one], [one * 0]) == 1.0
+
+
+class Spread(nn.Cell):
+    """Some results of the first layer are far larger than the others, in few samples; another is all zeros."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.first, self.dead, self.last = nn.Dense(4, 8), nn.Dense(4, 8), nn.Dense(8, 3)
+        self.factor = factor
+        self.dead.weight.set_data(ms.Tensor(np.zeros((8, 4), np.float32)))
+        self.dead.bias.set_data(ms.Tensor(np.zeros(8, np.float32)))
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.last(self.first(x) + self.dead(x))
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mse", "percentile"])
+@pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (20.0, False), (4000.0, True)])
+def test_a_range_far_wider_than_its_values_is_a_warning(observer: str, factor: float, warned: bool) -> None:
+    x = np.random.default_rng(1).normal(size=(2000, 4)).astype(np.float32)
+    x[77] *= factor  # half a thousandth of the values
+    net = Spread(factor)
+    plan = plan_network(net, (4,), QuantConfig(act_observer=observer, act_percentile=99.0))[1]
+    graph = deployment_graph(plan_network(net, (4,))[0])
+    found = calibrate(graph, plan, [x[:700], x[700:]])
+    expected = warned and observer != "percentile"  # which leaves the outliers out
+    named = [text for text in found.warnings if "first" in text]
+    assert bool(named) == expected, found.warnings
+    assert not [text for text in found.warnings if "dead" in text]
+    assert plan.warnings == [text for text in found.warnings if "its range is" not in text]
+    if expected:
+        assert "the result of first (Dense): its range is [" in named[0]
+        assert "percentile" in named[0]
+        assert "precision float" in named[0]
+        with pytest.warns(UserWarning, match="the result of first"):
+            cell = quantize(create_ptq_network(net, QuantConfig(act_observer=observer), [x], example_input=(4,)))
+        assert named[0].split(",")[0] in " ".join(cell.plan.warnings)
+
+
+def test_magnitudes_are_counted_in_powers_of_two() -> None:
+    values = np.random.default_rng(0).standard_t(3, 300_000).astype(np.float32)
+    magnitudes = Magnitudes()
+    assert magnitudes.quantile(0.5) == 0
+    magnitudes.update(np.zeros((3, 4), np.float32))
+    assert magnitudes.quantile(0.5) == 0
+    for part in np.split(values, 3):
+        magnitudes.update(part.reshape(100, -1))
+    for share in (0.1, 0.5, 0.99, 0.999):
+        exact = np.quantile(np.abs(values), share)
+        assert exact * 0.9 <= magnitudes.quantile(share) <= 2.2 * exact
+
+
+class Sequence(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(20, 4), nn.Dense(4, 4)
+
+    def construct(self, ids, mask):  # type: ignore[no-untyped-def]
+        heads = self.fc(self.table(ids)).view(ids.shape[0], ids.shape[1], 2, 2)
+        return (heads * mask.astype(ms.float32).view(mask.shape[0], mask.shape[1], 1, 1)).sum((1, 3))
+
+
+def test_samples_of_another_length_are_refused() -> None:
+    long, short = (np.random.default_rng(0).integers(0, 20, (8, n)).astype(np.int32) for n in (16, 8))
+    example = tuple(map(ms.Tensor, (long, np.ones_like(long))))
+
+    def prepared(*batches: np.ndarray, methods: Any = ()) -> Any:
+        samples = [(batch, np.ones_like(batch)) for batch in batches]
+        return create_ptq_network(Sequence(), calib_dataset=samples, example_input=example, methods=methods)
+
+    for methods in ((), [BiasCorrection()]):
+        with pytest.raises(DataError, match=r"batch 2 of the calibration set: input 'ids' has shape \(8, 8\); .*N, 16"):
+            quantize(prepared(long, short, methods=methods))
+    cell = quantize(prepared(long, long[:3]))
+    assert cell(*example).shape == (8, 2)
+    assert cell(*(value[:3] for value in example)).shape == (3, 2)
+    with pytest.raises(DataError, match=r"the batch: input 'ids' has shape \(8, 8\); .*\(N, 16\)"):
+        cell(ms.Tensor(short), ms.Tensor(np.ones_like(short)))
+    with pytest.raises(DataError, match=r"input 'mask' has shape \(8, 8\)"):
+        cell(example[0], ms.Tensor(np.ones_like(short)))
+    with pytest.raises(DataError, match=r"input 'ids' has shape \(16,\)"):
+        cell(example[0][0], example[1][0])
+
+
+def test_the_samples_of_methods_come_in_a_random_order() -> None:
+    batches = [(np.full((count, 2), start, np.int32) + np.arange(count)[:, None], np.arange(start, start + count))
+               for start, count in ((0, 7), (7, 7), (14, 3))]  # fmt: skip
+    found = in_random_order(batches, seed=0)
+    assert [len(batch[0]) for batch in found] == [7, 7, 3]
+    order = np.concatenate([numbers for _, numbers in found])
+    assert sorted(order) == list(range(17))
+    assert max(order[:7]) >= 7
+    np.testing.assert_array_equal(np.concatenate([rows for rows, _ in found])[:, 1], order)

@@ -18,7 +18,7 @@ import numpy as np
 from msqkd.errors import PlanError, did_you_mean
 from msqkd.graph.ir import Graph, Node
 from msqkd.quant.algorithms.base import INTEGER_STAGE, Method, Work
-from msqkd.quant.algorithms.biases import layers, own, put
+from msqkd.quant.algorithms.biases import layers, own
 from msqkd.quant.algorithms.channels import watch
 from msqkd.quant.algorithms.stream import Stream, samples_that_fit
 from msqkd.quant.plan import QuantPlan
@@ -31,14 +31,13 @@ KINDS = (EMPIRICAL, ANALYTIC)
 class BiasCorrection(Method):
     """Add to every bias what the layer's output has lost in the mean (arXiv:1906.04721).
 
-    The network to agree with is `work.graph` in float, as it is when the method begins, or `work.exact`: other methods
-    may have given its inner values other scales than those of `work.reference`.
+    The network to agree with is `work.reference`: other methods may have rounded the weights of `work.graph` already.
 
     Attributes:
-        kind: ``empirical`` goes through the quantised network in execution order: b += W · E[x] − Ŵ · E[x̂], with x̂
+        kind: ``empirical`` goes through the quantised network in execution order: b + W · E[x] − Ŵ · E[x̂], with x̂
             what arrives there when all layers before are quantised and corrected. It takes as many of the first samples
             as fit into memory (`samples_that_fit`). ``analytic`` takes out what the weight's own rounding makes of the
-            float input, b −= (Ŵ − W) · E[x], with E[x] from all samples where the paper derives it from BatchNorm.
+            float input, b − (Ŵ − W) · E[x], with E[x] from all samples where the paper derives it from BatchNorm.
     """
 
     name: ClassVar[str] = "bias_correction"
@@ -71,7 +70,7 @@ class BiasCorrection(Method):
 
 def _empirically(work: Work, plan: QuantPlan, nodes: list[Node]) -> tuple[dict[str, float], str]:
     """Returns the largest change by layer, and how they were found."""
-    graph, float_graph = work.graph, work.exact or work.graph
+    graph, float_graph = work.graph, work.reference
     batches = samples_that_fit(graph, work.samples)
     exact = _mean_inputs(float_graph, batches, nodes)
     stream = Stream(graph, batches, plan)
@@ -83,19 +82,19 @@ def _empirically(work: Work, plan: QuantPlan, nodes: list[Node]) -> tuple[dict[s
         weight = graph.params[node.inputs[1]].data
         wanted = _mean_output(graph, node, float_graph.params[node.inputs[1]].data, exact[node.inputs[0]])
         found = _mean_output(graph, node, _rounded(plan, node, weight), arriving)
-        shifts[node.name] = _shift(graph, node, wanted - found)
+        shifts[node.name] = _shift(work, node, wanted - found)
         work.progress(done, len(nodes))
     return shifts, f"{EMPIRICAL}, {stream.samples} samples"
 
 
 def _analytically(work: Work, plan: QuantPlan, nodes: list[Node]) -> tuple[dict[str, float], str]:
-    graph, float_graph = work.graph, work.exact or work.graph
+    graph, float_graph = work.graph, work.reference
     means = _mean_inputs(float_graph, work.samples(), nodes)
     shifts = {}
     for node in nodes:
         rounded = _rounded(plan, node, graph.params[node.inputs[1]].data)
         change = rounded.astype(np.float64) - float_graph.params[node.inputs[1]].data
-        shifts[node.name] = _shift(graph, node, -_mean_output(graph, node, change, means[node.inputs[0]]))
+        shifts[node.name] = _shift(work, node, -_mean_output(graph, node, change, means[node.inputs[0]]))
     return shifts, ANALYTIC
 
 
@@ -150,7 +149,8 @@ def _mean_windows(node: Node, mean: np.ndarray, results: tuple[int, ...], kernel
     return np.moveaxis(found, -1, 0)
 
 
-def _shift(graph: Graph, node: Node, amount: np.ndarray) -> float:
-    """Add to the bias of a layer; returns the largest change."""
-    put(graph, node.inputs[2], graph.params[node.inputs[2]].data + amount)
+def _shift(work: Work, node: Node, amount: np.ndarray) -> float:
+    """Make the bias of a layer the float one plus an amount (O,); returns the largest amount."""
+    name = node.inputs[2]
+    work.deploy(name, work.reference.params[name].data + amount)
     return float(np.abs(amount).max())

@@ -34,9 +34,8 @@ class Cluster(Method):
     """Give the quantised weights of every layer at most `clusters` distinct integers, those with the least squared
     error of the float weights (arXiv:1510.00149).
 
-    Scales stay as they are. The weights become scale · integer, and the plan holds the scale; `work.exact` keeps the
-    network as it was, which a correction of biases compares with. A layer whose integers are no more than `clusters`
-    already is left as it is.
+    Scales stay as they are. The weights become scale · integer, and the plan holds the scale. A layer whose integers
+    are no more than `clusters` already is left as it is.
 
     Attributes:
         clusters: how many integers a layer's weights may take; 2 to 128.
@@ -60,12 +59,10 @@ class Cluster(Method):
         weights, told = _clusterable(work.graph, work.plan, self.clusters)
         if not weights:
             return ["no weight has more integers than clusters: nothing to do", *told]
-        if work.exact is None:
-            work.exact = work.graph.copy()
         fixed, codebooks = dict(work.plan.weights), self._codebooks(weights)
         for number, (weight, codebook) in enumerate(zip(weights, codebooks)):
             integers = nearest(weight.steps, codebook)
-            work.graph.params[weight.parameter].data = weight.qparams.dequantize(integers)
+            work.deploy(weight.parameter, weight.qparams.dequantize(integers))
             for node in weight.nodes:
                 fixed[node] = replace(fixed[node], scale=weight.qparams.scale)
             work.progress(number + 1, len(weights))

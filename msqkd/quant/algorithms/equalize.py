@@ -80,7 +80,7 @@ class Equalize(Method):
             )
 
     def apply(self, work: Work) -> list[str]:
-        """Scale the weights and biases of `work.graph`."""
+        """Scale the weights and biases of both networks."""
         graph = work.graph
         spaces = [space for space in _Survey(graph).spaces() if self.additions or not space.added]
         taken = [space for space in spaces if self.relu6 == WITHIN or not space.bounded]
@@ -98,18 +98,13 @@ class Equalize(Method):
             change = max(_scale(space, weights) for space in taken)
             rounds += 1
             work.progress(rounds, self.iterations)
-        for name, blocks in weights.items():
-            put(graph, graph.node(name).inputs[1], blocks)
-        for space in taken:
-            for end in space.writers:
-                if len(end.node.inputs) == 3:
-                    bias = graph.params[end.node.inputs[2]].data
-                    put(graph, end.node.inputs[2], bias / end.channels.spread(space.scale))
+        amounts = [_amount(space) if self.absorb else np.zeros(space.count) for space in taken]
+        work.rewrite(lambda network: _write(network, taken, amounts))
         spread = max(float(space.scale.max() / space.scale.min()) for space in taken)
         told.insert(0, f"groups of channels equalised: {len(taken)} (rounds: {rounds}, scales up to 1:{spread:.3g})")
         if change > self.tolerance:
             told.append(f"the scales still changed by {change:.2g} in the last round (iterations: {self.iterations})")
-        absorbed = sum(_absorb(graph, space) for space in taken) if self.absorb else 0
+        absorbed = sum(int((amount > 0).sum()) for amount in amounts)
         if absorbed:
             told.append(f"the high biases of {absorbed} channels absorbed")
         return told
@@ -212,14 +207,20 @@ def _scale(space: _Space, weights: dict[str, np.ndarray]) -> float:
     wanted[~live] *= np.median(factor)  # without weights on one side: it must only keep its place among the others
     wanted = _allowed(space, wanted)
     factor = wanted / space.scale
+    _rescale(space, weights, factor)
+    space.scale = wanted
+    return float(np.abs(factor - 1).max())
+
+
+def _rescale(space: _Space, weights: dict[str, np.ndarray], factor: np.ndarray) -> None:
+    """Divide the channels (C,) of a space by a factor where they are written and multiply them where they are read, in
+    place."""
     for end in space.writers:
         blocks = weights[end.node.name]
         blocks /= end.channels.spread(factor).reshape(*blocks.shape[:2], 1, 1)
     for end in space.readers:
         blocks = weights[end.node.name]
         blocks *= end.channels.spread(factor).reshape(blocks.shape[0], 1, blocks.shape[2], 1)
-    space.scale = wanted
-    return float(np.abs(factor - 1).max())
 
 
 def _middle(ranges: Sequence[np.ndarray]) -> np.ndarray:
@@ -253,21 +254,40 @@ def _allowed(space: _Space, scale: np.ndarray) -> np.ndarray:
     return np.where(clipped, 1.0, scale)
 
 
-def _absorb(graph: Graph, space: _Space) -> int:
-    """Move the high biases of a space into its readers; returns the number of channels concerned."""
+def _amount(space: _Space) -> np.ndarray:
+    """The part of the scaled biases of a space that its readers can take, (C,), 0 or more."""
+    nothing = np.zeros(space.count)
     if len(space.writers) != 1 or not space.shifts or space.added or space.bounded:
-        return 0
+        return nothing
     writer, readers = space.writers[0], space.readers
     padded = any(end.node.op == "Conv2D" and any(end.node.attrs["pad_list"]) for end in readers)
     if padded or any(len(end.node.inputs) != 3 for end in (writer, *readers)):
-        return 0
+        return nothing
     moments = space.moments[writer.node.output]
-    amount = np.maximum(0.0, moments.mean - 3.0 * moments.deviation) / space.scale
-    if not amount.any():
-        return 0
-    put(graph, writer.node.inputs[2], graph.params[writer.node.inputs[2]].data - amount)
-    for end in readers:
+    return np.asarray(np.maximum(0.0, moments.mean - 3.0 * moments.deviation) / space.scale)
+
+
+def _write(graph: Graph, spaces: Sequence[_Space], amounts: Sequence[np.ndarray]) -> None:
+    """Scale the channels of spaces in a network, and then move the amounts from writers to readers."""
+    weights = {end.node.name: _blocks(graph, end.node) for space in spaces for end in space.ends}
+    for space in spaces:
+        _rescale(space, weights, space.scale)
+        for end in space.writers:
+            if len(end.node.inputs) == 3:
+                bias = graph.params[end.node.inputs[2]].data
+                put(graph, end.node.inputs[2], bias / end.channels.spread(space.scale))
+    for name, blocks in weights.items():
+        put(graph, graph.node(name).inputs[1], blocks)
+    for space, amount in zip(spaces, amounts):
+        if amount.any():
+            _absorb(graph, space, amount)
+
+
+def _absorb(graph: Graph, space: _Space, amount: np.ndarray) -> None:
+    """Subtract an amount (C,) from the biases of a space, and add its worth to those of the readers."""
+    writer = space.writers[0].node
+    put(graph, writer.inputs[2], graph.params[writer.inputs[2]].data - amount)
+    for end in space.readers:
         blocks = _blocks(graph, end.node)
         worth = blocks.sum(3) * end.channels.spread(amount).reshape(blocks.shape[0], 1, blocks.shape[2])
         put(graph, end.node.inputs[2], graph.params[end.node.inputs[2]].data + worth.sum(2).reshape(-1))
-    return int((amount > 0).sum())

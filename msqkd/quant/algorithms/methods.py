@@ -42,7 +42,8 @@ class Improved:
     Attributes:
         graph: with other weights and biases; exported with `plan`.
         plan: every range known, and the scale of every weight that a method chose.
-        reference: what `graph` is in float, before weights were rounded: after the methods of the float stage.
+        reference: the float network that `graph` approximates: rewritten by the methods of the float stage, with
+            weights and biases as they were before any was rounded or corrected.
         told: in words, by method.
     """
 
@@ -79,8 +80,7 @@ def improve(
     against = against_order([method.name for method in methods])
     if against:
         raise PlanError(f"methods: {against}")
-    start = with_biases(graph)
-    work = Work(start.copy(), plan, start, samples, seed)
+    work = Work(with_biases(graph), plan, samples, seed)
     told: dict[str, list[str]] = {}
 
     def apply(chosen: Sequence[Method]) -> None:
@@ -90,10 +90,9 @@ def improve(
 
     early = [method for method in methods if method.stage == FLOAT_STAGE]
     apply(early)
-    reference = work.graph.copy()
     work.plan = calibrate(work.graph, work.plan)
     apply([method for method in methods if method not in early])
-    return Improved(work.graph, with_fixed_scales(work.graph, work.plan), reference, told)
+    return Improved(work.graph, with_fixed_scales(work.graph, work.plan), work.reference, told)
 
 
 def with_fixed_scales(graph: Graph, plan: QuantPlan) -> QuantPlan:

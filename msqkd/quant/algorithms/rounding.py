@@ -46,8 +46,9 @@ _DECIDED = 100.0
 _SHARE = 2e-4
 """What the error that the nearest roundings make counts for each weight. With it the regulariser, at the weight 0.01,
 leaves V free at first and has all but decided at the end, whatever the number of weights and the size of outputs."""
-_CHECKED = 512
-"""The samples on which trained roundings are compared with the nearest ones."""
+_FEWEST_HELD_OUT, _MOST_HELD_OUT = 32, 512
+"""The samples that are held out of the training to decide whether it helped: an eighth of all, within these bounds. The
+lower one gives way where it is more than a quarter of all."""
 _SCALE_RATE = 0.1
 """The learning rate of the step sizes of activations, in that of V: they move by shares of themselves."""
 
@@ -233,9 +234,10 @@ def roundable(work: Work) -> tuple[list[str], list[str]]:
 def reconstruct(work: Work, parts: Sequence[Part], training: TrainedRounding, *, whole: bool) -> list[str]:
     """Train the roundings of all parts, one after the other, on what arrives in the quantised network before them.
 
-    The target is what the float network gives with the parameters that `work.graph` has now. What is trained is written
-    into `work`: of each layer the weights become scale · integer, and the plan holds the scale. Roundings that are no
-    better than the nearest ones are not taken.
+    The target is what `work.reference` gives. What is trained is written into `work`: of each layer the weights become
+    scale · integer, and the plan holds the scale. Trained roundings are taken only where they are better than the
+    nearest ones on held-out samples: an eighth of all, 32 to 512 of them but not more than a quarter, drawn by
+    `work.seed`. Of fewer than 4 samples none is held out, and those that were trained on decide.
 
     Args:
         work: the network.
@@ -249,7 +251,8 @@ def reconstruct(work: Work, parts: Sequence[Part], training: TrainedRounding, *,
     graph = work.graph
     work.plan = work.plan.with_weight_observers(graph)
     batches = samples_that_fit(graph, work.samples)
-    exact, quantized = Stream(graph.copy(), batches), Stream(graph, batches, work.plan)
+    exact, quantized = Stream(work.reference, batches), Stream(graph, batches, work.plan)
+    trained, judged = _held_out(quantized.samples, work.seed)
     trainers: dict[Any, _Trainer] = {}
     told: list[str] = []
     falls: list[float] = []
@@ -257,7 +260,7 @@ def reconstruct(work: Work, parts: Sequence[Part], training: TrainedRounding, *,
         work.progress(number, len(parts))
         exact.wanted = {name for later in parts[number:] for name in (*later.inputs, *later.outputs)}
         quantized.wanted = {name for later in parts[number:] for name in later.inputs}
-        data = _data(part, exact, quantized, training.dropped > 0)
+        data = _data(part, exact, quantized, training.dropped > 0, trained, judged)
         if data is None:
             told.append(f"{part.name}: rounded to the nearest, it reads or gives values that are not made of samples")
             continue
@@ -273,17 +276,34 @@ def reconstruct(work: Work, parts: Sequence[Part], training: TrainedRounding, *,
         quantized.plan = work.plan
     work.progress(len(parts), len(parts))
     fall = f", which brought the squared error of their outputs to {np.mean(falls):.2f} of what it was" if falls else ""
-    return [f"roundings of {len(falls)} of {len(parts)} parts trained on {quantized.samples} samples{fall}", *told]
+    on = f"{len(trained)} samples, judged on "
+    on += "the same" if np.array_equal(trained, judged) else f"{len(judged)} others"
+    return [f"roundings of {len(falls)} of {len(parts)} parts trained on {on}{fall}", *told]
+
+
+def _held_out(samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The samples to train on, and those to judge by: int64, each in rising order."""
+    count = min(max(samples // 8, min(_FEWEST_HELD_OUT, samples // 4)), _MOST_HELD_OUT)
+    order = np.random.default_rng(seed).permutation(samples)
+    return np.sort(order[count:]), np.sort(order[:count] if count else order)
 
 
 @dataclass
 class _Data:
-    """Rows of one part: what arrives, what it is in float, and what is to come out."""
+    """Rows of one part: what arrives, what it is in float, and what is to come out.
+
+    Attributes:
+        arriving, exact, target: the arrays, as many rows of each for every sample.
+        samples: how many there are.
+        trained, judged: the samples to train on, and those to judge by.
+    """
 
     arriving: list[np.ndarray]
     exact: list[np.ndarray]
     target: list[np.ndarray]
     samples: int
+    trained: np.ndarray
+    judged: np.ndarray
 
     def batch(self, chosen: np.ndarray) -> tuple[list[Any], list[Any], list[Any]]:
         def rows(arrays: list[np.ndarray]) -> list[Any]:
@@ -298,7 +318,9 @@ def _by_sample(array: np.ndarray, samples: int) -> np.ndarray:
     return array.reshape(samples, len(array) // samples, *array.shape[1:])
 
 
-def _data(part: Part, exact: Stream, quantized: Stream, drops: bool) -> Optional[_Data]:
+def _data(
+    part: Part, exact: Stream, quantized: Stream, drops: bool, trained: np.ndarray, judged: np.ndarray
+) -> Optional[_Data]:
     """The rows of a part; None where one of its values is not made of as many rows for each sample."""
     quantized.compute(part.inputs)
     exact.compute([*part.inputs, *part.outputs])
@@ -319,7 +341,7 @@ def _data(part: Part, exact: Stream, quantized: Stream, drops: bool) -> Optional
     floats = joined(exact, part.inputs) if drops else []
     if arriving is None or target is None or floats is None:
         return None
-    return _Data(arriving, floats, target, quantized.samples)
+    return _Data(arriving, floats, target, quantized.samples, trained, judged)
 
 
 class _Trainer:
@@ -396,23 +418,23 @@ class _Trainer:
         """Train one part, number `number` of the network, and write what is better than before into `work`.
 
         Returns:
-            The mean squared error of its outputs with the nearest roundings, and with those that were trained.
+            The mean squared error of its outputs with the nearest roundings, and with those that were trained, on the
+            samples that it is judged by.
         """
         grids = [_Grid.of(work.graph, work.plan, name) for name in part.layers]
         self._load(work, piece, grids, number)
-        size = min(self.training.batch_size, data.samples)
         self._place([np.where(grid.nearest, _DECIDED, -_DECIDED) for grid in grids])
-        rounded = self._outputs(data, size)
+        rounded, target = self._judged(data)
         self._place([grid.start for grid in grids])
-        own = _error(rounded, self._outputs(data, size))  # without what inputs and activations bring with them
-        before = _error(rounded, data.target)
+        own = _error(rounded, self._judged(data)[0])  # without what inputs and activations bring with them
+        before = _error(rounded, target)
         if not own > 0:
             return before, before
         weights = sum(rounding.position.size for rounding in self.roundings)
-        self._run(data, size, _SHARE * weights / own, np.random.default_rng([work.seed, number]))
+        self._run(data, _SHARE * weights / own, np.random.default_rng([work.seed, number]))
         up = [rounding.position.asnumpy() >= 0 for rounding in self.roundings]
         self._place([np.where(chosen, _DECIDED, -_DECIDED) for chosen in up])
-        after = _error(self._outputs(data, size), data.target)
+        after = _error(*self._judged(data))
         if after < before:
             self._take(work, piece, part, [grid.integers(chosen) for grid, chosen in zip(grids, up)], grids)
         return before, after
@@ -440,20 +462,24 @@ class _Trainer:
         for rounding, position in zip(self.roundings, positions):
             rounding.position.set_data(ms.Tensor(position.astype(np.float32)))
 
-    def _outputs(self, data: _Data, size: int) -> list[np.ndarray]:
-        """What the part gives with the roundings as they are, for the first samples."""
+    def _judged(self, data: _Data) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """What the part gives with the roundings as they are, for whole batches of the samples that it is judged by,
+        and what it is to give."""
         self.network.set_train(False)
-        found = []
-        for start in range(0, min(data.samples, max(_CHECKED, size)) // size * size, size):
-            arriving, _, _ = data.batch(np.arange(start, start + size))
+        size = min(self.training.batch_size, len(data.judged))
+        found, wanted = [], []
+        for start in range(0, len(data.judged) // size * size, size):
+            arriving, target, _ = data.batch(data.judged[start : start + size])
             outputs = self.network.body(*arriving)
             found.append(outputs if isinstance(outputs, tuple) else (outputs,))
-        return [np.concatenate([batch.asnumpy() for batch in values]) for values in zip(*found)]
+            wanted.append(target)
+        return _joined(found), _joined(wanted)
 
-    def _run(self, data: _Data, size: int, unit: float, random: np.random.Generator) -> None:
+    def _run(self, data: _Data, unit: float, random: np.random.Generator) -> None:
         self.step.set_train(True)
+        size = min(self.training.batch_size, len(data.trained))
         for step in range(self.training.iterations):
-            arriving, target, exact = data.batch(random.choice(data.samples, size, replace=False))
+            arriving, target, exact = data.batch(random.choice(data.trained, size, replace=False))
             self.step(*arriving, *target, *_numbers(unit, *self.training.pressure(step)), *exact)
 
     def _take(
@@ -467,7 +493,7 @@ class _Trainer:
         plan = work.plan
         weights = dict(plan.weights)
         for name, whole_numbers, grid in zip(part.layers, integers, grids):
-            work.graph.params[grid.parameter].data = grid.qparams.dequantize(whole_numbers)
+            work.deploy(grid.parameter, grid.qparams.dequantize(whole_numbers))
             weights[name] = replace(weights[name], scale=grid.qparams.scale)
         plan = replace(plan, weights=weights)
         found = dict(zip(trained_groups(work, piece, self.whole), self.scales.values()))
@@ -478,9 +504,14 @@ class _Trainer:
         work.plan = plan
 
 
+def _joined(batches: Sequence[Sequence[Any]]) -> list[np.ndarray]:
+    """Tensors of several batches, value by value, as one array each."""
+    return [np.concatenate([tensor.asnumpy() for tensor in values]) for values in zip(*batches)]
+
+
 def _error(found: Sequence[np.ndarray], target: Sequence[np.ndarray]) -> float:
-    """The mean squared difference, summed over values; of the target, as many rows as were found."""
-    return float(sum(np.square(one - other[: len(one)]).mean(dtype=np.float64) for one, other in zip(found, target)))
+    """The mean squared difference, summed over values."""
+    return float(sum(np.square(one - other).mean(dtype=np.float64) for one, other in zip(found, target)))
 
 
 def _range(cell: FakeQuantActivation) -> tuple[float, float]:

@@ -7,6 +7,7 @@ arXiv:2211.10438, §4.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Optional
 
 import numpy as np
@@ -47,7 +48,7 @@ class SmoothQuant(Method):
             raise PlanError(f"smoothquant.alpha is {self.alpha}; allowed: 0 to 1")
 
     def apply(self, work: Work) -> list[str]:
-        """Scale gamma and beta (C,) and the weights in `work.graph`."""
+        """Scale gamma and beta (C,) and the weights in both networks."""
         graph = work.graph
         taken: list[tuple[Node, list[tuple[Node, Channels]]]] = []
         left = []
@@ -66,12 +67,7 @@ class SmoothQuant(Method):
         most = 1.0
         for done, (norm, readers) in enumerate(taken, start=1):
             scale = self._scale(graph, moments[norm.output].reach, readers)
-            for name in norm.inputs[1:3]:
-                put(graph, name, graph.params[name].data / scale)
-            for node, channels in readers:
-                weight = graph.params[node.inputs[1]].data
-                column = channels.spread(scale).reshape(_column(graph, node))
-                put(graph, node.inputs[1], weight * column)
+            work.rewrite(partial(_write, norm=norm, readers=readers, scale=scale))
             most = max(most, float(scale.max() / scale.min()))
             work.progress(done, len(taken))
         return [f"LayerNorms smoothed: {len(taken)} (alpha {self.alpha:g}, factors up to 1:{most:.3g})", *told]
@@ -89,6 +85,15 @@ class SmoothQuant(Method):
         scale[live] = np.maximum(reach[live] ** self.alpha / weighed[live] ** (1 - self.alpha), _LEAST)
         scale[~live] = np.median(scale[live])
         return scale
+
+
+def _write(graph: Graph, norm: Node, readers: list[tuple[Node, Channels]], scale: np.ndarray) -> None:
+    """Divide the channels of a LayerNorm by a scale (C,) in a network, and multiply its readers' weights by it."""
+    for name in norm.inputs[1:3]:
+        put(graph, name, graph.params[name].data / scale)
+    for node, channels in readers:
+        weight = graph.params[node.inputs[1]].data
+        put(graph, node.inputs[1], weight * channels.spread(scale).reshape(_column(graph, node)))
 
 
 def _last(graph: Graph, norm: Node) -> Channels:

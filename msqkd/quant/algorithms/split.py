@@ -67,7 +67,7 @@ class Split(Method):
             raise PlanError(f"split.ratio is {self.ratio}; allowed: above 0, up to 1")
 
     def apply(self, work: Work) -> list[str]:
-        """Split channels of `work.graph`: its parameters, and the shapes of the values between."""
+        """Split channels of both networks: their parameters, and the shapes of the values between."""
         graph, plan = work.graph, work.plan
         survey = _Survey(graph)
         spaces = survey.spaces()
@@ -75,14 +75,18 @@ class Split(Method):
         for done, space in enumerate(spaces, start=1):
             copies[id(space)] = self.copies(graph, plan, space)
             work.progress(done, len(spaces))
-        # All that is written before anything that is read: the parts of a weight go by the steps it has in the end.
         grown = [(space, copies[id(space)]) for space in spaces if copies[id(space)].max() > 1]
-        for space, numbers in grown:
-            _write_copies(graph, survey.values(space), numbers)
-        for space, numbers in grown:
-            for end in space.readers:
-                _read_copies(graph, plan, end, numbers)
-        graph.check()
+
+        # All that is written before anything that is read: the parts of a weight go by the steps it has in the end.
+        def grow(network: Graph) -> None:
+            for space, numbers in grown:
+                _write_copies(network, survey.values(space), numbers)
+            for space, numbers in grown:
+                for end in space.readers:
+                    _read_copies(network, plan, end, numbers)
+            network.check()
+
+        work.rewrite(grow)
         return _told(graph, plan, survey, grown)
 
     def copies(self, graph: Graph, plan: QuantPlan, space: Space) -> np.ndarray:

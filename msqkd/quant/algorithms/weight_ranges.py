@@ -67,7 +67,7 @@ class SequentialMSE(Method):
                 told.append(f"{node.name}: left as it is, {obstacle}")
                 continue
             moments = _Moments(graph, node, stream, np.random.default_rng([work.seed, number]))
-            ratio, before, after = self._search(graph.params[node.inputs[1]].data, quant, moments)
+            ratio, before, after = self._search(work.reference.params[node.inputs[1]].data, quant, moments)
             if before > 0:
                 falls.append(after / before)
             work.plan = replace(work.plan, weights={**work.plan.weights, node.name: replace(quant, clip_ratio=ratio)})

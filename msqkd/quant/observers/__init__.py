@@ -4,6 +4,7 @@ from msqkd.quant.observers.base import OBSERVERS, Observer, make_observer, regis
 from msqkd.quant.observers.ema import EMAObserver
 from msqkd.quant.observers.histogram import HistogramObserver
 from msqkd.quant.observers.kl import KLObserver
+from msqkd.quant.observers.magnitudes import Magnitudes
 from msqkd.quant.observers.minmax import MinMaxObserver
 from msqkd.quant.observers.mse import MSEObserver
 from msqkd.quant.observers.percentile import PercentileObserver
@@ -14,6 +15,7 @@ __all__ = [
     "HistogramObserver",
     "KLObserver",
     "MSEObserver",
+    "Magnitudes",
     "MinMaxObserver",
     "Observer",
     "PercentileObserver",

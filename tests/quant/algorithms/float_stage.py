@@ -45,7 +45,7 @@ def float_work(net: nn.Cell, x: np.ndarray, per_channel: bool = False, bits: int
         for start in range(0, len(x), 16):
             yield (x[start : start + 16],)
 
-    return Work(graph, make_plan(graph, config), graph.copy(), samples)
+    return Work(graph, make_plan(graph, config), samples)
 
 
 def answer(graph: Graph, x: np.ndarray) -> Any:

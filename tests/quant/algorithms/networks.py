@@ -50,7 +50,7 @@ def work_of(
         for start in range(0, len(x), 16):
             yield (x[start : start + 16],)
 
-    return Work(graph, calibrate(graph, plan, [x]), graph.copy(), samples)
+    return Work(graph, calibrate(graph, plan, [x]), samples)
 
 
 def error(work: Work, x: np.ndarray, value: str | None = None) -> float:

@@ -84,7 +84,7 @@ def test_outputs_come_closer_than_with_nearest_roundings(trained: tuple[Work, li
     fresh = images(64, 2, 6, 6, seed=9)
     assert error(work, X) < 0.5 * error(nearest, X)
     assert error(work, fresh) < 0.6 * error(nearest, fresh)
-    assert told[0].startswith("roundings of 3 of 3 parts trained on 48 samples")
+    assert told[0].startswith("roundings of 3 of 3 parts trained on 36 samples, judged on 12 others, which")
 
 
 def test_layers_that_look_alike_share_a_compilation_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,9 @@ class Dense(nn.Cell):
 
 
 @pytest.mark.parametrize("bits", [3, 8])
-def test_roundings_of_a_small_layer_are_all_but_the_best_of_all(bits: int) -> None:
+def test_roundings_of_a_small_layer_are_all_but_the_best_of_all(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best for the samples that are trained on, so these decide too."""
+    monkeypatch.setattr(rounding, "_held_out", lambda samples, seed: (np.arange(samples), np.arange(samples)))
     random = np.random.default_rng(2)
     x = (random.normal(size=(64, 8)) @ random.normal(size=(8, 8)) + 1).astype(np.float32)
     work = work_of(randomized(Dense()), x, bits)
@@ -157,6 +159,43 @@ def test_where_training_finds_nothing_better_the_nearest_rounding_stays() -> Non
     assert told[1] == "fc: rounded to the nearest, training found nothing better"
     assert work.graph.params["fc.weight"].data is before
     assert work.plan.weights["fc"].scale is None
+
+
+def trained_only(monkeypatch: pytest.MonkeyPatch, indices: np.ndarray) -> None:
+    """Hold out all other samples."""
+    others = np.setdiff1d(np.arange(48), indices)
+    monkeypatch.setattr(rounding, "_held_out", lambda samples, seed: (indices, others))
+
+
+def test_samples_that_were_not_trained_on_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kinds of samples, which want a weight rounded to opposite sides."""
+    x = np.zeros((48, 8), np.float32)
+    x[:24, :2], x[24:, :2] = [1, 1], [1, -1]
+    x *= np.random.default_rng(0).uniform(0.5, 1, (48, 1)).astype(np.float32)
+    net = Dense()
+    weight = np.tile([3, -3, 0, 0, 0, 0, 0, 0], (3, 1)).astype(np.float32)
+    weight[:, :2] += [0.4, 0.4]
+    weight[:, 7] = 7
+    net.fc.weight.set_data(ms.Tensor(weight / 7))
+    for alike in (True, False):
+        work = work_of(net, x, 4)
+        trained_only(monkeypatch, np.arange(0, 48, 2) if alike else np.arange(24))
+        told = AdaRound(iterations=200, lr=0.05).apply(work)
+        before, after = (error(found, x) for found in (work_of(net, x, 4), work))
+        assert after <= before * (1 + 1e-6)
+        if not alike:
+            assert told[1:] == ["fc: rounded to the nearest, training found nothing better"]
+            assert work.plan.weights["fc"].scale is None
+
+
+def test_which_samples_are_held_out() -> None:
+    counts = {samples: len(rounding._held_out(samples, 0)[1]) for samples in (4, 60, 200, 800, 10_000)}
+    assert counts == {4: 1, 60: 15, 200: 32, 800: 100, 10_000: 512}
+    trained, judged = rounding._held_out(100, 3)
+    assert sorted([*trained, *judged]) == list(range(100))
+    assert not np.array_equal(judged, rounding._held_out(100, 4)[1])
+    told = AdaRound(iterations=5).apply(work_of(randomized(Net()), images(3, 2, 6, 6)))
+    assert "trained on 3 samples, judged on the same" in told[0]
 
 
 @pytest.mark.parametrize(

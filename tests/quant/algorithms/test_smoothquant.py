@@ -66,7 +66,7 @@ WEIGHTS = {"net.query.weight": 0, "net.key.weight": 0, "net.matrix": 1}  # the a
 def test_the_scales_are_those_of_the_formula_and_the_outputs_stay() -> None:
     alpha = 0.8
     work = work_of(20.0)
-    graph = work.reference
+    graph = work.graph.copy()
     before = answer(graph, X)
     value = graph.node("net.norm").output
     shown = to_cell(graph, Hooks(observe=[value]))(ms.Tensor(X))[1].asnumpy()
