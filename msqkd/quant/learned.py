@@ -32,7 +32,7 @@ observed. At a sixteenth of it, values near zero still lie inside the range and 
 and the network could not recover."""
 
 LEAST_OF_WEIGHTS = 2.0**-6
-"""The same for a weight. It starts wider: at 8 bits, LSQ begins with about six times the scale of the largest weight."""
+"""The same for a weight, which starts wider: at 8 bits with about six times the scale of its largest magnitude."""
 
 _MAGIC = np.float32(1.5 * 2**23)
 
