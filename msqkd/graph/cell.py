@@ -101,7 +101,7 @@ class _Writer:
         graph = self.graph
         parent = base or nn.Cell
         own = {"graph", "source", "parameter_names", "batchnorm_frozen", "gen_ops_prim"}
-        self.taken = {"self", *dir(parent), *vars(nn.Cell()), *own}
+        self.taken = {"self", *dir(parent), *getattr(parent, "__annotations__", ()), *vars(nn.Cell()), *own}
         arguments = [self._local(name) for name in graph.inputs]
         observed: dict[str, str] = {}
         for name in graph.inputs:

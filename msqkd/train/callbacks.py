@@ -12,7 +12,7 @@ from msqkd.errors import TrainingError
 from msqkd.files import PathLike
 from msqkd.progress import Reporter
 from msqkd.quant.qat import QuantCell, advance
-from msqkd.train.state import read_archive, restore, write_archive
+from msqkd.train.state import of_state, read_archive, restore, write_archive
 from msqkd.train.step import TrainStep
 
 
@@ -108,7 +108,9 @@ class SaveQuantized(_Counting):
         if self.delay is not None:
             self.delay.steps_done = self._done
         if isinstance(train_network, TrainStep):
-            train_network.steps_done = self._done
+            train_network.go_on(self._done)
+        elif self._done:
+            advance(train_network, self._done - 1)
         return True
 
     def on_train_step_end(self, run_context: Any) -> None:
@@ -123,7 +125,7 @@ class SaveQuantized(_Counting):
 
     def _save(self, run_context: Any) -> None:
         network = run_context.original_args().train_network
-        arrays = {parameter.name: parameter.asnumpy() for parameter in _changing(network)}
+        arrays = {parameter.name: parameter.asnumpy() for parameter in of_state(_changing(network))}
         self.steps_done = self._done
         write_archive(arrays, {"steps": self._done}, self.path)
 

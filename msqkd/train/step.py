@@ -66,7 +66,7 @@ class TrainStep(nn.TrainOneStepCell):
         loss_scale: for a network that computes in float16.
 
     Attributes:
-        steps_done: number of calls so far; set it when a training is resumed.
+        steps_done: number of calls so far; `go_on` sets it when a training is resumed.
 
     Raises:
         TrainingError: at a call, where a batch cannot be cut into equal parts.
@@ -112,6 +112,12 @@ class TrainStep(nn.TrainOneStepCell):
             self.statistics.share()
         self.steps_done += 1
         return loss
+
+    def go_on(self, steps: int) -> None:
+        """Go on after `steps` steps, with the quantisers as they were at the last of them."""
+        self.steps_done = steps
+        if steps and advance(self.quantized_part(), steps - 1):
+            forget_compilations(self)
 
     def _in_parts(self, inputs: tuple[Any, ...]) -> Any:
         size, rest = divmod(len(inputs[0]), self.parts)
