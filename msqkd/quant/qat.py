@@ -105,6 +105,7 @@ class QuantCell(nn.Cell):
         batchnorm: fold, freeze or live.
         folded_graph: the graph the cell was built from, without dropout.
         schedule: what is in force at which step.
+        is_trainable: it was built for training, with the observers of training.
     """
 
     source_graph: Graph
@@ -120,6 +121,7 @@ class QuantCell(nn.Cell):
     quantization: _Phases
     noted_phases: np.ndarray
     is_told: bool
+    is_trainable: bool
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Compute the network.
@@ -176,7 +178,7 @@ class QuantCell(nn.Cell):
             bits = quantizer.quant.bits if isinstance(quantizer, FakeQuantDynamic) else quantizer.bits
             return 1 + _CODES.index(quantizer.phase_of_quant) + 8 * bits
 
-        return np.int32([*map(code, self._all_quantizers()), 1 + self.batchnorm_frozen])
+        return np.array([*map(code, self._all_quantizers()), 1 + self.batchnorm_frozen], np.int32)
 
     def _note_phases(self) -> None:
         """Let the parameter say what is in force."""
@@ -460,6 +462,7 @@ def quantize_cell(
     trained = with_dropout(graph, dropout)
     cell = to_cell(trained, half_precision(trained, amp_level, hooks), base=QuantCell)
     cell.setup(source.copy(), plan, batchnorm, quantizers, graph, dynamic, weights, schedule)
+    cell.is_trainable = learn
     cell.start_weights()
     if all(group.range is not None for group in plan.groups.values() if group.delay == 0):
         cell.set_step(0)

@@ -12,6 +12,7 @@ from msqkd.errors import TrainingError
 from msqkd.files import PathLike
 from msqkd.progress import Reporter
 from msqkd.quant.qat import QuantCell, advance
+from msqkd.train.decay import check_step_sizes
 from msqkd.train.state import of_state, read_archive, restore, write_archive
 from msqkd.train.step import TrainStep
 
@@ -49,8 +50,15 @@ class ActQuantDelay(_Counting):
         steps_done: how many steps have begun.
 
     Raises:
-        TrainingError: a delay ends within the last sink, so that what it delays would never be quantised.
+        TrainingError: a delay ends within the last sink, so that what it delays would never be quantised; or the
+            optimizer decays step sizes that are trained (`msqkd.decay_groups` leaves them out).
     """
+
+    def on_train_begin(self, run_context: Any) -> None:
+        """Look at the optimizer."""
+        super().on_train_begin(run_context)
+        network = run_context.original_args().train_network
+        check_step_sizes(network, getattr(network, "optimizer", None))
 
     def on_train_step_begin(self, run_context: Any) -> None:
         """Bring every quantiser to its phase."""

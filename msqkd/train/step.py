@@ -13,6 +13,7 @@ from msqkd import parallel
 from msqkd.errors import TrainingError
 from msqkd.graph.ir import Graph
 from msqkd.quant.qat import advance, forget_compilations
+from msqkd.train.decay import check_step_sizes
 from msqkd.train.statistics import SharedStatistics
 
 _gathered = ops.MultitypeFuncGraph("gathered_gradient")
@@ -69,7 +70,8 @@ class TrainStep(nn.TrainOneStepCell):
         steps_done: number of calls so far; `go_on` sets it when a training is resumed.
 
     Raises:
-        TrainingError: at a call, where a batch cannot be cut into equal parts.
+        TrainingError: the optimizer decays step sizes that are trained (`msqkd.decay_groups` leaves them out); at a
+            call, where a batch cannot be cut into equal parts.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class TrainStep(nn.TrainOneStepCell):
         loss_scale: LossScale = LossScale(),
     ) -> None:
         super().__init__(network, optimizer)
+        check_step_sizes(self.quantized_part(), optimizer)
         self.steps_done = 0
         self.clip_grad = clip_grad
         self.not_a_number = float("nan")
