@@ -26,6 +26,8 @@ class PercentileObserver(HistogramObserver):
 
     def _range(self, bits: int, symmetric: bool) -> tuple[float, float]:
         tail = self.count * (1.0 - self.percentile / 100.0)
+        if tail == 0.0:
+            return self.lo, self.hi  # exactly: a value may be too small beside the others for its own bin
         if self.lo >= 0.0:
             return self.lo, self._value_at(self.count - tail)
         if self.hi <= 0.0:
