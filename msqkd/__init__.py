@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from msqkd.distill.step import DistillTrainOneStepCell
     from msqkd.quant.config import QuantConfig, Rule, WeightQuantizer
     from msqkd.train.callbacks import ActQuantDelay, SaveQuantized
+    from msqkd.train.decay import decay_groups
     from msqkd.train.step import TrainStep, WithLoss
 
 _avoid_slow_convolutions()
@@ -36,6 +37,7 @@ _HOMES = {
     "msqkd.distill.step": ("DistillTrainOneStepCell",),
     "msqkd.quant.config": ("QuantConfig", "Rule", "WeightQuantizer"),
     "msqkd.train.callbacks": ("ActQuantDelay", "SaveQuantized"),
+    "msqkd.train.decay": ("decay_groups",),
     "msqkd.train.step": ("TrainStep", "WithLoss"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -54,6 +56,7 @@ __all__ = [
     "WithLoss",
     "__version__",
     "create_ptq_network",
+    "decay_groups",
     "export",
     "plan_network",
     "prepare_qat",

@@ -29,7 +29,15 @@ from msqkd.quant.integers import round_biases
 from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.presets import preset as find_preset
-from msqkd.quant.ptq import Batches, batches_of, calibrate, in_random_order
+from msqkd.quant.ptq import (
+    CALIBRATION_OBSERVER,
+    Batches,
+    batches_of,
+    calibrate,
+    in_random_order,
+    keep_trained,
+    samples_of,
+)
 from msqkd.quant.qat import QuantCell, deployment_graph, needed_before_training, quantize_cell
 from msqkd.quant.schedule import DIRECT, QatSchedule
 
@@ -199,9 +207,10 @@ class PTQNetwork:
         dataset: Optional[Batches],
         iterations: Optional[int],
         methods: Sequence[Method] = (),
+        observer: Optional[str] = None,
     ) -> None:
         self.graph, self.plan, self.dataset, self.iterations = graph, plan, dataset, iterations
-        self.methods = tuple(methods)
+        self.methods, self.observer = tuple(methods), observer
 
 
 def create_ptq_network(
@@ -219,11 +228,12 @@ def create_ptq_network(
     """Prepare a float network, or one trained by `prepare_qat`, for calibration.
 
     Args:
-        network: a float cell, the path of a MindIR file, or a QuantCell whose ranges are to be found anew (its weights
-            are not touched).
+        network: a float cell, the path of a MindIR file, or a QuantCell whose ranges are to be found anew. Its weights
+            are not touched, and scales that were trained (LSQ, PACT) keep their values. The ranges of a cell from
+            `prepare_qat` are found with the observer a recipe calibrates with: percentile 99.99.
         config: default settings; recorded ones or the QuantCell's own when not given, and where nothing is recorded
-            those of `preset` or of `QuantConfig`, with the observer a recipe calibrates with: percentile 99.99 (a
-            moving average suits training, where it has many steps).
+            those of `preset` or of `QuantConfig`, with the observer a recipe calibrates with (a moving average suits
+            training, where it has many steps).
         calib_dataset: batches; may be given to `quantize` instead. Of a batch that is a tuple the network takes the
             first arrays, as many as it has inputs; labels behind them are not read.
         calib_iteration: how many batches are used, from the first on (all by default). The set is read in its own
@@ -237,7 +247,7 @@ def create_ptq_network(
 
     Raises:
         PlanError: a QuantCell is given together with other settings.
-        DataError: neither `example_input` nor data that could stand for it.
+        DataError: neither `example_input` nor data that could stand for it (uint8 cannot).
     """
     if calib_iteration is not None and calib_iteration < 1:
         raise PlanError(f"calib_iteration is {calib_iteration}; allowed: 1 or more")
@@ -248,7 +258,8 @@ def create_ptq_network(
                 "the float network"
             )
         graph, plan = network.sync()
-        return PTQNetwork(graph, plan, calib_dataset, calib_iteration)
+        observer = CALIBRATION_OBSERVER if network.is_trainable else None
+        return PTQNetwork(graph, plan, calib_dataset, calib_iteration, observer=observer)
     if example_input is None and not isinstance(network, _PATHS):
         if calib_dataset is None:
             raise DataError("create_ptq_network needs example_input, or calib_dataset to take its shape from")
@@ -256,11 +267,16 @@ def create_ptq_network(
         first = next(stream, None)
         if first is None:
             raise DataError("the calibration set has 0 samples; give at least one batch")
+        if first[0].dtype == np.uint8:
+            raise DataError(
+                "the first array of calib_dataset is uint8, and networks seldom take that; convert the samples as for "
+                "inference, for instance to float32 (image / 255 - mean) / std, or give example_input"
+            )
         if iter(calib_dataset) is calib_dataset:  # read once: the batch looked at must not be lost
             calib_dataset = chain([first], stream)
         example_input = Tensor(first[0])
     if config is None and getattr(network, _CONFIG, None) is None:
-        config = replace(find_preset(preset).config if preset else QuantConfig(), act_observer="percentile")
+        config = replace(find_preset(preset).config if preset else QuantConfig(), act_observer=CALIBRATION_OBSERVER)
     graph, plan = plan_network(network, example_input, config, rules, target, preset)
     return PTQNetwork(deployment_graph(graph), plan, calib_dataset, calib_iteration, methods)
 
@@ -278,7 +294,7 @@ def quantize(ptq_net: PTQNetwork, calib_dataset: Optional[Batches] = None) -> Qu
         raise DataError("quantize needs calib_dataset: none was given here or to create_ptq_network")
     graph, plan = ptq_net.graph, ptq_net.plan
     if ptq_net.methods:
-        held = list(islice(batches_of(dataset, len(graph.inputs)), ptq_net.iterations))
+        held = list(islice(samples_of(dataset, graph), ptq_net.iterations))
         if not held:
             raise DataError("the calibration set has 0 samples; give at least one batch")
         for number, batch in enumerate(held, start=1):
@@ -287,7 +303,8 @@ def quantize(ptq_net: PTQNetwork, calib_dataset: Optional[Batches] = None) -> Qu
         found = improve(graph, plan, ptq_net.methods, lambda: iter(held), lambda g, p: calibrate(g, p, held))
         graph, plan = found.graph, found.plan
     else:
-        plan = calibrate(graph, plan, dataset, iterations=ptq_net.iterations)
+        calibrated = calibrate(graph, plan, dataset, iterations=ptq_net.iterations, observer=ptq_net.observer)
+        plan = keep_trained(plan, calibrated)
     for text in plan.warnings[len(ptq_net.plan.warnings) :]:
         warnings.warn(text, stacklevel=2)
     cell = quantize_cell(round_biases(graph, plan), plan)

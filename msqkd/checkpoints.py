@@ -121,7 +121,7 @@ def load_checkpoint(
         for name, found in match.items()
         if stored[found].array.shape != tuple(parameters[name][1].shape)
     }
-    missing = [name for name in parameters if name not in match and not _is_counter(name)]
+    missing = [name for name in parameters if name not in match and not _may_be_missing(name)]
     taken = set(match.values())
     unused = [name for name in stored if name not in taken]
     if strict:
@@ -201,6 +201,11 @@ def _match(parameters: Mapping[str, tuple[str, Parameter]], stored: Mapping[str,
 def _common_name(name: str) -> str:
     head, dot, last = name.rpartition(".")
     return head + dot + _WORDS.get(last, last)
+
+
+def _may_be_missing(name: str) -> bool:
+    """Whether a file may lack a parameter: a counter, or what checkpoints of quantised cells did not have at first."""
+    return _is_counter(name) or name.endswith("quantization.phases")
 
 
 def _is_counter(name: str) -> bool:

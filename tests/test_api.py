@@ -17,6 +17,7 @@ from msqkd.quant.algorithms.base import Method
 from msqkd.quant.algorithms.bias_correction import BiasCorrection
 from msqkd.quant.algorithms.equalize import Equalize
 from msqkd.quant.fake_quant import QUANTIZE
+from msqkd.quant.qat import QuantCell
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 SHAPE = (1, 8, 8)
@@ -40,6 +41,43 @@ class Net(nn.Cell):
 def batches(count: int = 3) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [(rng.standard_normal((4, *SHAPE)) * (10 if i == 0 else 1)).astype(np.float32) for i in range(count)]
+
+
+def trained(learned: str) -> QuantCell:
+    """A student after a few steps on samples of which one is far outside."""
+    ms.set_seed(3)
+    weight = msqkd.WeightQuantizer("int4", per_channel=True, learned=learned)
+    config = msqkd.QuantConfig(weight, act_quant_dtype="int4", act_quant_delay=1, act_learned=learned)
+    student = msqkd.prepare_qat(Net(), SHAPE, config)
+    step = msqkd.TrainStep(msqkd.WithLoss(student, nn.CrossEntropyLoss()), nn.SGD(student.trainable_params(), 0.01))
+    step.set_train()
+    for batch in [*batches(), *batches()]:
+        step(ms.Tensor(batch), ms.Tensor(np.int32([0, 1, 2, 0])))
+    return student.set_train(False)
+
+
+def test_calibrating_a_trained_network_keeps_its_trained_scales() -> None:
+    student = trained("lsq")
+    before = student.sync()[1]
+    calibrated = msqkd.quantize(msqkd.create_ptq_network(student, calib_dataset=batches()))
+    after = calibrated.sync()[1]
+    assert student.scales()["groups"], "no activation was trained"
+    for name, group in before.groups.items():
+        np.testing.assert_array_equal(after.groups[name].qparams().scale, group.qparams().scale, err_msg=name)
+        assert after.groups[name].qparams().zero_point == group.qparams().zero_point
+    for name, scale in student.scales()["weights"].items():
+        np.testing.assert_array_equal(after.weights[name].scale, scale)
+    x = ms.Tensor(batches()[1])
+    np.testing.assert_allclose(calibrated(x).asnumpy(), student(x).asnumpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_calibrating_a_trained_network_uses_the_observer_of_a_recipe() -> None:
+    """Percentile 99.99, of all batches alike; the moving average of the training would see the last ones most."""
+    values = np.random.default_rng(0).uniform(-1, 1, (4, 100, *SHAPE)).astype(np.float32)
+    values[0, 0, 0, 0, 0] = 100.0
+    student = trained("none")
+    ranges = msqkd.quantize(msqkd.create_ptq_network(student, calib_dataset=list(values))).ranges()
+    assert ranges["x"] == pytest.approx((-1.0, 1.0), abs=0.01), "one of 25600 values is outside"
 
 
 def test_a_generator_loses_no_batch() -> None:

@@ -4,7 +4,7 @@
 from msqkd.data import arrays, cifar10, digits, image_folder, mindrecord, mnist, python  # noqa: F401
 from msqkd.data.augment import AUGMENTATIONS
 from msqkd.data.base import Arrays, ArraySplit, DataBundle, InputSpec, Split, as_tuple, subset, taken
-from msqkd.data.draw import fair_order
+from msqkd.data.draw import draw, fair_order
 from msqkd.data.encoded import EncodedSplit
 from msqkd.data.registry import READERS, Request, load_data, register
 from msqkd.data.tensors import TensorSplit
@@ -21,6 +21,7 @@ __all__ = [
     "Split",
     "TensorSplit",
     "as_tuple",
+    "draw",
     "fair_order",
     "load_data",
     "register",

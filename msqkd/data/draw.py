@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from msqkd.data.base import Split
+from msqkd.data.base import Split, subset
 
 
 def fair_order(split: Split, seed: int) -> np.ndarray:
@@ -30,3 +30,14 @@ def fair_order(split: Split, seed: int) -> np.ndarray:
     turns = np.empty(len(order), np.int64)
     turns[by_class] = np.concatenate([np.arange(size) for size in sizes])
     return order[np.argsort(turns, kind="stable")]
+
+
+def draw(split: Split, count: int, seed: int = 0) -> Split:
+    """Return `count` samples that stand for the whole split, balanced over the classes (see `fair_order`).
+
+    Args:
+        split: the samples.
+        count: number of samples, at least 1. The split itself is returned if it has no more.
+        seed: of the draw.
+    """
+    return split if count >= len(split) else subset(split, fair_order(split, seed)[:count])

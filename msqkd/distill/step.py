@@ -120,8 +120,8 @@ class DistillTrainOneStepCell(TrainStep):
 
     Args:
         student: the network trained, float or quantised.
-        teacher: the network imitated, or a list of them; put in evaluation mode, and not trained. `CachedTeachers`
-            where their answers come with the batch.
+        teacher: the network imitated, or a list of them; not trained, and left as it is found: it is in evaluation
+            mode during a step only. `CachedTeachers` where their answers come with the batch.
         loss: a cell of (student's outputs, teacher's outputs, labels), such as `DistillLoss`; an output by itself where
             a network has one, a tuple where it has several. With a list of teachers it gets a tuple of their outputs.
         optimizer: over the student's trainable parameters, and those of the loss where it has any
@@ -143,21 +143,31 @@ class DistillTrainOneStepCell(TrainStep):
         accumulate: int = 1,
         loss_scale: LossScale = LossScale(),  # noqa: B008 (it cannot be changed)
     ) -> None:
-        made: Any = WithCachedAnswers if isinstance(teacher, CachedTeachers) else WithDistillLoss
-        network = made(student, teacher, loss, inputs)
-        super().__init__(network, optimizer, clip_grad, accumulate, loss_scale)
+        made: Any = WithDistillLoss
+        teachers: Sequence[nn.Cell] = [teacher] if isinstance(teacher, nn.Cell) else ()
+        if isinstance(teacher, CachedTeachers):
+            made = WithCachedAnswers
+        elif not teachers:
+            teachers = teacher
+        with _flags_kept(teachers):
+            network = made(student, teacher, loss, inputs)
+            super().__init__(network, optimizer, clip_grad, accumulate, loss_scale)
 
     def __call__(self, *inputs: Any) -> Any:
         """Run one step on a batch and its labels; returns the loss (scalar Tensor)."""
         if isinstance(self.network.loss, DistillLoss):
             self.network.loss.set_step(self.steps_done)
-        with _apart(self.network.teachers):
+        with _flags_kept(self.network.teachers), _apart(self.network.teachers):
+            for teacher in self.network.teachers:
+                if any(cell.training for _, cell in teacher.cells_and_names()):
+                    teacher.set_train(False)
             return super().__call__(*inputs)
 
     def set_train(self, mode: bool = True) -> nn.Cell:
-        """Set the mode of the student; the teacher stays in evaluation mode."""
-        super().set_train(mode)
-        self.network.set_train(mode)
+        """Set the mode of the student; the teacher keeps its own, and is in evaluation mode during a step."""
+        with _flags_kept(self.network.teachers):
+            super().set_train(mode)
+            self.network.set_train(mode)
         return self
 
     def quantized_part(self) -> nn.Cell:
@@ -169,6 +179,22 @@ class DistillTrainOneStepCell(TrainStep):
         known = super().state_parameters()
         held = {id(parameter) for parameter in known}
         return [*known, *(item for item in self.network.loss.get_parameters() if id(item) not in held)]
+
+
+@contextmanager
+def _flags_kept(teachers: Iterable[nn.Cell]) -> Iterator[None]:
+    """Give every cell of the teachers its own mode and `requires_grad` back at the end."""
+    cells = [cell for teacher in teachers for _, cell in teacher.cells_and_names()]
+    before = [(cell, cell.training, cell.requires_grad, cell.phase) for cell in cells]
+    try:
+        yield
+    finally:
+        for cell, training, requires_grad, phase in before:
+            if cell.training != training:
+                cell.add_flags(training=training)
+            if cell.requires_grad != requires_grad:
+                cell.set_grad(requires_grad)
+            cell.phase = phase
 
 
 @contextmanager

@@ -6,6 +6,8 @@ values, operators are named as MindSpore names its primitives (``Conv2D``, ``Mat
 
 from __future__ import annotations
 
+import keyword
+import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional, Union
@@ -259,6 +261,17 @@ class Graph:
             names.add(node.name)
             known.update(node.outputs)
         assert set(self.outputs) <= known, "an output is never computed"
+
+
+def identifier_of(text: str) -> str:
+    """`text` as a Python identifier of ASCII letters, which MindSpore allows in the names of cells and parameters.
+
+    Different texts may give the same one: take `unique_name` of the result.
+    """
+    name = re.sub(r"\W", "_", text, flags=re.ASCII)
+    # Inside a class, Python renames what begins with two underscores.
+    plain = name and not name[0].isdigit() and not keyword.iskeyword(name) and not name.startswith("__")
+    return name if plain else f"v_{name}"
 
 
 def unique_name(hint: str, taken: Container[str]) -> str:

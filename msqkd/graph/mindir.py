@@ -135,14 +135,14 @@ class _Reader:
 
     def read(self) -> Graph:
         graph, proto = self.graph, self.proto
+        names = [tensor.ref_key or _short(tensor.name) for tensor in proto.parameter]
         for info in proto.input:
-            name = graph.unique_value(_short(info.name))
+            name = unique_name(_short(info.name), {*names, *graph.values})
             _known_dtype(info.tensor[0], name)
             graph.add_value(Value(name, "input", _tensor_type(info.tensor[0])))
             graph.inputs.append(name)
             self.alias[info.name] = name
-        for tensor in proto.parameter:
-            name = tensor.ref_key or _short(tensor.name)
+        for name, tensor in zip(names, proto.parameter):
             self.alias[tensor.name] = graph.add_param(name, self._weight(tensor, name))
         for node in proto.node:
             self._node(node)

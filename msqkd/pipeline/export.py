@@ -13,7 +13,7 @@ import mindspore as ms
 
 from msqkd.analysis.parity import Device, batch_size, compare_execution, differing_values, integer_outputs
 from msqkd.analysis.report import plain
-from msqkd.data import Split, as_tuple, subset
+from msqkd.data import Split, as_tuple, draw
 from msqkd.errors import ExportError, MsqkdError
 from msqkd.exporters import ASCEND, FORMATS, LITE, MS, MS_FLOAT, ONNX, PORTABLE, Format, check_precisions, export
 from msqkd.exporters.portable import write_float
@@ -195,7 +195,7 @@ class Files:
 
     def _float_file(self, form: Format, file: Path, run: Callable[..., Any]) -> dict[str, Any]:
         """Compare a file that computes in float with the network in float, its weights rounded where the file's are."""
-        few = subset(self.network.test, min(_FEW_SAMPLES, len(self.network.test)))
+        few = draw(self.network.test, _FEW_SAMPLES)
         if form.name == MS_FLOAT:
             cell: Any = to_cell(self.network.graph)
         else:

@@ -10,7 +10,7 @@ from msqkd.analysis.distributions import add_outliers, distributions
 from msqkd.analysis.layers import layer_table
 from msqkd.analysis.report import API_VERSION
 from msqkd.analysis.statistics import Distribution, weight_statistics
-from msqkd.data import Split, subset
+from msqkd.data import Split, draw
 from msqkd.environment import versions
 from msqkd.graph.ir import Graph
 from msqkd.quant.plan import QuantPlan
@@ -38,7 +38,7 @@ def layer_parts(
         reference: its float network.
         test: the test set.
     """
-    samples = subset(test, min(_SQNR_SAMPLES, len(test)))
+    samples = draw(test, _SQNR_SAMPLES)
     values: dict[str, Distribution] = {}
     layers = layer_table(graph, plan, reference, input_batches(samples, min(64, len(samples))), values)
     weights = weight_statistics(graph, plan)

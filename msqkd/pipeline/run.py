@@ -23,9 +23,10 @@ from msqkd.pipeline.stages import Stages
 from msqkd.pipeline.trainings import train
 from msqkd.progress import Reporter
 from msqkd.quant.algorithms.methods import Improved
-from msqkd.quant.config import INT8, NONE
+from msqkd.quant.config import INT8
 from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.plan import QuantPlan
+from msqkd.quant.ptq import keep_trained
 from msqkd.recipe import Recipe
 
 
@@ -215,9 +216,7 @@ class _Run(Stages):
             cell = self.objects.trained_cell(self.objects.main)
             graph, plan = cell.sync()
             reference = self.objects.reference()
-            # A step size that was trained is not measured anew: the weights have grown together with it.
-            trained = {name: span for name, span in plan.ranges().items() if plan.groups[name].learned != NONE}
-            found = {**self.objects.calibrate(graph, plan).ranges(), **trained}
+            found = keep_trained(plan, self.objects.calibrate(graph, plan)).ranges()
             candidates = {"trained": plan.ranges(), "calibrated": found}
             loss = {}
             for name, ranges in candidates.items():

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from msqkd.analysis.refresh import refresh_report
 from msqkd.analysis.report import VERIFY_API_VERSION, write_report
-from msqkd.data import subset
+from msqkd.data import draw
 from msqkd.environment import versions
 from msqkd.errors import SimulationError
 from msqkd.exporters import MS
@@ -83,7 +83,7 @@ def _verified(
         files[MS].update(check_integers(folder.file(files[MS]["file"]), network))
         reporter.say(f"{files[MS]['file']}: all {files[MS]['compared_values']:,} values of a batch as simulated")
     count = samples or recipe.verify.samples
-    test = subset(network.test, min(count, len(network.test))) if count else network.test
+    test = draw(network.test, count, recipe.seed) if count else network.test
     reporter.stage(f"Float, fake-quantised and integer execution of {len(test)} test samples")
     parity = split_parity(network, test, "test", recipe.verify.machine, reporter)
     result = {

@@ -20,7 +20,7 @@ from mindspore.ops.operations import _grad_ops
 from msqkd import parallel
 from msqkd.graph.dropout import CountedDropout
 from msqkd.quant.config import NONE
-from msqkd.quant.learned import LearnedRound, LearnedScale, lsq_start
+from msqkd.quant.learned import LEAST_OF_WEIGHTS, LearnedRound, LearnedScale, lsq_start
 from msqkd.quant.plan import DynamicQuant, Group, WeightQuant
 from msqkd.quant.qparams import (
     EMPTY_SCALE,
@@ -37,7 +37,11 @@ IN_GRAPH_OBSERVERS = ("ema", "minmax")
 
 
 class _ClippedRound(nn.Cell):
-    """Round to the grid and clip; the gradient is that of a two-sided clip (one ReLU6Grad kernel)."""
+    """Round to the grid and clip; the gradient is that of a two-sided clip (one ReLU6Grad kernel).
+
+    ``slope`` and ``offset`` map the range to (0, 6). For values that are never negative, the clip at zero stands for
+    the lower one: nothing is computed for it, and ``slope`` maps the part of the range above zero alone.
+    """
 
     def __init__(self, non_negative: bool) -> None:
         super().__init__()
@@ -55,7 +59,7 @@ class _ClippedRound(nn.Cell):
 
     def bprop(self, x, inverse, scale, low, high, slope, offset, out, dout):  # type: ignore[no-untyped-def]
         slope = ops.depend(slope, dout)  # else it is computed in the forward pass already, and held until here
-        position = self.mul(x, slope)  # the range is mapped to (0, 6)
+        position = self.mul(x, slope)
         if not self.non_negative:
             position = self.add(position, offset)
         zero = ops.zeros_like(inverse)
@@ -94,7 +98,8 @@ class FakeQuantActivation(nn.Cell):
         self.is_learned = learned is not None
         if learned is not None:
             self.learned, self.factor = learned, group.factor
-            self.learned_round = LearnedRound(group.learned, non_negative)
+            self.learned_round = LearnedRound(group.learned, non_negative, symmetric=group.symmetric)
+        self.non_negative = non_negative
         self.keep = momentum if group.observer == "ema" else 1.0
         self.is_ema = group.observer == "ema"
         self.round = _ClippedRound(non_negative)
@@ -166,6 +171,8 @@ class FakeQuantActivation(nn.Cell):
         scale = scale * self.group.factor
         low, high = qmin - zero, qmax - zero
         inverse, slope, offset = 1.0 / scale, 6.0 / ((qmax - qmin) * scale), low * (-6.0 / (qmax - qmin))
+        if self.non_negative:
+            slope = 6.0 / ops.maximum(high * scale, SCALE_FLOOR)
         for parameter, value in (
             (self.inverse, inverse), (self.scale, scale), (self.low, low),
             (self.high, high), (self.slope, slope), (self.offset, offset),
@@ -225,7 +232,8 @@ class FakeQuantActivation(nn.Cell):
         """Quantise with these parameters from now on."""
         scale = np.float32(qparams.scale)
         low, high = np.float32(qparams.qmin - qparams.zero_point), np.float32(qparams.qmax - qparams.zero_point)
-        slope = np.float32(6.0) / np.float32((high - low) * scale)
+        width = high * scale if self.non_negative else (high - low) * scale
+        slope = np.float32(6.0) / np.maximum(np.float32(width), np.float32(SCALE_FLOOR))
         values = {
             "inverse": np.float32(1) / scale, "scale": scale, "low": low, "high": high,
             "slope": slope, "offset": -low * scale * slope,
@@ -276,10 +284,10 @@ class FakeQuantWeight(nn.Cell):
         self.is_given = quant.scale is not None and not self.is_learned
         if self.is_learned:
             channels = None if quant.axis is None else shape[quant.axis]
-            self.learned = LearnedScale(f"{quant.node}.weight{quant.index}", channels)
+            self.learned = LearnedScale(f"{quant.node}.weight{quant.index}", channels, least=LEAST_OF_WEIGHTS)
             sharing = prod(shape) // (channels or 1)
             self.learned_round = LearnedRound(
-                quant.learned, axes=None if channels is None else self.axes, count=sharing
+                quant.learned, axes=None if channels is None else self.axes, count=sharing, symmetric=True
             )
         if self.is_given:
             self.given = ms.Tensor(self._shaped(quant.scale))

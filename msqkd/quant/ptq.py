@@ -22,13 +22,43 @@ from msqkd.quant.plan import Group, QuantPlan
 
 _MOST, _WIDE = 0.999, 100.0
 """A range more than so many times as wide as this share of its values leaves them about two integers on each side."""
+
+CALIBRATION_OBSERVER = "percentile"
+"""What ranges are measured with where nothing else is asked for: every batch counts alike. A moving average suits
+training, where it has many steps."""
+
 Batches = Iterable[Any]
 Progress = Callable[[int], None]
 
 
+def samples_of(dataset: Batches, graph: Graph) -> Iterator[tuple[np.ndarray, ...]]:
+    """The batches of `batches_of`, as the inputs of `graph` take them.
+
+    Raises:
+        DataError: an item has fewer arrays than the network has inputs, or one is of another kind (float, integer,
+            boolean) than the input: a recipe refuses such data too.
+    """
+    kinds = [graph.values[name].type for name in graph.inputs]
+    wanted = [kind.dtype if kind is not None else "float32" for kind in kinds]
+    for batch in batches_of(dataset, len(wanted)):
+        yield tuple(map(_fitted, batch, wanted, graph.inputs))
+
+
+def _fitted(array: np.ndarray, wanted: str, name: str) -> np.ndarray:
+    kinds = {"f": "f", "b": "b"}.get(np.dtype(wanted).kind, "iu")
+    if array.dtype.kind not in kinds:
+        cure = "convert the samples as for inference"
+        if array.dtype == np.uint8:
+            cure += ", for instance to float32 (image / 255 - mean) / std"
+        raise DataError(
+            f"calibration set: the array for input '{name}' is {array.dtype}, the network takes {wanted}; {cure}"
+        )
+    return array.astype(wanted, copy=False)
+
+
 def batches_of(dataset: Batches, inputs: int = 1) -> Iterator[tuple[np.ndarray, ...]]:
-    """The inputs of a dataset, batch by batch, as arrays of shape (N, ...): integers and booleans as they are, others,
-    and uint8, as float32.
+    """The inputs of a dataset, batch by batch, as arrays of shape (N, ...): floating types as float32, others as they
+    are.
 
     Args:
         dataset: a MindSpore dataset, or an iterable of arrays, Tensors, or tuples, lists or dictionaries that begin
@@ -54,7 +84,7 @@ def batches_of(dataset: Batches, inputs: int = 1) -> Iterator[tuple[np.ndarray, 
 
 def _input(column: Any) -> np.ndarray:
     data = np.asarray(column.asnumpy() if isinstance(column, ms.Tensor) else column)
-    return data if data.dtype.kind in "iub" and data.dtype != np.uint8 else data.astype(np.float32)
+    return data if data.dtype.kind in "iub" else data.astype(np.float32)
 
 
 def in_random_order(batches: Sequence[tuple[np.ndarray, ...]], seed: int) -> list[tuple[np.ndarray, ...]]:
@@ -167,18 +197,18 @@ def calibrate(
     Args:
         graph: the deployment graph.
         plan: its plan.
-        dataset: unlabelled batches (see `batches_of`); only one is held at a time.
+        dataset: unlabelled batches (see `samples_of`); only one is held at a time.
         iterations: stop after this many batches.
         observer, percentile: override the observers of the plan.
         progress: called with the number of batches done.
 
     Raises:
-        DataError: the dataset gives no batch, or samples of another shape than the network takes.
+        DataError: the dataset gives no batch, or one the network does not take.
         PlanError: a value is not finite.
     """
     observation = Observation(graph, plan, observer, percentile)
     done = 0
-    for done, batch in enumerate(islice(batches_of(dataset, len(graph.inputs)), iterations), start=1):
+    for done, batch in enumerate(islice(samples_of(dataset, graph), iterations), start=1):
         check_shapes(graph, batch, f"batch {done} of the calibration set")
         observation.update(*batch)
         if progress is not None:
@@ -188,6 +218,18 @@ def calibrate(
     ranges = observation.ranges()
     warnings = dict.fromkeys([*plan.warnings, *observation.warnings(ranges)])
     return replace(plan.with_ranges(ranges), warnings=list(warnings))
+
+
+def keep_trained(plan: QuantPlan, calibrated: QuantPlan) -> QuantPlan:
+    """The calibrated plan with the ranges and scales of `plan` where those were trained: the weights have grown
+    together with them, and they are not measured anew.
+
+    Args:
+        plan: of the trained network.
+        calibrated: the same with the ranges that observers have found.
+    """
+    trained = {name: span for name, span in plan.ranges().items() if plan.groups[name].scale is not None}
+    return replace(plan.with_ranges({**calibrated.ranges(), **trained}), warnings=calibrated.warnings)
 
 
 def relative_error(answers: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:

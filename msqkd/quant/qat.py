@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Union
 
+import mindspore as ms
 import numpy as np
 from mindspore import nn
 
@@ -77,8 +78,27 @@ def with_dropout(graph: Graph, places: Sequence[DropoutPlace]) -> Graph:
     return result
 
 
+PHASES = "quantization.phases"
+"""The parameter of a QuantCell that says in a checkpoint what is quantised."""
+
+_CODES = (OFF, OBSERVE, QUANTIZE, FOLLOW)  # a quantiser's number is 1 + the place here + 8 · bits
+_Quantizer = Union[FakeQuantActivation, FakeQuantDynamic, FakeQuantWeight]
+
+
+class _Phases(nn.Cell):
+    """Holds the phases of a cell as a parameter, so that a checkpoint has them."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.phases = ms.Parameter(ms.Tensor(np.zeros(size, np.int32)), name="phases", requires_grad=False)
+
+
 class QuantCell(nn.Cell):
     """Base of the generated quantised cell; `quantize_cell` builds it.
+
+    A checkpoint of it says what was quantised when it was saved, and a cell that loads one quantises the same. Where a
+    checkpoint of an earlier version does not say so, `set_phase` or `set_step` must, before the cell computes in
+    evaluation mode.
 
     Attributes:
         source_graph: a copy of the captured graph, whose parameters `sync` brings up to date.
@@ -86,6 +106,7 @@ class QuantCell(nn.Cell):
         batchnorm: fold, freeze or live.
         folded_graph: the graph the cell was built from, without dropout.
         schedule: what is in force at which step.
+        is_trainable: it was built for training, with the observers of training.
     """
 
     source_graph: Graph
@@ -93,14 +114,29 @@ class QuantCell(nn.Cell):
     batchnorm: str
     folded_graph: Graph
     batchnorm_frozen: bool
+    quantizers: dict[str, FakeQuantActivation]
+    dynamic_quantizers: dict[str, FakeQuantDynamic]
+    weight_quantizers: dict[str, FakeQuantWeight]
+    schedule: QatSchedule
+    starts: dict[str, int]
+    quantization: _Phases
+    noted_phases: np.ndarray
+    is_told: bool
+    is_trainable: bool
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Compute the network.
 
         Raises:
             DataError: an input has other sizes than the example that the network was captured with.
+            PlanError: in evaluation mode, the ranges come from a checkpoint that does not say what is quantised.
         """
         check_shapes(self.source_graph, inputs, "the batch")
+        self._follow_checkpoint()
+        if self.training:
+            self.is_told = True  # it observes for itself
+        elif not self.is_told:
+            self._check_ranges()
         return super().__call__(*inputs, **named)
 
     def setup(
@@ -120,6 +156,72 @@ class QuantCell(nn.Cell):
         self.quantizers, self.dynamic_quantizers = dict(quantizers), dict(dynamic)
         self.weight_quantizers, self.schedule = dict(weights), schedule
         self.starts = _starts(trained, plan, schedule)
+        self.is_told = False
+        self.quantization = _Phases(len(self._all_quantizers()) + 1)
+        parameter = self.quantization.phases
+
+        def set_data(data: Any, slice_shape: bool = False) -> Any:
+            ms.Parameter.set_data(parameter, data, slice_shape)
+            self.is_told = True
+            self._follow_checkpoint()
+            return parameter
+
+        # Whoever loads a checkpoint comes by here; in GRAPH_MODE a cell inside others is not called by Python.
+        parameter.set_data = set_data
+        self.noted_phases = np.zeros(0, np.int32)
+        self._note_phases()
+
+    def _all_quantizers(self) -> list[_Quantizer]:
+        return [*self.quantizers.values(), *self.dynamic_quantizers.values(), *self.weight_quantizers.values()]
+
+    def _codes(self) -> np.ndarray:
+        """The phases as numbers: one a quantiser, and whether BatchNorm's statistics stand still."""
+
+        def code(quantizer: _Quantizer) -> int:
+            bits = quantizer.quant.bits if isinstance(quantizer, FakeQuantDynamic) else quantizer.bits
+            return 1 + _CODES.index(quantizer.phase_of_quant) + 8 * bits
+
+        return np.array([*map(code, self._all_quantizers()), 1 + self.batchnorm_frozen], np.int32)
+
+    def _note_phases(self) -> None:
+        """Let the parameter say what is in force."""
+        codes = self._codes()
+        if not np.array_equal(codes, self.noted_phases):
+            ms.Parameter.set_data(self.quantization.phases, ms.Tensor(codes))
+            self.noted_phases = codes
+
+    def _follow_checkpoint(self) -> None:
+        """Bring every quantiser to the phase that the parameter says, where a checkpoint has changed it.
+
+        What belongs to a phase (scales, zero points, trained step sizes) came from the checkpoint too.
+        """
+        codes = self.quantization.phases.asnumpy()
+        if np.array_equal(codes, self.noted_phases):
+            return
+        self.noted_phases = codes.copy()
+        for quantizer, code in zip(self._all_quantizers(), codes.tolist()):
+            bits, place = divmod(code - 1, 8)
+            quantizer.phase_of_quant = _CODES[place]
+            if isinstance(quantizer, (FakeQuantActivation, FakeQuantWeight)):
+                quantizer.set_bits(bits)
+            if isinstance(quantizer, FakeQuantActivation):
+                quantizer.bits_in_force = bits
+        self.batchnorm_frozen = bool(codes[-1] == 2)
+        self.is_told = True
+        forget_compilations(self)
+
+    def _check_ranges(self) -> None:
+        """Refuse to compute in float what has ranges from nobody knows where."""
+        for name, quantizer in self.group_quantizers().items():
+            if quantizer.phase_of_quant in (QUANTIZE, FOLLOW) or quantizer.group.fixed:
+                continue
+            if quantizer.group.range is None and quantizer.range() is not None:
+                raise PlanError(
+                    f"value '{name}' has a range that this cell did not find itself, and nothing says whether it is "
+                    "quantised: the checkpoint it came from was written by an earlier version of msqkd, or a training "
+                    "step of your own did not say which step it is; call set_phase('quantize') on the cell to use "
+                    "it as trained, or set_step(n) after n training steps"
+                )
 
     def group_quantizers(self) -> dict[str, FakeQuantActivation]:
         """The quantiser that holds each group's range."""
@@ -156,7 +258,9 @@ class QuantCell(nn.Cell):
             quantizer.set_bits(group.bits if group.fixed else max(group.bits, least_activation))
         changed = self._set_weights(on, least_weight) | self._set_phases(phases, dynamic)
         from_step = schedule.freeze_batchnorm
-        return changed | self._set_batchnorm(from_step is not None and step >= from_step)
+        changed |= self._set_batchnorm(from_step is not None and step >= from_step)
+        self._said()
+        return changed
 
     def set_phase(self, phase: str) -> bool:
         """Bring every activation to one phase: ``off``, ``observe`` or ``quantize``, and weights to what is deployed;
@@ -164,9 +268,15 @@ class QuantCell(nn.Cell):
         for quantizer in self.quantizers.values():
             quantizer.set_bits(quantizer.group.bits)
         changed = self._set_weights(dict.fromkeys(self.weight_quantizers, True), 0)
-        return changed | self._set_phases(
+        changed |= self._set_phases(
             dict.fromkeys(self.quantizers, phase), dict.fromkeys(self.dynamic_quantizers, phase)
         )
+        self._said()
+        return changed
+
+    def _said(self) -> None:
+        self.is_told = True
+        self._note_phases()
 
     def _set_weights(self, on: Mapping[str, bool], least_bits: int) -> bool:
         """Quantise the weights of the nodes that are `on`, to no fewer bits than given and planned."""
@@ -355,9 +465,11 @@ def quantize_cell(
     trained = with_dropout(graph, dropout)
     cell = to_cell(trained, half_precision(trained, amp_level, hooks), base=QuantCell)
     cell.setup(source.copy(), plan, batchnorm, quantizers, graph, dynamic, weights, schedule)
+    cell.is_trainable = learn
     cell.start_weights()
     if all(group.range is not None for group in plan.groups.values() if group.delay == 0):
         cell.set_step(0)
+        cell.is_told = False
     return cell
 
 

@@ -12,7 +12,8 @@ from msqkd.errors import TrainingError
 from msqkd.files import PathLike
 from msqkd.progress import Reporter
 from msqkd.quant.qat import QuantCell, advance
-from msqkd.train.state import read_archive, restore, write_archive
+from msqkd.train.decay import check_step_sizes
+from msqkd.train.state import of_state, read_archive, restore, write_archive
 from msqkd.train.step import TrainStep
 
 
@@ -49,8 +50,15 @@ class ActQuantDelay(_Counting):
         steps_done: how many steps have begun.
 
     Raises:
-        TrainingError: a delay ends within the last sink, so that what it delays would never be quantised.
+        TrainingError: a delay ends within the last sink, so that what it delays would never be quantised; or the
+            optimizer decays step sizes that are trained (`msqkd.decay_groups` leaves them out).
     """
+
+    def on_train_begin(self, run_context: Any) -> None:
+        """Look at the optimizer."""
+        super().on_train_begin(run_context)
+        network = run_context.original_args().train_network
+        check_step_sizes(network, getattr(network, "optimizer", None))
 
     def on_train_step_begin(self, run_context: Any) -> None:
         """Bring every quantiser to its phase."""
@@ -108,7 +116,9 @@ class SaveQuantized(_Counting):
         if self.delay is not None:
             self.delay.steps_done = self._done
         if isinstance(train_network, TrainStep):
-            train_network.steps_done = self._done
+            train_network.go_on(self._done)
+        elif self._done:
+            advance(train_network, self._done - 1)
         return True
 
     def on_train_step_end(self, run_context: Any) -> None:
@@ -123,7 +133,7 @@ class SaveQuantized(_Counting):
 
     def _save(self, run_context: Any) -> None:
         network = run_context.original_args().train_network
-        arrays = {parameter.name: parameter.asnumpy() for parameter in _changing(network)}
+        arrays = {parameter.name: parameter.asnumpy() for parameter in of_state(_changing(network))}
         self.steps_done = self._done
         write_archive(arrays, {"steps": self._done}, self.path)
 

@@ -18,6 +18,7 @@ import numpy as np
 from msqkd import parallel
 from msqkd.errors import CheckpointError
 from msqkd.files import PathLike, write_bytes
+from msqkd.quant.qat import PHASES
 from msqkd.train.step import TrainStep
 
 _SCHEMA = 2
@@ -80,14 +81,15 @@ def _loaded(
 ) -> History:
     _restore_network(network, key, path, arrays, meta)
     restore(_own(step, network), arrays, "opt/", path)
-    step.steps_done = int(meta["steps"])
+    step.go_on(int(meta["steps"]))
     return History.of(meta["history"])
 
 
 def share_state(step: TrainStep, network: Any, history: History) -> History:
     """Bring every worker to where worker 0 is; returns its history."""
     parallel.share_parameters([*network.get_parameters(), *_own(step, network)])
-    step.steps_done, held = parallel.from_first([step.steps_done, asdict(history)])
+    steps, held = parallel.from_first([step.steps_done, asdict(history)])
+    step.go_on(steps)
     return History.of(held)
 
 
@@ -169,12 +171,12 @@ def read_archive(path: PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]
 
 
 def restore(parameters: Iterable[Any], arrays: Mapping[str, np.ndarray], prefix: str, path: PathLike) -> None:
-    """Set every parameter to the array of its name; `path` is where they come from, for messages.
+    """Set every parameter that a state has to the array of its name; `path` is where they come from, for messages.
 
     Raises:
         CheckpointError: one is missing, or has another shape.
     """
-    for parameter in parameters:
+    for parameter in of_state(parameters):
         stored = arrays.get(prefix + parameter.name)
         if stored is None or stored.shape != tuple(parameter.shape):
             raise CheckpointError(f"{path} lacks '{parameter.name}'; remove it to start this training over")
@@ -211,5 +213,10 @@ def _own(step: TrainStep, network: Any) -> list[Any]:
     return [parameter for parameter in step.state_parameters() if id(parameter) not in known]
 
 
-def _arrays(parameters: Any) -> dict[str, np.ndarray]:
-    return {parameter.name: parameter.asnumpy() for parameter in parameters}
+def of_state(parameters: Iterable[Any]) -> list[Any]:
+    """Those of `parameters` that belong into a state: the phases of quantisers follow from the number of steps."""
+    return [parameter for parameter in parameters if not parameter.name.endswith(PHASES)]
+
+
+def _arrays(parameters: Iterable[Any]) -> dict[str, np.ndarray]:
+    return {parameter.name: parameter.asnumpy() for parameter in of_state(parameters)}

@@ -13,6 +13,7 @@ from msqkd import parallel
 from msqkd.errors import TrainingError
 from msqkd.graph.ir import Graph
 from msqkd.quant.qat import advance, forget_compilations
+from msqkd.train.decay import check_step_sizes
 from msqkd.train.statistics import SharedStatistics
 
 _gathered = ops.MultitypeFuncGraph("gathered_gradient")
@@ -66,10 +67,11 @@ class TrainStep(nn.TrainOneStepCell):
         loss_scale: for a network that computes in float16.
 
     Attributes:
-        steps_done: number of calls so far; set it when a training is resumed.
+        steps_done: number of calls so far; `go_on` sets it when a training is resumed.
 
     Raises:
-        TrainingError: at a call, where a batch cannot be cut into equal parts.
+        TrainingError: the optimizer decays step sizes that are trained (`msqkd.decay_groups` leaves them out); at a
+            call, where a batch cannot be cut into equal parts.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class TrainStep(nn.TrainOneStepCell):
         loss_scale: LossScale = LossScale(),
     ) -> None:
         super().__init__(network, optimizer)
+        check_step_sizes(self.quantized_part(), optimizer)
         self.steps_done = 0
         self.clip_grad = clip_grad
         self.not_a_number = float("nan")
@@ -112,6 +115,12 @@ class TrainStep(nn.TrainOneStepCell):
             self.statistics.share()
         self.steps_done += 1
         return loss
+
+    def go_on(self, steps: int) -> None:
+        """Go on after `steps` steps, with the quantisers as they were at the last of them."""
+        self.steps_done = steps
+        if steps and advance(self.quantized_part(), steps - 1):
+            forget_compilations(self)
 
     def _in_parts(self, inputs: tuple[Any, ...]) -> Any:
         size, rest = divmod(len(inputs[0]), self.parts)

@@ -7,7 +7,7 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 
-from msqkd.data import ArraySplit, Split, TensorSplit, fair_order, subset
+from msqkd.data import ArraySplit, Split, TensorSplit, draw, fair_order, subset
 
 SORTED = np.repeat(np.arange(5), 20)
 """Labels as in a file that was written class by class."""
@@ -79,3 +79,11 @@ def test_of_a_part_the_labels_of_the_part_count() -> None:
     part = subset(split_of(SORTED), np.arange(30, 90))
     order = fair_order(part, 0)
     assert np.bincount(SORTED[30:90][order[:12]], minlength=5).tolist() == [0, 3, 3, 3, 3]
+
+
+def test_a_few_stand_for_all() -> None:
+    split = split_of(SORTED)
+    few = draw(split, 10, seed=4)
+    assert len(few) == 10
+    assert np.bincount(few.labels).tolist() == [2, 2, 2, 2, 2]
+    assert draw(split, 100) is split

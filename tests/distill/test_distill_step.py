@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -107,13 +109,25 @@ def test_parameters_keep_their_names(mode: int) -> None:
     assert [p.name for p in step.optimizer.get_parameters()] == optimizer
 
 
-def test_the_teacher_stays_in_evaluation_mode() -> None:
+@pytest.mark.parametrize("mode_of_teacher", [True, False])
+def test_the_teacher_is_left_as_it_is_found(mode_of_teacher: bool) -> None:
+    """It answers in evaluation mode all the same, and its statistics stand still."""
     student, teacher = network(1), network(2)
+    wanted = kl(logits(network(1), training=True), logits(teacher), 4.0)
+    teacher.set_train(mode_of_teacher)
+
+    def flags() -> list[Any]:
+        cells = [(cell.training, cell.requires_grad, cell.phase) for _, cell in teacher.cells_and_names()]
+        return [*cells, *((p.name, p.requires_grad, p.asnumpy().tolist()) for p in teacher.get_parameters())]
+
+    before = flags()
     step = step_of(student, teacher)
-    for mode in (True, False, True):
+    for mode in (False, True):
         step.set_train(mode)
-        assert {cell.training for _, cell in teacher.cells_and_names()} == {False}
         assert {cell.training for _, cell in student.cells_and_names()} == {mode}
+    assert float(step(ms.Tensor(X), ms.Tensor(Y)).asnumpy()) == pytest.approx(wanted, rel=1e-4)
+    step(ms.Tensor(X), ms.Tensor(Y))
+    assert flags() == before
 
 
 def test_a_frozen_teacher_needs_no_freezing() -> None:

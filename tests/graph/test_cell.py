@@ -26,6 +26,15 @@ class Scale(nn.Cell):
         return x * self.factor
 
 
+class ScaleParameter(nn.Cell):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = ms.Parameter(ms.Tensor(np.float32(factor)), name="factor")
+
+    def construct(self, x: Any) -> Any:
+        return x * self.factor
+
+
 class Base(nn.Cell):
     """A base class of a generated cell."""
 
@@ -134,6 +143,30 @@ def test_names_that_differ_in_punctuation_only_stay_apart() -> None:
     np.testing.assert_array_equal(cell(ms.Tensor(X)).asnumpy(), h * 3 * 5 * 7 + h)
     assert {p.name for p in cell.get_parameters()} == set(graph.params)
     assert cell.training is False
+
+
+def test_hooks_of_nodes_that_differ_in_punctuation_or_script_only_stay_apart() -> None:
+    """Every hook has an attribute of its own, which MindSpore takes as the beginning of a parameter's name."""
+    graph = Graph("网络")
+    graph.inputs = [graph.add_value(Value("输入", "input", TensorType((-1, 4))))]
+    names = ["a.b", "a_b", "a_b_1", "__a", "层", "层2"]
+    graph.add_param("权重", np.ones(4, np.float32))
+    source, factor = "输入", 1.0
+    edges, values = {}, {}
+    for index, name in enumerate(names):
+        graph.add_value(Value(f"h{'.' * index}", "node", TensorType((-1, 4))))
+        graph.nodes.append(Node(name, "Mul", [source, "权重"], [f"h{'.' * index}"]))
+        source = f"h{'.' * index}"
+        edges[name, 1], values[source] = ScaleParameter(index + 2), ScaleParameter(0.5)
+        factor *= (index + 2) * 0.5
+    graph.outputs = [source]
+    graph.check()
+    cell = to_cell(graph, Hooks(edges=edges, values=values))
+    np.testing.assert_allclose(cell(ms.Tensor(X)).asnumpy(), X * factor, rtol=1e-6)
+    assert len({p.name for p in cell.get_parameters()}) == 1 + 2 * len(names)
+    assert [n for n, _ in cell.cells_and_names() if n.startswith("quant_a_b")] == [
+        "quant_a_b_input1", "quant_a_b_1_input1", "quant_a_b_1_1_input1"
+    ]  # fmt: skip
 
 
 @MODES

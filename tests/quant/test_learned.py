@@ -52,13 +52,20 @@ def gradients(cell: nn.Cell, scale: LearnedScale, x: np.ndarray, dout: np.ndarra
 
 
 def lsq_by_the_paper(
-    x: np.ndarray, s: np.ndarray, low: float, high: float, dout: np.ndarray, count: int, axes: tuple[int, ...]
+    x: np.ndarray,
+    s: np.ndarray,
+    low: float,
+    high: float,
+    dout: np.ndarray,
+    count: int,
+    axes: tuple[int, ...],
+    levels: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients of x and s by equations 3 to 5 of arXiv:1902.08153, element by element."""
+    """Gradients of x and s by equations 3 to 5 of arXiv:1902.08153, element by element; `levels` is Q_P, else high."""
     v = x.astype(np.float64) / s
     piece = np.where(v <= low, low, np.where(v >= high, high, np.rint(v) - v))
     inside = (v > low) & (v < high)
-    return dout * inside, (dout * piece).sum(axes, keepdims=True) / np.sqrt(count * high)
+    return dout * inside, (dout * piece).sum(axes, keepdims=True) / np.sqrt(count * (levels or high))
 
 
 def activation(learned: str = "lsq", non_negative: bool = False, **settings: object) -> FakeQuantActivation:
@@ -78,7 +85,8 @@ def test_lsq_of_an_activation_is_that_of_the_paper(mode: int, symmetric: bool) -
     np.testing.assert_array_equal(cell(ms.Tensor(x)).asnumpy(), qparams.fake_quantize(x))
     dx, dr = gradients(cell, cell.learned, x, dout)
     s = float(qparams.scale)
-    wanted_dx, ds = lsq_by_the_paper(x, np.float64(s), low, high, dout, 20, (0, 1, 2))
+    levels = 7 if symmetric else 15  # of signed and of unsigned data, whatever the zero point
+    wanted_dx, ds = lsq_by_the_paper(x, np.float64(s), low, high, dout, 20, (0, 1, 2), levels)
     np.testing.assert_allclose(dx, wanted_dx, rtol=1e-6)
     np.testing.assert_allclose(dr, ds.item() / s, rtol=1e-4)
 
@@ -154,6 +162,49 @@ def test_a_step_size_stays_positive() -> None:
     scale.relative.set_data(ms.Tensor(np.float32([-3.0, 0.25])))
     np.testing.assert_array_equal(scale.value(), np.float32([0.5 * LEAST, 0.5]))
     np.testing.assert_array_equal(scale().asnumpy(), scale.value())
+
+
+def test_a_step_size_at_its_floor_comes_back(mode: int) -> None:
+    """Steps that would make it negative leave it at the floor, and the momentum they had does not hold it there."""
+    scale = LearnedScale("w")
+    scale.start(np.float32(0.004), 8)
+
+    class Loss(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = scale
+
+        def construct(self, x):  # type: ignore[no-untyped-def]
+            return self.scale() * x
+
+    loss = Loss().set_train()
+    weights = ms.ParameterTuple(loss.trainable_params())
+    descent = ms.value_and_grad(loss, None, weights)
+    optimizer = nn.Momentum(loss.trainable_params(), 0.005, 0.9)
+
+    def run(slope: float, steps: int) -> list[float]:
+        found = []
+        for _ in range(steps):
+            _, gradient = descent(ms.Tensor(np.float32(slope)))
+            optimizer(gradient)
+            found.append(float(scale.value()))
+        return found
+
+    assert run(1.0, 1) == [pytest.approx(0.004 * LEAST)], "one step takes s below zero"
+    assert run(1.0, 5)[-1] == pytest.approx(0.004 * LEAST)
+    assert run(-0.1, 15)[-1] > 2 * 0.004 * LEAST
+
+
+def test_the_gradient_scale_does_not_depend_on_the_zero_point() -> None:
+    x = RNG.normal(size=(4, 25)).astype(np.float32) * 1e-3
+    found = []
+    for low, high in [(-1.5, 0.0), (-1.4, 0.1), (-0.75, 0.75), (0.0, 1.5)]:
+        cell = activation(range=(low, high))
+        inside = np.clip(x, low + 1e-6, high - 1e-6)
+        rounding = np.rint(inside / 0.1) - inside / 0.1  # what s is to change for, with a gradient of 1 a value
+        dr = gradients(cell, cell.learned, inside, np.sign(rounding).astype(np.float32))[1]
+        found.append(float(dr[0]) * 0.1 / np.abs(rounding).sum())
+    np.testing.assert_allclose(found, 1 / np.sqrt(25 * 15), rtol=1e-2)
 
 
 def test_starting_anew_keeps_what_the_optimiser_knows() -> None:
@@ -265,6 +316,24 @@ def test_without_training_scales_come_from_the_weight() -> None:
     graph, plan = planned(LSQ4)
     cell = quantize_cell(deployment_graph(graph), plan)
     assert cell.scales() == {"weights": {}, "groups": {}}
+
+
+@pytest.mark.usefixtures("graph_mode")
+def test_layers_that_differ_in_punctuation_only_have_step_sizes_of_their_own() -> None:
+    class Twins(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.a_0 = nn.SequentialCell(nn.Dense(4, 5)), nn.Dense(5, 3)
+
+        def construct(self, x):  # type: ignore[no-untyped-def]
+            return self.a_0(self.a(x))
+
+    graph = capture(Twins(), (4,))
+    plan = make_plan(deployment_graph(graph), LSQ4, [Rule("path", "a.0", {"weight.quant_dtype": 2})])
+    scales = quantize_cell(graph, plan, learn=True).scales()["weights"]
+    for name, bits in (("a.0", 2), ("a_0", 4)):
+        wanted = 2 * np.abs(graph.params[f"{name}.weight"].data).mean(1) / np.sqrt(2 ** (bits - 1) - 1)
+        np.testing.assert_allclose(scales[name], wanted, rtol=1e-6)
 
 
 def test_a_smaller_weight_has_a_smaller_scale() -> None:

@@ -275,6 +275,17 @@ def test_percentile_takes_the_whole_tail_from_one_sided_values():
     assert observed("percentile", -x, percentile=99).range(8, False) == pytest.approx((-hi, -lo), abs=0.001)
 
 
+@pytest.mark.parametrize(("shift", "percentile"), [(0.0, 99.0), (1.5, 99.0), (-0.7, 90.0), (0.3, 100.0)])
+def test_percentile_of_a_symmetric_quantiser_is_that_of_the_magnitudes(shift, percentile):
+    """`percentile` percent of the values lie within the range as it is quantised, whatever their signs."""
+    x = np.random.default_rng(2).normal(shift, 1.0, 50_000).astype(np.float32)
+    lo, hi = observed("percentile", x, percentile=percentile).range(8, True)
+    t = np.percentile(np.abs(x), percentile)
+    assert max(-lo, hi) == pytest.approx(t, abs=0.002)
+    assert (lo, hi) == pytest.approx((max(x.min(), -t), min(x.max(), t)), abs=0.002)
+    assert np.mean(np.abs(x) <= max(-lo, hi)) == pytest.approx(percentile / 100, abs=1e-3)
+
+
 def test_percentile_counts_zeros():
     x = np.concatenate([np.zeros(9000), np.arange(1, 1001)]).astype(np.float32)
     assert observed("percentile", x, percentile=95).range(8, False)[1] == pytest.approx(500, abs=2)

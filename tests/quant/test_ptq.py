@@ -134,6 +134,33 @@ def test_the_plan_given_is_not_changed(planned: tuple[Graph, QuantPlan]) -> None
     assert plan.ranges() == {}
 
 
+@pytest.mark.parametrize("kind", ["uint8", "int32", "bool"])
+def test_integers_for_a_float_input_are_refused(planned: tuple[Graph, QuantPlan], kind: str) -> None:
+    """As a recipe refuses them: pixels that were not normalised would give ranges of another network."""
+    graph, plan = planned
+    pixels = (np.abs(X) * 50).astype(kind)
+    with pytest.raises(DataError, match=f"the array for input 'x' is {kind}, the network takes float32"):
+        calibrate(graph, plan, [pixels])
+    with pytest.raises(DataError, match=f"is {kind}"):
+        quantize(create_ptq_network(Net(), calib_dataset=[pixels], example_input=(1, 6, 6)))
+    if kind == "uint8":
+        with pytest.raises(DataError, match="the first array of calib_dataset is uint8"):
+            create_ptq_network(Net(), calib_dataset=[pixels])
+
+
+def test_what_an_integer_input_takes() -> None:
+    ids = np.random.default_rng(0).integers(0, 9, (4, 3))
+    net = nn.SequentialCell(nn.Embedding(9, 4), nn.Flatten(), nn.Dense(12, 2))
+    example = (ms.Tensor(ids.astype(np.int32)),)
+    ranges = [
+        quantize(create_ptq_network(net, calib_dataset=[ids.astype(kind)], example_input=example)).ranges()
+        for kind in ("int32", "int64", "uint8")
+    ]
+    assert ranges[0] == ranges[1] == ranges[2]
+    with pytest.raises(DataError, match="is float32, the network takes int32"):
+        quantize(create_ptq_network(net, calib_dataset=[ids.astype(np.float32)], example_input=example))
+
+
 def test_what_a_dataset_may_be() -> None:
     first = X[:2]
     forms: list[Any] = [

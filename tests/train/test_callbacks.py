@@ -72,6 +72,9 @@ def test_a_training_by_model_goes_on_from_its_file(tmp_path: Path, capsys: pytes
     assert save.load(model.train_network)
     model.train(2, data(), callbacks=[delay, save], dataset_sink_mode=False)
     assert phases(cell) == {QUANTIZE}
+    evaluated, other, _, reader = made(file)
+    assert reader.load(other.train_network)
+    assert phases(evaluated) == {QUANTIZE}
     assert (delay.steps_done, save.steps_done) == (9, 9)
     expected = everything(whole)
     for name, value in everything(model).items():
@@ -102,6 +105,8 @@ def test_a_step_of_msqkd_runs_in_model_and_counts_itself(tmp_path: Path) -> None
     assert loaded.steps_done == 6
     for one, other in zip(cell.get_parameters(), again.get_parameters()):
         np.testing.assert_array_equal(one.asnumpy(), other.asnumpy(), err_msg=one.name)
+    answers = [each.set_train(False)(ms.Tensor(IMAGES)).asnumpy() for each in (cell, again)]
+    np.testing.assert_array_equal(*answers)
     assert not np.array_equal(cell.conv_weight.asnumpy(), made(tmp_path)[0].conv_weight.asnumpy())
 
 

@@ -111,7 +111,7 @@ def _fold(graph: Graph, pair: _Pair) -> None:
         old = graph.params[layer.inputs[2]]
         old.data = beta - g * (mean - old.data)
     else:
-        layer.inputs.append(graph.add_param(bias_name(layer.inputs[1]), beta - g * mean))
+        layer.inputs.append(graph.add_param(graph.unique_value(bias_name(layer.inputs[1])), beta - g * mean))
     _replace_tail(graph, pair)
 
 

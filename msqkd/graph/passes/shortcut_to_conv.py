@@ -40,7 +40,7 @@ def _rewrite(graph: Graph, pad: Node) -> None:
     weight = np.zeros((out_channels, channels, 1, 1), np.float32)
     weight[np.arange(channels) + before, np.arange(channels)] = 1.0
     name = graph.unique_node(f"{pad.cell_path}.shortcut" if pad.cell_path else "shortcut")
-    param = graph.add_param(f"{name}.weight", weight, trainable=False)
+    param = graph.add_param(graph.unique_value(f"{name}.weight"), weight, trainable=False)
     attrs: dict[str, Any] = {
         "kernel_size": (1, 1), "mode": 1, "out_channel": out_channels, "pad_mode": "valid", "pad": (0, 0, 0, 0),
         "stride": (1, 1, stride, stride), "dilation": (1, 1, 1, 1), "group": 1, "groups": 1, "format": "NCHW",

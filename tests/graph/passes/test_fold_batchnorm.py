@@ -5,7 +5,7 @@ from typing import Callable
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import nn
+from mindspore import nn, ops
 
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import to_cell
@@ -162,6 +162,31 @@ def test_what_cannot_be_folded_stays(network: Network, construct: str, left: int
     expected, found = to_cell(graph)(batch((3, 4, 4))), to_cell(folded)(batch((3, 4, 4)))
     for one, other in zip(*(r if isinstance(r, tuple) else (r,) for r in (expected, found))):
         np.testing.assert_allclose(other.asnumpy(), one.asnumpy(), rtol=1e-4, atol=1e-5)
+
+
+@MODES
+def test_a_parameter_that_has_the_name_of_the_new_bias_keeps_its_values(mode: str) -> None:
+    class Layer(nn.Cell):
+        """Adds a bias of its own behind the BatchNorm."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            rng = np.random.default_rng(0)
+            self.weight = ms.Parameter(ms.Tensor(rng.normal(size=(4, 3, 3, 3)).astype(np.float32)))
+            self.bias = ms.Parameter(ms.Tensor(rng.normal(size=(4, 1, 1)).astype(np.float32)))
+            self.norm = nn.BatchNorm2d(4)
+
+        def construct(self, x):  # type: ignore[no-untyped-def]
+            return self.norm(ops.conv2d(x, self.weight)) + self.bias
+
+    net = nn.SequentialCell(Layer(), nn.ReLU())
+    randomize(net)
+    net.set_train(False)
+    x = ms.Tensor(np.random.default_rng(1).normal(size=(2, 3, 5, 6)).astype(np.float32))
+    graph = fold_batchnorm(capture(net, (3, 5, 6)), mode)
+    graph.check()
+    assert graph.params["0.bias"].data.shape == (4, 1, 1)
+    np.testing.assert_allclose(to_cell(graph)(x).asnumpy(), net(x).asnumpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_an_unknown_mode() -> None:
