@@ -9,6 +9,7 @@ from typing import Optional
 from msqkd.errors import PlanError
 from msqkd.graph.half import HALF_OPS, float_inputs
 from msqkd.graph.ir import Graph, Node
+from msqkd.graph.passes.computed_weights import computed_from_constants
 from msqkd.graph.passes.padded_pools import NON_NEGATIVE
 from msqkd.quant import uses
 from msqkd.quant.config import (
@@ -65,6 +66,7 @@ class _Placement:
         for node in graph.nodes:
             for name in dict.fromkeys(node.inputs):
                 self.readers.setdefault(name, []).append(node)
+        self.constants = {node.name for node in computed_from_constants(graph)}
         self.supports = {node.name: self._support(node) for node in graph.nodes}
         self.verdicts: dict[str, tuple[str, str]] = {}
         self.forms: dict[str, Optional[str]] = {}
@@ -233,7 +235,7 @@ class _Placement:
 
     def _obstacle(self, node: Node, support: Int8Op) -> Optional[str]:
         tensors = self.graph.tensor_inputs(node)
-        if not tensors:
+        if not tensors or node.name in self.constants:
             return "it reads nothing that is computed"
         shape = self.graph.shape(tensors[0])
         kinds = [self.graph.values[name].type for name in (tensors[0], node.output)]

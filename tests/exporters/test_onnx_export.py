@@ -19,7 +19,7 @@ from msqkd.api import create_ptq_network, quantize
 from msqkd.errors import ExportError, MissingDependencyError, PlanError
 from msqkd.exporters.onnx import executed_kernels, export_onnx, export_onnx_float, load_onnx
 from msqkd.exporters.onnx.qdq import onnx_model
-from msqkd.exporters.onnx.runtime import session_settings
+from msqkd.exporters.onnx.runtime import LEVELS, session_settings
 from msqkd.exporters.onnx.table import supported
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import to_cell
@@ -79,6 +79,22 @@ class Encoder(nn.Cell):
         x = x + self.out(y)
         x = x + self.back(self.gelu(self.wide(self.norm2(x))))
         return self.head(x[:, 0])
+
+
+class Between(nn.Cell):
+    """Layers between two of int8: a convolution behind a pool, a transposed one, then a dense layer and a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up = nn.Conv2d(2, 6, 3), nn.Conv2dTranspose(6, 4, 3)
+        self.inner = nn.SequentialCell(nn.MaxPool2d(2, 2), nn.Conv2d(6, 6, 3, has_bias=True))
+        self.dense, self.narrow, self.head = nn.Dense(36, 8), nn.Dense(8, 8), nn.Dense(8, 3)
+        self.weight = ms.Parameter(ms.Tensor(np.zeros((8, 8), np.float32)), "weight")
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = ops.tanh(self.up(ops.tanh(self.inner(self.first(x)))))
+        x = ops.tanh(self.dense(x.reshape(-1, 36)))
+        return self.head(ops.tanh(ops.matmul(self.narrow(x), self.weight)))
 
 
 class Pieces(nn.Cell):
@@ -296,6 +312,28 @@ class Model:
 def reading(model: Model, node: Node) -> Any:
     """The operation that reads the inputs of a node of the graph."""
     return model.nodes.get(f"{node.name}.GlobalAveragePool", model.nodes[node.name])
+
+
+@pytest.mark.parametrize("precision", ["float", "weight-only"])
+def test_layers_planned_float_are_float_at_every_level_of_optimization(precision: str, tmp_path: Path) -> None:
+    net = randomise(Between())
+    for parameter in net.get_parameters():
+        if parameter.name in ("inner.1.weight", "up.weight", "dense.weight", "weight"):
+            data = parameter.asnumpy() * np.linspace(1, 0.01, parameter.shape[0]).reshape(
+                -1, *[1] * (parameter.ndim - 1)
+            )
+            parameter.set_data(ms.Tensor(data.astype(np.float32)))  # one int8 scale per tensor would show
+    rules = [Rule("path", path, {"precision": precision}) for path in ("inner", "up", "dense")]
+    rules.append(Rule("op", "MatMul", {"precision": precision}))
+    x = images(8, 2, 6, 6)
+    cell = quantised(net, x, tuple(rules), weight__per_channel=True)
+    graph, plan = cell.sync()
+    assert {node.precision for node in plan.nodes if node.op in ("Conv2DTranspose", "MatMul")} == {precision}
+    expected = cell(ms.Tensor(x)).asnumpy()
+    for stored in ("uint8", "int8"):
+        file = export_onnx(graph, plan, tmp_path / f"{stored}.onnx", stored)
+        for level in LEVELS:
+            assert steps_apart(cell, load_onnx(file, level=level)(x), expected).max() < 1.5, (stored, level)
 
 
 # -- structure ----------------------------------------------------------------------------------------------------

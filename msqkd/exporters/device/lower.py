@@ -65,8 +65,7 @@ class Lowering:
         self.program = Program(graph.name)
         self.shapes = concrete_shapes(self.graph, batch)
         self.weights = self.plan.with_weight_observers(self.graph).weights if kind != FLOAT_FILE else {}
-        on_grid(self.graph, {name: quant for name, quant in self.weights.items() if self._is_folded(name)})
-        freeze(self.graph, self.shapes)
+        freeze(self.graph, self.shapes, self.weights)
         self.precision = {node.name: node.precision for node in self.plan.nodes}
         self.fused = {node.fused_into: node.name for node in self.plan.nodes if node.fused_into}
         self.columns: dict[str, Shape] = {}  # a flattened map, in its own layout -> its (C, H, W)
@@ -266,10 +265,6 @@ class Lowering:
         perm = self.constant(f"{value}_perm", np.array(order, np.int32))
         hint = f"{value}_to{_LAYOUT_NAMES.get(layout, '_turned')}"
         self._step(hint, Step("", "Transpose", [source, perm], [target], {}, quantized=dtype == "int8"))
-
-    def _is_folded(self, name: str) -> bool:
-        """Whether the node of a stored weight reads nothing computed, so that its result is a constant."""
-        return not self.graph.tensor_inputs(self.graph.node(name))
 
     def _island(self, node: Node) -> None:
         """A step that only MindSpore can compute; sizes it asks of tensors are computed inside it."""
