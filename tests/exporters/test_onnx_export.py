@@ -227,6 +227,40 @@ class Choices(nn.Cell):
         return (*masked, *joined, *whole, *curves, *moved)
 
 
+class Promoted(nn.Cell):
+    """Operands of different data types, on (N, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mul, self.div, self.real, self.sub, self.pow = ops.Mul(), ops.Div(), ops.RealDiv(), ops.Sub(), ops.Pow()
+        self.less, self.greater, self.equal, self.differ = ops.LessEqual(), ops.Greater(), ops.Equal(), ops.NotEqual()
+        self.low, self.high, self.apart, self.rest = (
+            ops.Minimum(),
+            ops.Maximum(),
+            ops.SquaredDifference(),
+            ops.FloorMod(),
+        )
+        self.ints, self.small = ms.Tensor([3, -1, 2, 5], ms.int32), ms.Tensor([1, 2, 3, 4], ms.uint8)
+        self.mask, self.half = ms.Tensor([True, False, True, True]), ms.Tensor(0.5)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        whole, positive = x.astype(ms.int32), x > 0
+        numbers = self.mul(x, 2), self.div(x, 2), self.mul(x, True), ops.maximum(x, 0), self.pow(whole, 2), 2**x
+        tensors = (
+            x + self.ints, self.sub(self.ints, x), self.real(self.ints, x), x * self.small, x * self.mask,
+            x * positive, self.low(x, self.ints), self.high(self.small, x), self.apart(x, self.ints), self.ints**x,
+            self.rest(x, self.ints), whole / 2, whole * 2.5, self.mul(positive, self.mask),
+        )  # fmt: skip
+        chosen = ops.where(positive, x, self.ints), ops.where(self.mask, 0, x), ops.masked_fill(whole, positive, 7)
+        masks = (
+            self.less(x, self.ints), self.greater(whole, 0.5), self.equal(whole, self.ints),
+            self.differ(positive, self.mask), self.greater(positive, self.mask),
+        )  # fmt: skip
+        whole_numbers = whole // 2, whole % 3, self.rest(whole, self.ints), positive.sum(1), ops.neg(whole)
+        roots = ops.sqrt(ops.abs(whole)), ops.clamp(whole, 0, 3), ops.where(self.mask, x, self.half), nn.LogSigmoid()(x)
+        return (*numbers, *tensors, *chosen, *masks, *whole_numbers, *roots)
+
+
 class Filled(nn.Cell):
     """Constants as large as the batch, on (N, 3)."""
 
@@ -480,6 +514,7 @@ FORMS = {
     "sums": (Sums, (3, 4, 5)),
     "choices": (Choices, (3, 4, 5)),
     "filled": (Filled, (3,)),
+    "promoted": (Promoted, (4,)),
     "encoder": (Encoder, None),
 }
 
@@ -501,6 +536,7 @@ def test_every_form_answers_as_mindspore(name: str, tmp_path: Path) -> None:
         expected, found = net(ms.Tensor(batch)), run(batch)
         pairs = zip(found, expected) if isinstance(expected, tuple) else [(found, expected)]
         for one, other in pairs:
+            assert one.dtype == other.asnumpy().dtype
             np.testing.assert_allclose(one, other.asnumpy(), rtol=1e-4, atol=2e-5)
 
 
