@@ -25,7 +25,7 @@ from msqkd.files import PathLike
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.graph.mindir import read_mindir, read_model
-from msqkd.quant.integers import round_stored
+from msqkd.quant.integers import int8_grids, round_stored
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qparams import QParams, quant_limits
 
@@ -62,10 +62,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
     """
     lowered, plan = lower_for_lite(round_stored(graph, plan), plan)
     hooks = Hooks(values={}, edges={})
-    grids = {
-        (name, quant.index): quant.qparams(quant.held_in(lowered))
-        for name, quant in plan.with_weight_observers(lowered).int8_weights().items()
-    }
+    grids = {(name, plan.weights[name].index): qparams for name, qparams in int8_grids(lowered, plan).items()}
     _separate_weights(lowered, grids)
     stored = {lowered.node(name).inputs[index]: qparams for (name, index), qparams in grids.items()}
     for edge, qparams in grids.items():
