@@ -19,7 +19,7 @@ from mindspore import nn
 
 from msqkd.errors import ExportError
 from msqkd.exporters.canonical import canonical_model, on_bytes
-from msqkd.exporters.lowering import lower_for_lite, own_weight
+from msqkd.exporters.lowering import converter_plan, lower_for_lite, own_weight
 from msqkd.exporters.mindir_file import write_cell
 from msqkd.files import PathLike
 from msqkd.graph.cell import Hooks, to_cell
@@ -60,7 +60,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
         PlanError: a range is missing.
         ExportError: the file breaks one of the converter's rules, or cannot be written.
     """
-    lowered, plan = lower_for_lite(round_stored(graph, plan), plan)
+    lowered, plan = lower_for_lite(round_stored(graph, converter_plan(graph, plan)), plan)
     hooks = Hooks(values={}, edges={})
     grids = {(name, plan.weights[name].index): qparams for name, qparams in int8_grids(lowered, plan).items()}
     _separate_weights(lowered, grids)

@@ -175,6 +175,7 @@ def examine(form: Format, file: Path, network: Exported, reference: Outputs) -> 
     if not form.int8:
         return _float_file(form, file, network)
     metric, test = network.metric, network.test
+    reference = _held_in(form, network, reference)
     found = output_arrays(_tensors(form.load(file)), test, network.recipe.data.eval_batch_size)
     result = {
         **compare(found, reference, metric.is_accuracy),
@@ -182,6 +183,16 @@ def examine(form: Format, file: Path, network: Exported, reference: Outputs) -> 
     }
     _refuse_another(form, file, result, len(test), network.recipe.export.verify_tolerance)
     return result
+
+
+def _held_in(form: Format, network: Exported, reference: Outputs) -> Outputs:
+    """The outputs on the test set of the network that a file of `form` holds: `reference` where it has the plan."""
+    planned = form.planned(network.graph, network.plan)
+    if planned is network.plan:
+        return reference
+    cell = quantize_cell(network.graph, planned)
+    cell.set_phase(QUANTIZE)
+    return output_arrays(cell, network.test, network.recipe.data.eval_batch_size)
 
 
 def check_integers(file: Path, network: Exported) -> dict[str, Any]:
