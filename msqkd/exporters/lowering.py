@@ -18,8 +18,9 @@ from msqkd.exporters.lite_pools import write_padded_pools
 from msqkd.graph.ir import Graph, Node, TensorType, Value
 from msqkd.quant.config import FLOAT_PRECISION, INT8, WEIGHT_ONLY
 from msqkd.quant.plan import ActivationQuant, NodePlan, QuantPlan, WeightQuant
-from msqkd.quant.uses import is_padded_pointwise, pooling_of
+from msqkd.quant.uses import conv_windows, is_padded_pointwise, pooling_of
 from msqkd.targets import DEPTHWISE, HARD_SIGMOID, RESCALED, get_target
+from msqkd.targets.limits import is_depthwise, pad, relu6
 
 _DIRECTLY = "it is int8 in files written without the converter alone"
 _IMPORTED = ("HSwish",)
@@ -50,7 +51,8 @@ def converter_plan(graph: Graph, plan: QuantPlan) -> QuantPlan:
     refuses. In its file they are float. Their results have no parameters, so that their readers are float, too; a
     reader with a weight stores it as integers.
     """
-    written = {node.name for node in plan.nodes if node.precision == INT8 and _is_written_directly(node, plan.target)}
+    int8_nodes = [node for node in plan.nodes if node.precision == INT8]
+    written = {node.name for node in int8_nodes if _is_written_directly(graph, node, plan.target)}
     lost = {output for name in written for output in graph.node(name).outputs}
     bare = {name for name, quant in plan.activations.items() if quant.group in lost}
     if not bare:
@@ -75,10 +77,12 @@ def converter_plan(graph: Graph, plan: QuantPlan) -> QuantPlan:
     return replace(plan, nodes=nodes, weights=weights, activations=activations)
 
 
-def _is_written_directly(node: NodePlan, target: str) -> bool:
+def _is_written_directly(graph: Graph, node: NodePlan, target: str) -> bool:
     """Whether an int8 operation is int8 in files written without the converter alone."""
     support = get_target(target).ops.get(node.op)
-    return node.fused_into is None and (node.form == RESCALED or (support is not None and support.file_only))
+    few = node.op in ("Pad", "PadV3") and pad(len(graph.shape(graph.node(node.name).inputs[0]))) is not None
+    alone = node.form == RESCALED or few or (support is not None and support.file_only)
+    return node.fused_into is None and alone
 
 
 def lower_forms(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
@@ -96,6 +100,10 @@ def lower_forms(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
             _into_kernel_before(graph, plan, node)
         elif node.op == "Conv2D" and is_padded_pointwise(graph, node):
             _embed_pointwise(graph, node)
+        if node.op == "Conv2D" and node.name in plan.weights:
+            trim_taps(graph, node, plan.weights)
+        if node.op == "ReLU6" and _never_clips(plan, node):
+            node.op, node.attrs = "ReLU", {}
     graph.prune()
     graph.check()
     return graph, plan
@@ -149,6 +157,34 @@ def own_weight(graph: Graph, node: Node, index: int = 1) -> None:
     weight = node.inputs[index]
     held = graph.params[weight]
     node.inputs[index] = graph.add_param(graph.unique_value(f"{weight}.{node.name}"), held.data, held.trainable)
+
+
+def trim_taps(graph: Graph, node: Node, weights: dict[str, WeightQuant]) -> None:
+    """Leave out the outer taps of a depthwise kernel where they read nothing but padding, in place.
+
+    The runtime crashes on arm64 where such a convolution pads by more than its input has; without these taps it
+    computes the same. The weight keeps its scale.
+    """
+    windows, data = conv_windows(graph, node), graph.params[node.inputs[1]].data
+    group = int(node.attrs.get("group", 1))
+    if windows is None or not is_depthwise(data.shape[1] * group, data.shape[0], group):
+        return
+    if not windows.pads_beyond_input() or windows.trimmed() == windows:
+        return
+    (top, bottom), (left, right) = windows.taps(0), windows.taps(1)
+    if node.name in weights:
+        quant = weights[node.name].settled(data)
+        weights[node.name] = replace(quant, scale=quant.qparams(data).scale)
+    kept = data[:, :, top : bottom + 1, left : right + 1]
+    node.inputs[1] = graph.add_param(graph.unique_value(f"{node.name}.taps"), kept, trainable=False)
+    pads = windows.trimmed().pads
+    node.attrs = {**node.attrs, "kernel_size": kept.shape[2:], "pad_mode": "pad", "pad": pads, "pad_list": pads}
+
+
+def _never_clips(plan: QuantPlan, node: Node) -> bool:
+    """Whether the range of a ReLU6 ends so far below 6 that the runtime has no integer for it."""
+    qparams = plan.group_of(node.output).qparams()
+    return relu6(float(qparams.scale), int(qparams.zero_point)) is not None
 
 
 def _average_to_conv(graph: Graph, plan: QuantPlan, node: Node, decision: NodePlan) -> None:

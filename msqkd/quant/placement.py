@@ -238,7 +238,8 @@ class _Placement:
         if not tensors or node.name in self.constants:
             return "it reads nothing that is computed"
         shape = self.graph.shape(tensors[0])
-        kinds = [self.graph.values[name].type for name in (tensors[0], node.output)]
+        read = tensors if support.operands or support.joins else tensors[:1]
+        kinds = [self.graph.values[name].type for name in (*read, node.output)]
         if any(kind is not None and kind.dtype != "float32" for kind in kinds):
             odd = next(kind.dtype for kind in kinds if kind is not None and kind.dtype != "float32")
             found = f"it reads or gives {odd}, not float32"
@@ -253,7 +254,7 @@ class _Placement:
             return "what it moves is a parameter"
         if support.kind == WEIGHTED and self.graph.values[node.inputs[1]].kind != "param":
             return "its weight is computed, not a parameter"
-        use = uses.OBSTACLES.get(node.op)
+        use = uses.LIMITS[node.op] if support.limited else uses.OBSTACLES.get(node.op)
         return (use and use(self.graph, node)) or self._operand_obstacle(node, support, tensors)
 
     def _operand_obstacle(self, node: Node, support: Int8Op, tensors: list[str]) -> Optional[str]:

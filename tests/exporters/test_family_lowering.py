@@ -338,7 +338,7 @@ def test_the_marked_file_is_the_network_of_its_own_plan(name: str, tmp_path: Pat
     own = FORMATS[LITE].planned(graph, plan)
     assert own.int8_weights().keys() <= plan.int8_weights().keys()
     for found, expected in zip(outputs(load_lite(file), arrays), fake_quantised(graph, own, arrays)):
-        assert np.abs(found - expected).max() <= 0.01 * np.abs(expected).max()
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_what_reads_a_float_value_in_the_marked_file_is_float_in_its_plan() -> None:
