@@ -87,7 +87,7 @@ def is_depthwise(channels: int, outs: int, group: int) -> bool:
 def convolution(
     windows: Windows, channels: int, outs: int, group: int, per_channel: bool, arm64: bool = True
 ) -> Optional[str]:
-    """Of an int8 convolution with one weight scale, or one an output channel (`per_channel`), on `arm64` or elsewhere."""
+    """Of an int8 convolution with one weight scale, or one an output channel (`per_channel`), on `arm64` or not."""
     if is_depthwise(channels, outs, group):
         if windows.dilations[0] != windows.dilations[1]:
             # conv_depthwise_int8.c steps over the rows by the dilation of the columns.
@@ -103,8 +103,8 @@ def convolution(
         return None
     if group > 1 and per_channel:
         return (
-            f"its weight has a scale for each channel and {group} groups; the runtime refuses one weight scale a channel "
-            "in a grouped convolution that is not depthwise: quantise the weight per tensor"
+            f"its weight has a scale for each channel and {group} groups; the runtime refuses one weight scale a "
+            "channel in a grouped convolution that is not depthwise: quantise the weight per tensor"
         )
     top, bottom, left, right = windows.pads
     if windows.kernel == (1, 1) == windows.strides and not (top or left) and (bottom or right):

@@ -196,11 +196,11 @@ class Lowering:
         self.homes[node.output] = (dtype, layout)
         self.held[node.output, dtype, layout] = tensor
 
-    def between(self, like: str, shape: Sequence[int], hint: str) -> str:
-        """A value of `shape` on the way to `like`, with its type and parameters; returns its name."""
+    def between(self, like: str, shape: Sequence[int], hint: str, dtype: str = "") -> str:
+        """A value of `shape` on the way to `like`, with its type (or `dtype`) and parameters; returns its name."""
         name, kind = self.graph.unique_value(f"{like}_{hint}"), self.graph.values[like].type
         assert kind is not None
-        self.graph.add_value(Value(name, "node", TensorType(tuple(shape), kind.dtype)))
+        self.graph.add_value(Value(name, "node", TensorType(tuple(shape), dtype or kind.dtype)))
         self.shapes[name] = tuple(shape)
         if self.kind == INT8_FILE and like in self.plan.activations:
             group = self.plan.activations[like].group
