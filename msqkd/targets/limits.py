@@ -7,6 +7,7 @@ returns why the runtime cannot compute it, as a clause; None where it can.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Optional
 
@@ -127,6 +128,16 @@ def pad(rank: int) -> Optional[str]:
     if rank >= PAD_RANK:
         return None
     return f"the runtime writes beyond its buffers where it pads {rank} dimensions in int8; allowed: {PAD_RANK} or more"
+
+
+def maximum(rank: int, axes: Sequence[int]) -> Optional[str]:
+    """Of a float maximum over `axes` (counted from 0) of a tensor of `rank` dimensions."""
+    if list(axes) == [rank - 1]:
+        return None
+    return (
+        f"the runtime's maximum over the axes {list(axes)} of {rank} dimensions begins with the smallest positive "
+        "number, and gives that where all values are negative; allowed: the last axis, or the negative of a minimum"
+    )
 
 
 def relu6(scale: float, zero_point: int) -> Optional[str]:

@@ -12,6 +12,7 @@ from msqkd.exporters.device.lower import FLOAT, NATIVE, Lowering
 from msqkd.graph.ir import Node
 from msqkd.integer.program import ActivationType, ReduceMode
 from msqkd.quant.uses import axes_of
+from msqkd.targets import limits
 
 Layout = tuple[int, ...]
 _EXP = {"base": -1.0, "scale": 1.0, "shift": 0.0}
@@ -84,7 +85,7 @@ def reduction(
     """
     shape = low.program.tensors[operand].shape
     before, after = layouts
-    turns = mode == ReduceMode.MAX and list(axes) != [len(shape) - 1]
+    turns = mode == ReduceMode.MAX and limits.maximum(len(shape), axes) is not None
     names = low.constant(f"{value}_axes", np.array(axes, np.int32))
     attrs = {"mode": ReduceMode.MIN if turns else mode, "keep_dims": keep, "coeff": 1.0}
     if not turns:

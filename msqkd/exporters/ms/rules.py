@@ -346,6 +346,8 @@ def _check_reduce(place: Place) -> None:
     if not axes or len(set(axes)) != len(axes):
         place.refuse(f"its axes are {axes}; allowed are different axes, one at least")
     if not place.quantized:
+        if place.attr("mode") == ReduceMode.MAX:
+            hold(place, limits.maximum(rank, axes))
         return
     if place.attr("mode") not in [int(m) for m in ReduceMode]:
         place.refuse(
