@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Optional
 
 Pair = tuple[int, int]
@@ -128,6 +129,16 @@ def pad(rank: int) -> Optional[str]:
     if rank >= PAD_RANK:
         return None
     return f"the runtime writes beyond its buffers where it pads {rank} dimensions in int8; allowed: {PAD_RANK} or more"
+
+
+def transposed_convolution(outs: int, output: Sequence[int]) -> Optional[str]:
+    """Of a float transposed convolution with so many output channels and a result of (height, width)."""
+    if outs > 1 or prod(output) < 64 * 64:
+        return None
+    return (
+        f"the runtime's transposed convolution with one output channel is wrong for {tuple(output)} on x86; allowed: "
+        "less than 64×64 positions, or several channels"
+    )
 
 
 def maximum(rank: int, axes: Sequence[int]) -> Optional[str]:

@@ -124,6 +124,17 @@ class Largest(nn.Cell):
         return ops.ReduceMax(True)(below, (2, 3)) + ops.ArgMaxWithValue(1, True)(below)[1]
 
 
+class Grown(nn.Cell):
+    """A map of one channel and 64×64, grown to twice the size before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grow = nn.Conv2dTranspose(8, 1, 3, 2)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.grow(x)
+
+
 def depthwise(kernel: Any, **more: Any) -> nn.Cell:
     return nn.Conv2d(8, 8, kernel, group=8, has_bias=True, **more)
 
@@ -145,6 +156,7 @@ CASES: dict[str, tuple[Any, tuple[int, int], str]] = {
     "paddings of rows": (PadRows, (3, 4), "int8"),
     "paddings of vectors": (PadVectors, (3, 4), "int8"),
     "parts": (OneOf, (3, 4), "int8"),
+    "one channel of 64×64": (Grown, (32, 32), "float"),
     "maxima": (Largest, (3, 4), "float"),
 }  # fmt: skip
 

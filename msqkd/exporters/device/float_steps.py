@@ -29,6 +29,7 @@ from msqkd.graph.ir import Node
 from msqkd.integer.program import ActivationType, Format, PadMode, ReduceMode
 from msqkd.quant.integers import on_grid
 from msqkd.quant.uses import added_sizes, axes_of, is_global, is_tanh_gelu, pooling_of
+from msqkd.targets import limits
 
 _ACTIVATIONS = {
     "ReLU": ActivationType.RELU, "ReLU6": ActivationType.RELU6, "Sigmoid": ActivationType.SIGMOID,
@@ -106,6 +107,10 @@ def _transposed_conv(low: Lowering, node: Node) -> bool:
     if node.name in low.weights:
         on_grid(low.graph, {node.name: low.weights[node.name]})
     weight = _in_one_group(low.graph.params[node.inputs[1]].data, int(node.attrs["group"]))
+    wanted = low.shapes[node.output]
+    spare = limits.transposed_convolution(wanted[1], wanted[2:]) is not None
+    if spare:  # a channel of zeros, which is cut off again
+        weight = np.pad(weight, ((0, 0), (0, 1), (0, 0), (0, 0)))
     channels, outs, *kernel = weight.shape
     strides, dilations = (tuple(node.attrs[name][2:]) for name in ("stride", "dilation"))
     sides = tuple(node.attrs["pad_list"])
@@ -118,7 +123,14 @@ def _transposed_conv(low: Lowering, node: Node) -> bool:
         "output_paddings": added,
     }  # fmt: skip
     held = low.constant(node.inputs[1], weight.transpose(0, 2, 3, 1), format=Format.KHWC)
-    low.emit(node, "Conv2dTransposeFusion", [low.get(node.inputs[0], FLOAT, NHWC), held], attrs, layout=NHWC)
+    value = low.between(node.output, (wanted[0], outs, *wanted[2:]), "channels") if spare else node.output
+    low.emit(
+        node, "Conv2dTransposeFusion", [low.get(node.inputs[0], FLOAT, NHWC), held], attrs, value=value, layout=NHWC
+    )
+    if spare:
+        first = low.constant(f"{node.output}_begin", np.zeros(4, np.int32))
+        sizes = low.constant(f"{node.output}_size", np.array([-1, -1, -1, 1], np.int32))
+        low.emit(node, "SliceFusion", [low.get(value, FLOAT, NHWC), first, sizes], {"axes": (0, 1, 2, 3)}, layout=NHWC)
     return True
 
 
