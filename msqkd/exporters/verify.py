@@ -22,7 +22,7 @@ from msqkd.quant.fake_quant import QUANTIZE, FakeQuantActivation
 from msqkd.quant.plan import Group
 from msqkd.quant.ptq import relative_error
 from msqkd.quant.qparams import QParams
-from msqkd.targets import SHARED
+from msqkd.targets import SHARED, Int8Op
 from msqkd.targets.lite_arm import LITE_ARM
 from msqkd.train.evaluate import agreement
 
@@ -63,18 +63,19 @@ def load_lite(file: Path) -> Any:
 
 def _int8_nodes(graph: Graph, marked: Collection[str]) -> set[str]:
     """The operations that the converter takes for int8: those with an int8 kernel whose operands all have parameters,
-    and the activations computed in their kernels. What only moves values hands their parameters on."""
-    ops, held, found = LITE_ARM.ops, set(marked), set()
+    and the biases and activations computed in their kernels. What only moves values hands their parameters on."""
+    held = set(marked)
+    kernels: dict[str, Int8Op] = {}
     for node in graph.nodes:
-        support, source = ops.get(node.op), graph.producer(node.inputs[0])
-        before = ops.get(source.op) if source is not None and source.name in found else None
-        fused = before is not None and node.op in before.activations and node.inputs[0] not in marked
-        operands = graph.tensor_inputs(node)
-        if fused or (support is not None and not support.file_only and operands and held.issuperset(operands)):
-            found.add(node.name)
-            if support is not None and support.kind == SHARED:
+        support, source, operands = LITE_ARM.ops.get(node.op), graph.producer(node.inputs[0]), graph.tensor_inputs(node)
+        before = kernels.get(source.name) if source is not None and node.inputs[0] not in marked else None
+        if before is not None and node.op in ("BiasAdd", *before.activations):
+            kernels[node.name] = before
+        elif support is not None and not support.file_only and operands and held.issuperset(operands):
+            kernels[node.name] = support
+            if support.kind == SHARED:
                 held.update(node.outputs)
-    return found
+    return set(kernels)
 
 
 def _fixed(name: str, qparams: QParams) -> FakeQuantActivation:
