@@ -18,6 +18,10 @@ WAY_OUT = f"the format {PORTABLE} holds any operation in any form"
 """The end of a sentence that says what a format cannot hold."""
 
 
+def _as_it_is(graph: Graph, plan: QuantPlan) -> QuantPlan:
+    return plan
+
+
 @dataclass(frozen=True)
 class Format:
     """A kind of file.
@@ -35,6 +39,7 @@ class Format:
             operation.
         float16: whether it holds layers that compute in float16.
         wide: whether it rounds the inputs of dynamic layers, so that these may have 16 bits.
+        planned: (graph, plan) -> the plan of the network that the file holds, with which it is compared.
     """
 
     name: str
@@ -48,12 +53,19 @@ class Format:
     check: Optional[Callable[[Graph, QuantPlan], None]] = None
     float16: bool = False
     wide: bool = False
+    planned: Callable[[Graph, QuantPlan], QuantPlan] = _as_it_is
 
 
 def _write_lite(graph: Graph, plan: QuantPlan, path: Path) -> Path:
     from msqkd.exporters.lite import export_lite
 
     return export_lite(graph, plan, path)
+
+
+def _plan_of_lite(graph: Graph, plan: QuantPlan) -> QuantPlan:
+    from msqkd.exporters.lowering import converter_plan
+
+    return converter_plan(graph, plan)
 
 
 def _load_lite(path: Path) -> Any:
@@ -127,7 +139,7 @@ def _load_ms(path: Path) -> Any:
 _FORMATS = (
     Format(
         LITE, "MINDIR", ".mindir", "for MindSpore Lite's converter: float weights with FakeQuantParam markers",
-        ("lite_arm",), _write_lite, _load_lite,
+        ("lite_arm",), _write_lite, _load_lite, planned=_plan_of_lite,
     ),
     Format(
         PORTABLE, "MINDIR_PORTABLE", ".mindir", "for any MindSpore: int8 weights and ordinary operations",

@@ -19,13 +19,13 @@ from mindspore import nn
 
 from msqkd.errors import ExportError
 from msqkd.exporters.canonical import canonical_model, on_bytes
-from msqkd.exporters.lowering import lower_for_lite, own_weight
+from msqkd.exporters.lowering import converter_plan, lower_for_lite, own_weight
 from msqkd.exporters.mindir_file import write_cell
 from msqkd.files import PathLike
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.graph.mindir import read_mindir, read_model
-from msqkd.quant.integers import round_stored
+from msqkd.quant.integers import int8_grids, round_stored
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qparams import QParams, quant_limits
 
@@ -60,12 +60,9 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
         PlanError: a range is missing.
         ExportError: the file breaks one of the converter's rules, or cannot be written.
     """
-    lowered, plan = lower_for_lite(round_stored(graph, plan), plan)
+    lowered, plan = lower_for_lite(round_stored(graph, converter_plan(graph, plan)), plan)
     hooks = Hooks(values={}, edges={})
-    grids = {
-        (name, quant.index): quant.qparams(quant.held_in(lowered))
-        for name, quant in plan.with_weight_observers(lowered).int8_weights().items()
-    }
+    grids = {(name, plan.weights[name].index): qparams for name, qparams in int8_grids(lowered, plan).items()}
     _separate_weights(lowered, grids)
     stored = {lowered.node(name).inputs[index]: qparams for (name, index), qparams in grids.items()}
     for edge, qparams in grids.items():

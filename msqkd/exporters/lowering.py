@@ -16,22 +16,20 @@ import numpy as np
 
 from msqkd.exporters.lite_pools import write_padded_pools
 from msqkd.graph.ir import Graph, Node, TensorType, Value
-from msqkd.quant.config import INT8
+from msqkd.quant.config import FLOAT_PRECISION, INT8, WEIGHT_ONLY
 from msqkd.quant.plan import ActivationQuant, NodePlan, QuantPlan, WeightQuant
-from msqkd.quant.uses import is_padded_pointwise, pooling_of
+from msqkd.quant.uses import conv_windows, is_padded_pointwise, pooling_of
 from msqkd.targets import DEPTHWISE, HARD_SIGMOID, RESCALED, get_target
+from msqkd.targets.limits import is_depthwise, pad, relu6
 
+_DIRECTLY = "it is int8 in files written without the converter alone"
 _IMPORTED = ("HSwish",)
 """Operations found in what a network spells out that have an int8 kernel, and that the converter knows as one."""
 
 
 def lower_for_lite(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
-    """A copy of graph and plan in the forms MindSpore Lite's converter keeps int8.
-
-    What it would write in a form the runtime refuses has no parameters there: the converter keeps it float.
-    """
-    graph, plan = lower_forms(graph, plan)
-    _keep_float(graph, plan)
+    """A copy of graph and plan in the forms MindSpore Lite's converter keeps int8, as `converter_plan` has it."""
+    graph, plan = lower_forms(graph, converter_plan(graph, plan))
     write_padded_pools(graph, plan)
     for node in graph.nodes:
         if node.op in _IMPORTED:
@@ -44,6 +42,47 @@ def lower_for_lite(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
     plan.activations = {name: quant for name, quant in plan.activations.items() if name in graph.values}
     graph.check()
     return graph, plan
+
+
+def converter_plan(graph: Graph, plan: QuantPlan) -> QuantPlan:
+    """The plan of the file for MindSpore Lite's converter.
+
+    Some operations are int8 only in files written without the converter: it would write them in a form that the runtime
+    refuses. In its file they are float. Their results have no parameters, so that their readers are float, too; a
+    reader with a weight stores it as integers.
+    """
+    int8_nodes = [node for node in plan.nodes if node.precision == INT8]
+    written = {node.name for node in int8_nodes if _is_written_directly(graph, node, plan.target)}
+    lost = {output for name in written for output in graph.node(name).outputs}
+    bare = {name for name, quant in plan.activations.items() if quant.group in lost}
+    if not bare:
+        return plan
+    reading = {node.name for node in graph.nodes if bare.intersection(graph.tensor_inputs(node))}
+    nodes, weights = [], {name: quant for name, quant in plan.weights.items() if name not in written}
+    for node in plan.nodes:
+        if node.precision == INT8 and (node.name in written or (node.fused_into or node.name) in reading):
+            precision = WEIGHT_ONLY if node.name in weights else FLOAT_PRECISION
+            node = replace(node, precision=precision, reason=_DIRECTLY, fused_into=None, form=None, avoids=())
+        nodes.append(node)
+    int8 = {node.name for node in nodes if node.precision == INT8}
+    activations = {}
+    for name, quant in plan.activations.items():
+        source, readers = graph.producer(name), graph.consumers(name)
+        edges = tuple((n.name, i) for n in readers if n.name in int8 for i, read in enumerate(n.inputs) if read == name)
+        if name in bare or not (edges or (source is not None and source.name in int8)):
+            continue
+        in_float = source is None or source.name not in int8
+        mixed = in_float and (name in graph.outputs or any(reader.name not in int8 for reader in readers))
+        activations[name] = replace(quant, edges=edges if mixed else quant.edges)
+    return replace(plan, nodes=nodes, weights=weights, activations=activations)
+
+
+def _is_written_directly(graph: Graph, node: NodePlan, target: str) -> bool:
+    """Whether an int8 operation is int8 in files written without the converter alone."""
+    support = get_target(target).ops.get(node.op)
+    few = node.op in ("Pad", "PadV3") and pad(len(graph.shape(graph.node(node.name).inputs[0]))) is not None
+    alone = node.form == RESCALED or few or (support is not None and support.file_only)
+    return node.fused_into is None and alone
 
 
 def lower_forms(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
@@ -61,22 +100,13 @@ def lower_forms(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
             _into_kernel_before(graph, plan, node)
         elif node.op == "Conv2D" and is_padded_pointwise(graph, node):
             _embed_pointwise(graph, node)
+        if node.op == "Conv2D" and node.name in plan.weights:
+            trim_taps(graph, node, plan.weights)
+        if node.op == "ReLU6" and _never_clips(plan, node):
+            node.op, node.attrs = "ReLU", {}
     graph.prune()
     graph.check()
     return graph, plan
-
-
-def _keep_float(graph: Graph, plan: QuantPlan) -> None:
-    """Take the parameters from what the operations give that are int8 only in files written without the converter."""
-    ops = get_target(plan.target).ops
-    float_groups = set()
-    for decision in plan.nodes:
-        if decision.precision == INT8 and decision.fused_into is None:
-            support = ops.get(decision.op)
-            if decision.form == RESCALED or (support is not None and support.file_only):
-                float_groups.update(graph.node(decision.name).outputs)
-                plan.weights.pop(decision.name, None)
-    plan.activations = {name: quant for name, quant in plan.activations.items() if quant.group not in float_groups}
 
 
 def _reshape(
@@ -127,6 +157,34 @@ def own_weight(graph: Graph, node: Node, index: int = 1) -> None:
     weight = node.inputs[index]
     held = graph.params[weight]
     node.inputs[index] = graph.add_param(graph.unique_value(f"{weight}.{node.name}"), held.data, held.trainable)
+
+
+def trim_taps(graph: Graph, node: Node, weights: dict[str, WeightQuant]) -> None:
+    """Leave out the outer taps of a depthwise kernel where they read nothing but padding, in place.
+
+    The runtime crashes on arm64 where such a convolution pads by more than its input has; without these taps it
+    computes the same. The weight keeps its scale.
+    """
+    windows, data = conv_windows(graph, node), graph.params[node.inputs[1]].data
+    group = int(node.attrs.get("group", 1))
+    if windows is None or not is_depthwise(data.shape[1] * group, data.shape[0], group):
+        return
+    if not windows.pads_beyond_input() or windows.trimmed() == windows:
+        return
+    (top, bottom), (left, right) = windows.taps(0), windows.taps(1)
+    if node.name in weights:
+        quant = weights[node.name].settled(data)
+        weights[node.name] = replace(quant, scale=quant.qparams(data).scale)
+    kept = data[:, :, top : bottom + 1, left : right + 1]
+    node.inputs[1] = graph.add_param(graph.unique_value(f"{node.name}.taps"), kept, trainable=False)
+    pads = windows.trimmed().pads
+    node.attrs = {**node.attrs, "kernel_size": kept.shape[2:], "pad_mode": "pad", "pad": pads, "pad_list": pads}
+
+
+def _never_clips(plan: QuantPlan, node: Node) -> bool:
+    """Whether the range of a ReLU6 ends so far below 6 that the runtime has no integer for it."""
+    qparams = plan.group_of(node.output).qparams()
+    return relu6(float(qparams.scale), int(qparams.zero_point)) is not None
 
 
 def _average_to_conv(graph: Graph, plan: QuantPlan, node: Node, decision: NodePlan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -13,6 +14,7 @@ from msqkd.data import Arrays, as_tuple
 from msqkd.errors import ExportError
 from msqkd.exporters.lite import read_marked
 from msqkd.graph.cell import Hooks, to_cell
+from msqkd.graph.ir import Graph
 from msqkd.graph.passes.free_batch import free_shapes
 from msqkd.integer.program import Format, Tensor
 from msqkd.integer.registry import ARM64
@@ -20,6 +22,8 @@ from msqkd.quant.bounds import distance
 from msqkd.quant.fake_quant import QUANTIZE, FakeQuantActivation
 from msqkd.quant.plan import Group
 from msqkd.quant.qparams import QParams
+from msqkd.targets import SHARED, Int8Op
+from msqkd.targets.lite_arm import LITE_ARM
 
 
 def load_portable(file: Path) -> Callable[..., Any]:
@@ -29,6 +33,8 @@ def load_portable(file: Path) -> Callable[..., Any]:
 
 def load_lite(file: Path) -> Any:
     """The marked MindIR as a cell that rounds where the markers say, for batches of any size.
+
+    A value that is computed in float is rounded for its int8 readers alone, as the converter has it.
 
     Raises:
         ExportError: a weight in the file is not on its grid.
@@ -40,8 +46,35 @@ def load_lite(file: Path) -> Any:
         data = graph.params[name].data
         if not np.array_equal(qparams.fake_quantize(data), data):
             raise ExportError(f"{file.name}: weight '{name}' is not on the grid of its marker")
-    hooks = Hooks(values={name: _fixed(name, qparams) for name, qparams in values.items()})
-    return to_cell(graph, hooks)
+    int8 = _int8_nodes(graph, values.keys())
+    rounded: dict[str, FakeQuantActivation] = {}
+    edges: dict[tuple[str, int], FakeQuantActivation] = {}
+    for name, qparams in values.items():
+        source, readers = graph.producer(name), graph.consumers(name)
+        mixed = name in graph.outputs or any(reader.name not in int8 for reader in readers)
+        if mixed and (source is None or source.name not in int8):
+            places = [(n.name, i) for n in readers if n.name in int8 for i, read in enumerate(n.inputs) if read == name]
+            edges.update(dict.fromkeys(places, _fixed(name, qparams)))
+        else:
+            rounded[name] = _fixed(name, qparams)
+    return to_cell(graph, Hooks(values=rounded, edges=edges))
+
+
+def _int8_nodes(graph: Graph, marked: Collection[str]) -> set[str]:
+    """The operations that the converter takes for int8: those with an int8 kernel whose operands all have parameters,
+    and the biases and activations computed in their kernels. What only moves values hands their parameters on."""
+    held = set(marked)
+    kernels: dict[str, Int8Op] = {}
+    for node in graph.nodes:
+        support, source, operands = LITE_ARM.ops.get(node.op), graph.producer(node.inputs[0]), graph.tensor_inputs(node)
+        before = kernels.get(source.name) if source is not None and node.inputs[0] not in marked else None
+        if before is not None and node.op in ("BiasAdd", *before.activations):
+            kernels[node.name] = before
+        elif support is not None and not support.file_only and operands and held.issuperset(operands):
+            kernels[node.name] = support
+            if support.kind == SHARED:
+                held.update(node.outputs)
+    return set(kernels)
 
 
 def _fixed(name: str, qparams: QParams) -> FakeQuantActivation:

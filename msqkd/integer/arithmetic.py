@@ -13,6 +13,7 @@ import numpy as np
 
 from msqkd.errors import SimulationError
 from msqkd.integer.program import ActivationType
+from msqkd.targets import limits
 
 INT8_MIN, INT8_MAX = -128, 127
 _MAX_SHIFT = 31  # a shift of a 32-bit integer by more is undefined in C
@@ -197,13 +198,18 @@ def activation_bounds(activation: int, scale: float, zero_point: int) -> tuple[i
     Args:
         activation: an `ActivationType`: NONE, RELU or RELU6.
         scale, zero_point: of the output; the arithmetic is float32.
+
+    Raises:
+        SimulationError: the upper bound of a RELU6 leaves 32 bits.
     """
     low, high = INT8_MIN, INT8_MAX
     if activation in (ActivationType.RELU, ActivationType.RELU6):
         low = max(low, int(zero_point))
     if activation == ActivationType.RELU6:
-        with np.errstate(divide="ignore"):
-            six = np.float32(6) / np.float32(scale) + np.float32(zero_point)
+        objection = limits.relu6(scale, zero_point)
+        if objection:
+            raise SimulationError(f"RELU6: {objection}")
+        six = np.float32(6) / np.float32(scale) + np.float32(zero_point)
         high = int(min(float(high), float(round_half_away(six))))
     return low, high
 

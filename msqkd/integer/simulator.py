@@ -96,8 +96,7 @@ class Simulator:
     def _compute(self, step: Step, values: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
         tensors = self.program.tensors
         if step.op == ISLAND:
-            assert self.run_island is not None
-            return self.run_island(step.attrs["graph"], [values[name] for name in step.inputs])
+            return self._island(step, [values[name] for name in step.inputs])
         operands = [self._operand(step, tensors[name], values) for name in step.inputs]
         outputs = [tensors[name] for name in step.outputs]
         call = Call(step.attrs, operands, outputs, self.machine, self.program.batch == 1, step.name)
@@ -105,6 +104,20 @@ class Simulator:
             return self._kernels[step.name](call)
         except (ValueError, IndexError) as error:  # attributes or shapes that do not fit, as in a foreign file
             raise SimulationError(f"{step.name} ({step.op}) cannot be computed: {error}") from error
+
+    def _island(self, step: Step, arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        """What MindSpore computes; sample by sample where the batch of 1 is one of the numbers inside."""
+        assert self.run_island is not None
+        graph, batch = step.attrs["graph"], max(len(array) for array in arrays) if arrays else 1
+        found = self.run_island(graph, arrays)
+        single = [self.program.tensors[name].shape[:1] == (1,) for name in step.outputs]
+        if batch == 1 or not any(lone and len(array) != batch for lone, array in zip(single, found)):
+            return found
+        runs = [
+            self.run_island(graph, [array[i : i + 1] if len(array) == batch else array for array in arrays])
+            for i in range(batch)
+        ]
+        return [np.concatenate(parts) for parts in zip(*runs)]
 
     def _operand(self, step: Step, tensor: Tensor, values: Mapping[str, np.ndarray]) -> Operand:
         if (step.name, tensor.name) in self._stored:

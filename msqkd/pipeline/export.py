@@ -120,11 +120,6 @@ def _without(recipe: Recipe, name: str) -> str:
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------
-def plan_of(form: Format, graph: Graph, plan: QuantPlan) -> QuantPlan:
-    """Return the plan that a file of this format carries out, and that it is compared with."""
-    return plan
-
-
 class Files:
     """Writes the files of a network, reads each back and compares it with the network.
 
@@ -163,9 +158,8 @@ class Files:
         Raises:
             MsqkdError: the format cannot hold the trained values, or the file cannot be written.
         """
-        graph, plan = self.network.graph, self.network.plan
         file = self.place(export_name(self.network.recipe.name, form))
-        return export(graph, plan_of(form, graph, plan), file, form.name)
+        return export(self.network.graph, self.network.plan, file, form.name)
 
     def examine(self, form: Format, file: Path) -> dict[str, Any]:
         """Compare an exported file with its network; empty for a format that only the device can compute.
@@ -184,7 +178,7 @@ class Files:
         run = _tensors(form.load(file))
         if not form.int8:
             return self._float_file(form, file, run)
-        reference = self.fake(plan_of(form, self.network.graph, self.network.plan))
+        reference = self.fake(form.planned(self.network.graph, self.network.plan))
         found = self._outputs(run)
         near = distance(found, reference, metric.is_accuracy)
         excess = self._beyond(form, near, self.network.recipe.verify.bounds.excess(near))
@@ -199,7 +193,7 @@ class Files:
         if form.name == MS_FLOAT:
             cell: Any = to_cell(self.network.graph)
         else:
-            cell = quantize_cell(self.network.graph, plan_of(form, self.network.graph, self.network.plan))
+            cell = quantize_cell(self.network.graph, form.planned(self.network.graph, self.network.plan))
             cell.set_phase(OFF)
         found, reference = (output_arrays(network, few, len(few)) for network in (run, cell))
         near = distance(found, reference, self.network.metric.is_accuracy)
@@ -340,8 +334,8 @@ def check_integers(file: Path, network: Exported) -> dict[str, Any]:
     size = min(batch_size(network.graph, network.recipe.calibration.batch_size), len(network.calibration))
     batch = next(input_batches(network.calibration, size))
     machine = network.recipe.verify.machine or X86
-    plan = plan_of(FORMATS[MS], network.graph, network.plan)
-    different, total = differing_values(lite_program(network.graph, plan), read_ms(file), as_tuple(batch), machine)
+    program = lite_program(network.graph, network.plan)
+    different, total = differing_values(program, read_ms(file), as_tuple(batch), machine)
     if different:
         raise ExportError(
             f"{file.name} does not compute as the network it was written from: {different} of {total} values differ; "

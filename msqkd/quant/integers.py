@@ -15,6 +15,7 @@ from msqkd.quant.qparams import SCALE_FLOOR, QParams
 _LARGEST_RATIO = 2.0**30
 _SMALLEST_RATIO = 2.0**-30
 _BIAS_LIMIT = 2.0**30
+_SUMS = ("Conv2D", "Dense")  # operations that add an int32 bias to sums of products of integers
 _CLIPS = ("ReLU", "ReLU6")
 
 
@@ -47,6 +48,38 @@ def int8_weight(
     if bias is None:
         return integers, qparams, None
     return integers, qparams, bias_steps(bias, input_scale, qparams)
+
+
+def int8_grids(graph: Graph, plan: QuantPlan, requantised: bool = True) -> dict[str, QParams]:
+    """The parameters of the weights of int8 layers by node name, in the order of the plan.
+
+    A channel all but dead has a wider scale, as in `int8_weight`.
+
+    Args:
+        graph, plan: every range known; `graph` has the weights.
+        requantised: whether the runtime requantizes the sums to the output's scale; else it gives them back in float.
+
+    Raises:
+        PlanError: a range is missing.
+    """
+    tails = {node.fused_into: graph.node(node.name) for node in plan.nodes if node.fused_into}
+    found: dict[str, QParams] = {}
+    for name, quant in plan.with_weight_observers(graph).int8_weights().items():
+        node, tail = graph.node(name), tails.get(name)
+        weight = quant.held_in(graph)
+        if node.op not in _SUMS:
+            found[name] = quant.qparams(weight)
+            continue
+        bias = graph.params[node.inputs[2]].data if len(node.inputs) > 2 else None
+        result = node.output if tail is None else tail.output
+        output_scale = None
+        if requantised and result in plan.activations:
+            output_scale = float(plan.group_of(result).qparams().scale)
+        input_scale = float(plan.group_of(node.inputs[0]).qparams().scale)
+        found[name] = quant.qparams(
+            weight, scale_floor(weight, bias, input_scale, output_scale, per_tensor=quant.axis is None)
+        )
+    return found
 
 
 def on_grid(graph: Graph, weights: Mapping[str, WeightQuant]) -> None:

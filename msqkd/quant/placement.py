@@ -9,6 +9,7 @@ from typing import Optional
 from msqkd.errors import PlanError
 from msqkd.graph.half import HALF_OPS, float_inputs
 from msqkd.graph.ir import Graph, Node
+from msqkd.graph.passes.computed_weights import computed_from_constants
 from msqkd.graph.passes.padded_pools import NON_NEGATIVE
 from msqkd.quant import uses
 from msqkd.quant.config import (
@@ -66,6 +67,7 @@ class _Placement:
         for node in graph.nodes:
             for name in dict.fromkeys(node.inputs):
                 self.readers.setdefault(name, []).append(node)
+        self.constants = {node.name for node in computed_from_constants(graph)}
         self.supports = {node.name: self._support(node) for node in graph.nodes}
         self.masked = masked_nodes(graph)
         self.verdicts: dict[str, tuple[str, str]] = {}
@@ -237,10 +239,11 @@ class _Placement:
 
     def _obstacle(self, node: Node, support: Int8Op) -> Optional[str]:
         tensors = self.graph.tensor_inputs(node)
-        if not tensors:
+        if not tensors or node.name in self.constants:
             return "it reads nothing that is computed"
         shape = self.graph.shape(tensors[0])
-        kinds = [self.graph.values[name].type for name in (tensors[0], node.output)]
+        read = tensors if support.operands or support.joins else tensors[:1]
+        kinds = [self.graph.values[name].type for name in (*read, node.output)]
         if any(kind is not None and kind.dtype != "float32" for kind in kinds):
             odd = next(kind.dtype for kind in kinds if kind is not None and kind.dtype != "float32")
             found = f"it reads or gives {odd}, not float32"
@@ -255,7 +258,7 @@ class _Placement:
             return "what it moves is a parameter"
         if support.kind == WEIGHTED and self.graph.values[node.inputs[1]].kind != "param":
             return "its weight is computed, not a parameter"
-        use = uses.OBSTACLES.get(node.op)
+        use = uses.LIMITS[node.op] if support.limited else uses.OBSTACLES.get(node.op)
         return (use and use(self.graph, node)) or self._operand_obstacle(node, support, tensors)
 
     def _operand_obstacle(self, node: Node, support: Int8Op, tensors: list[str]) -> Optional[str]:

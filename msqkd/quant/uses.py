@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple, Optional
 
@@ -12,6 +12,8 @@ import numpy as np
 
 from msqkd.graph.ir import Graph, Node
 from msqkd.graph.passes.padded_pools import NON_NEGATIVE
+from msqkd.targets import limits
+from msqkd.targets.limits import Windows
 
 POOL_MODES = {1: "SAME", 2: "VALID"}
 """MindSpore's numbers of the padding modes, as AvgPool takes them."""
@@ -38,6 +40,27 @@ def rescale_factor(graph: Graph, node: Node) -> Optional[float]:
 def is_padded_pointwise(graph: Graph, node: Node) -> bool:
     """Whether `node` is a 1×1 convolution that pads."""
     return graph.shape(node.inputs[1])[2:] == (1, 1) and any(node.attrs["pad_list"])
+
+
+def conv_windows(graph: Graph, node: Node) -> Optional[Windows]:
+    """The windows of a convolution; None where the extents of a map are unknown."""
+    plane, output = graph.shape(node.inputs[0])[2:], graph.shape(node.output)[2:]
+    if len(plane) != 2 or min(*plane, *output) < 1:
+        return None
+    kernel, pads = graph.shape(node.inputs[1])[2:], tuple(int(side) for side in node.attrs["pad_list"])
+    strides, dilations = (tuple(node.attrs[name][2:]) for name in ("stride", "dilation"))
+    found = Windows(kernel, strides, dilations, pads, plane, output)  # type: ignore[arg-type]
+    return found.padded_same() if str(node.attrs["pad_mode"]).upper() == "SAME" else found
+
+
+def pool_windows(graph: Graph, node: Node) -> Optional[Windows]:
+    """The windows of a pool; None where the extents of a map are unknown."""
+    pool = pooling_of(graph, node)
+    plane, output = graph.shape(node.inputs[0])[2:], graph.shape(node.output)[2:]
+    if len(plane) != 2 or min(*plane, *output) < 1:
+        return None
+    found = Windows(pool.kernel, pool.strides, (1, 1), pool.sides, plane, output)  # type: ignore[arg-type]
+    return found.padded_same() if pool.mode == "SAME" else found
 
 
 def by_channel(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
@@ -280,7 +303,23 @@ def _pad(graph: Graph, node: Node) -> Optional[str]:
 
 
 def _average(graph: Graph, node: Node) -> Optional[str]:
-    return "it counts the zeros it pads with" if pooling_of(graph, node).counts_padding else None
+    if pooling_of(graph, node).counts_padding:
+        return "it counts the zeros it pads with"
+    windows = pool_windows(graph, node)
+    return None if windows is None else limits.average(windows)
+
+
+def _convolution(graph: Graph, node: Node) -> Optional[str]:
+    """In the form in which it is written: a padded 1×1 kernel embedded into zeros, taps that read nothing left out."""
+    windows, weight = conv_windows(graph, node), graph.shape(node.inputs[1])
+    if windows is None:
+        return None
+    if is_padded_pointwise(graph, node):
+        pads = tuple(side + 1 for side in windows.pads)
+        windows = replace(windows, kernel=(3, 3), dilations=(1, 1), pads=pads)  # type: ignore[arg-type]
+    group = int(node.attrs.get("group", 1))
+    # Where a scale per channel is refused, the weight has one scale.
+    return limits.convolution(windows.trimmed(), weight[1] * group, weight[0], group, per_channel=False)
 
 
 def _gather(graph: Graph, node: Node) -> Optional[str]:
@@ -329,6 +368,9 @@ OBSTACLES: dict[str, Callable[[Graph, Node], Optional[str]]] = {
     "Concat": _concat,
 }
 """By operation, why this use of it has no int8 form, as a clause; None where it has one."""
+
+LIMITS: dict[str, Callable[[Graph, Node], Optional[str]]] = {"Conv2D": _convolution}
+"""Likewise, where the kernels are those of `msqkd.targets.limits`."""
 
 
 def resize_flags(graph: Graph, node: Node) -> tuple[bool, bool]:

@@ -83,6 +83,8 @@ def _conditions(support: Int8Op) -> Iterator[str]:
         yield "operands of one shape, or (N, C, H, W) and (N, C, 1, 1)"
     if support.global_spatial:
         yield "over the whole height and width"
+    if support.limited:
+        yield "depthwise: equal dilations"
     if support.maps_only:
         yield "feature maps (N, C, H, W)"
     if support.follows:

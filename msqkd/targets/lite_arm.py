@@ -1,5 +1,6 @@
 """MindSpore Lite's int8 CPU kernels, as measured on the 2.7 runtime; its defects are avoided here, by data."""
 
+from msqkd.targets import limits
 from msqkd.targets.base import (
     DEPTHWISE,
     FREE,
@@ -97,7 +98,7 @@ LITE_ARM = Target(
     name="lite_arm",
     description="MindSpore Lite on ARM CPUs (asymmetric int8 activations, symmetric int8 weights)",
     ops={
-        "Conv2D": Int8Op("Conv2DFusion", WEIGHTED, activations=_WEIGHTED),
+        "Conv2D": Int8Op("Conv2DFusion", WEIGHTED, activations=_WEIGHTED, limited=True),
         # Written as a 1×1 convolution for the converter, the only form of a dense layer it keeps wholly int8.
         "Dense": Int8Op("MatMulFusion", WEIGHTED, activations=_WEIGHTED),
         "MatMul": _PRODUCT,
@@ -113,16 +114,26 @@ LITE_ARM = Target(
         "AvgPool": Int8Op(
             "AvgPoolFusion",
             SHARED_ROUNDED,
-            max_window=128,
+            max_window=limits.AVERAGE_WINDOW,
             large_window=DEPTHWISE,
             window_defect="average_overflow",
             avoids=("average_wraps",),
         ),
         "ReduceMean": Int8Op(
-            "Conv2DFusion", FREE, global_spatial=True, form=DEPTHWISE, max_window=2**16, avoids=("global_mean",)
+            "Conv2DFusion",
+            FREE,
+            global_spatial=True,
+            form=DEPTHWISE,
+            max_window=limits.MEAN_PLANE,
+            avoids=("global_mean",),
         ),
         "AdaptiveAvgPool2D": Int8Op(
-            "Conv2DFusion", FREE, global_spatial=True, form=DEPTHWISE, max_window=2**16, avoids=("global_mean",)
+            "Conv2DFusion",
+            FREE,
+            global_spatial=True,
+            form=DEPTHWISE,
+            max_window=limits.MEAN_PLANE,
+            avoids=("global_mean",),
         ),
         "BatchNorm": Int8Op("Conv2DFusion", FREE, activations=_RELUS, form=DEPTHWISE, maps_only=True, follows=True),
         "ReLU": Int8Op("Conv2DFusion", FREE, form=DEPTHWISE, maps_only=True, follows=True, avoids=("lone_relu",)),
@@ -132,7 +143,7 @@ LITE_ARM = Target(
             FREE,
             follows=True,
             fixed_range=(0.0, 255 / 256),
-            max_row=511,
+            max_row=limits.SOFTMAX_ROW,
             row_defect="softmax_sum",
             avoids=("softmax_parameters",),
         ),

@@ -340,17 +340,40 @@ def refused(graph: Graph, plan: QuantPlan, folder: Path, text: str, error: type[
     assert list(folder.iterdir()) == []
 
 
-def test_a_bias_beyond_32_bits(fresh: tuple[Graph, QuantPlan], tmp_path: Path) -> None:
-    graph, plan = fresh
-    graph.params[graph.node("deep").inputs[2]].data[3] = -1e9
-    refused(graph, plan, tmp_path, r"^deep: the bias -1e\+09 of channel 3 is -.* steps of the integer sum; allowed are")
+class Wide(nn.Cell):
+    """More products in one sum than 32 bits hold at their largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Dense(140_000, 1, weight_init="ones")
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.fc(x)
 
 
-def test_a_sum_beyond_32_bits(fresh: tuple[Graph, QuantPlan], tmp_path: Path) -> None:
-    graph, plan = fresh
-    input_scale, weight_scale = scales(graph, plan, "fc1")
-    graph.params[graph.node("fc1").inputs[2]].data[2] = (2**31 - 1000) * input_scale * weight_scale[2]
-    refused(graph, plan, tmp_path, "^fc1: the integer sum of channel 2 can reach")
+@pytest.mark.parametrize("weight", [1e-13, 1e-30, 0.0])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_channel_all_but_dead_keeps_its_bias(weight: float, per_channel: bool, tmp_path: Path) -> None:
+    graph, plan = planned(per_channel)
+    for name in ("deep", "fc2"):
+        graph.params[graph.node(name).inputs[1]].data[1] = weight
+        graph.params[graph.node(name).inputs[2]].data[1] = 0.75
+    program, values = simulated(graph, plan)
+    cell = quantize_cell(graph, plan)
+    cell.set_phase(QUANTIZE)
+    expected = cell(ms.Tensor(X)).asnumpy()
+    step = scales(graph, plan, "fc2")
+    np.testing.assert_allclose(values[program.outputs[0]][:, 1], 0.75, rtol=1e-4)
+    assert np.abs(values[program.outputs[0]] - expected).max() <= 8 * 127 * step[0] * step[1].max()
+    written = File(export_ascend(graph, plan, tmp_path / "net.mindir"))
+    np.testing.assert_allclose(written.run(X), values[program.outputs[0]], rtol=1e-5, atol=1e-6)
+
+
+def test_a_sum_beyond_32_bits(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(1, 140_000)).astype(np.float32)
+    config = QuantConfig(act_observer="minmax")
+    graph, plan = quantize(create_ptq_network(Wide(), config, [x], target="ascend")).sync()
+    refused(graph, plan, tmp_path, "^fc: the integer sum of channel 0 can reach")
 
 
 def test_asymmetric_activations(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from mindspore import nn, ops
 
+from msqkd.exporters import FORMATS, LITE
 from msqkd.exporters.device import FLOAT_FILE, INT8_FILE, lite_program
 from msqkd.exporters.lite import export_lite, read_marked
-from msqkd.exporters.lowering import lower_forms
+from msqkd.exporters.lowering import converter_plan, lower_forms
 from msqkd.exporters.ms.check import check_program
 from msqkd.exporters.verify import load_lite
 from msqkd.graph.capture import capture
@@ -147,6 +148,8 @@ def samples(name: str) -> Arrays:
         ids, types = generator.integers(0, 20, (3, 6)), generator.integers(0, 2, (3, 6))
         mask = np.arange(6) < np.array([[6], [4], [2]])
         return [array.astype(np.int32) for array in (ids, mask, types)]
+    if name == "Normalised":
+        return [generator.normal(size=(3, 5, 16)).astype(np.float32)]
     size = {"Vision": 8, "Detector": 16, "Shuffled": 6}[name]
     return [generator.normal(size=(3, 3, size, size)).astype(np.float32)]
 
@@ -311,3 +314,38 @@ def test_the_marked_file_leaves_to_float_what_the_converter_cannot_write(tmp_pat
     assert scaled
     assert not any(node.output in values or (node.name, 1) in weights for node in [*norms, *scaled])
     assert any(node.output in values for node in marked.nodes if node.op == "Softmax")
+
+
+class Normalised(nn.Cell):
+    """Normalised sums with wide factors in a few channels, and a number between two layers: float for the converter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up, self.down, self.last = dense(16, 16), dense(16, 32), dense(32, 16), dense(16, 4)
+        self.norm, self.relu, self.head = nn.LayerNorm((16,)), nn.ReLU(), dense(4, 3)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.first(x)
+        x = self.norm(self.down(self.relu(self.up(x))) + x)
+        x = self.relu(self.last(x))
+        return self.head(x * 0.125), x
+
+
+@pytest.mark.parametrize("name", ["Vision", "Encoder", "Detector", "Shuffled", "Normalised"])
+def test_the_marked_file_is_the_network_of_its_own_plan(name: str, tmp_path: Path) -> None:
+    graph, plan, arrays = planned(name)
+    file = export_lite(graph, plan, tmp_path / "marked.mindir", batch_size=3)
+    own = FORMATS[LITE].planned(graph, plan)
+    assert own.int8_weights().keys() <= plan.int8_weights().keys()
+    for found, expected in zip(outputs(load_lite(file), arrays), fake_quantised(graph, own, arrays)):
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_what_reads_a_float_value_in_the_marked_file_is_float_in_its_plan() -> None:
+    graph, plan, _ = planned("Normalised")
+    own = converter_plan(graph, plan)
+    assert {node.name: node.precision for node in own.nodes if node.name in ("norm", "last", "head", "up")} == {
+        "norm": "float", "last": "weight-only", "head": "weight-only", "up": "int8"
+    }  # fmt: skip
+    assert graph.node("norm").output not in own.activations
+    assert plan.node("norm").precision == plan.node("last").precision == "int8", "the plan itself stays as it is"

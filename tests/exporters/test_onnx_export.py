@@ -19,7 +19,7 @@ from msqkd.api import create_ptq_network, quantize
 from msqkd.errors import ExportError, MissingDependencyError, PlanError
 from msqkd.exporters.onnx import executed_kernels, export_onnx, export_onnx_float, load_onnx
 from msqkd.exporters.onnx.qdq import onnx_model
-from msqkd.exporters.onnx.runtime import session_settings
+from msqkd.exporters.onnx.runtime import LEVELS, session_settings
 from msqkd.exporters.onnx.table import supported
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import to_cell
@@ -79,6 +79,22 @@ class Encoder(nn.Cell):
         x = x + self.out(y)
         x = x + self.back(self.gelu(self.wide(self.norm2(x))))
         return self.head(x[:, 0])
+
+
+class Between(nn.Cell):
+    """Layers between two of int8: a convolution behind a pool, a transposed one, then a dense layer and a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up = nn.Conv2d(2, 6, 3), nn.Conv2dTranspose(6, 4, 3)
+        self.inner = nn.SequentialCell(nn.MaxPool2d(2, 2), nn.Conv2d(6, 6, 3, has_bias=True))
+        self.dense, self.narrow, self.head = nn.Dense(36, 8), nn.Dense(8, 8), nn.Dense(8, 3)
+        self.weight = ms.Parameter(ms.Tensor(np.zeros((8, 8), np.float32)), "weight")
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = ops.tanh(self.up(ops.tanh(self.inner(self.first(x)))))
+        x = ops.tanh(self.dense(x.reshape(-1, 36)))
+        return self.head(ops.tanh(ops.matmul(self.narrow(x), self.weight)))
 
 
 class Pieces(nn.Cell):
@@ -211,6 +227,40 @@ class Choices(nn.Cell):
         return (*masked, *joined, *whole, *curves, *moved)
 
 
+class Promoted(nn.Cell):
+    """Operands of different data types, on (N, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mul, self.div, self.real, self.sub, self.pow = ops.Mul(), ops.Div(), ops.RealDiv(), ops.Sub(), ops.Pow()
+        self.less, self.greater, self.equal, self.differ = ops.LessEqual(), ops.Greater(), ops.Equal(), ops.NotEqual()
+        self.low, self.high, self.apart, self.rest = (
+            ops.Minimum(),
+            ops.Maximum(),
+            ops.SquaredDifference(),
+            ops.FloorMod(),
+        )
+        self.ints, self.small = ms.Tensor([3, -1, 2, 5], ms.int32), ms.Tensor([1, 2, 3, 4], ms.uint8)
+        self.mask, self.half = ms.Tensor([True, False, True, True]), ms.Tensor(0.5)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        whole, positive = x.astype(ms.int32), x > 0
+        numbers = self.mul(x, 2), self.div(x, 2), self.mul(x, True), ops.maximum(x, 0), self.pow(whole, 2), 2**x
+        tensors = (
+            x + self.ints, self.sub(self.ints, x), self.real(self.ints, x), x * self.small, x * self.mask,
+            x * positive, self.low(x, self.ints), self.high(self.small, x), self.apart(x, self.ints), self.ints**x,
+            self.rest(x, self.ints), whole / 2, whole * 2.5, self.mul(positive, self.mask),
+        )  # fmt: skip
+        chosen = ops.where(positive, x, self.ints), ops.where(self.mask, 0, x), ops.masked_fill(whole, positive, 7)
+        masks = (
+            self.less(x, self.ints), self.greater(whole, 0.5), self.equal(whole, self.ints),
+            self.differ(positive, self.mask), self.greater(positive, self.mask),
+        )  # fmt: skip
+        whole_numbers = whole // 2, whole % 3, self.rest(whole, self.ints), positive.sum(1), ops.neg(whole)
+        roots = ops.sqrt(ops.abs(whole)), ops.clamp(whole, 0, 3), ops.where(self.mask, x, self.half), nn.LogSigmoid()(x)
+        return (*numbers, *tensors, *chosen, *masks, *whole_numbers, *roots)
+
+
 class Filled(nn.Cell):
     """Constants as large as the batch, on (N, 3)."""
 
@@ -296,6 +346,28 @@ class Model:
 def reading(model: Model, node: Node) -> Any:
     """The operation that reads the inputs of a node of the graph."""
     return model.nodes.get(f"{node.name}.GlobalAveragePool", model.nodes[node.name])
+
+
+@pytest.mark.parametrize("precision", ["float", "weight-only"])
+def test_layers_planned_float_are_float_at_every_level_of_optimization(precision: str, tmp_path: Path) -> None:
+    net = randomise(Between())
+    for parameter in net.get_parameters():
+        if parameter.name in ("inner.1.weight", "up.weight", "dense.weight", "weight"):
+            data = parameter.asnumpy() * np.linspace(1, 0.01, parameter.shape[0]).reshape(
+                -1, *[1] * (parameter.ndim - 1)
+            )
+            parameter.set_data(ms.Tensor(data.astype(np.float32)))  # one int8 scale per tensor would show
+    rules = [Rule("path", path, {"precision": precision}) for path in ("inner", "up", "dense")]
+    rules.append(Rule("op", "MatMul", {"precision": precision}))
+    x = images(8, 2, 6, 6)
+    cell = quantised(net, x, tuple(rules), weight__per_channel=True)
+    graph, plan = cell.sync()
+    assert {node.precision for node in plan.nodes if node.op in ("Conv2DTranspose", "MatMul")} == {precision}
+    expected = cell(ms.Tensor(x)).asnumpy()
+    for stored in ("uint8", "int8"):
+        file = export_onnx(graph, plan, tmp_path / f"{stored}.onnx", stored)
+        for level in LEVELS:
+            assert steps_apart(cell, load_onnx(file, level=level)(x), expected).max() < 1.5, (stored, level)
 
 
 # -- structure ----------------------------------------------------------------------------------------------------
@@ -442,6 +514,7 @@ FORMS = {
     "sums": (Sums, (3, 4, 5)),
     "choices": (Choices, (3, 4, 5)),
     "filled": (Filled, (3,)),
+    "promoted": (Promoted, (4,)),
     "encoder": (Encoder, None),
 }
 
@@ -463,6 +536,7 @@ def test_every_form_answers_as_mindspore(name: str, tmp_path: Path) -> None:
         expected, found = net(ms.Tensor(batch)), run(batch)
         pairs = zip(found, expected) if isinstance(expected, tuple) else [(found, expected)]
         for one, other in pairs:
+            assert one.dtype == other.asnumpy().dtype
             np.testing.assert_allclose(one, other.asnumpy(), rtol=1e-4, atol=2e-5)
 
 

@@ -25,6 +25,7 @@ from msqkd.exporters.verify import load_lite, load_portable
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import to_cell
 from msqkd.integer.program import Format, Tensor, TensorQuant
+from msqkd.integer.simulator import Simulator
 from msqkd.quant.config import QuantConfig, Rule, WeightQuantizer
 from msqkd.quant.fake_quant import OFF, QUANTIZE
 from msqkd.quant.placement import make_plan
@@ -223,6 +224,36 @@ def test_what_is_folded_or_left_to_mindspore_has_its_stored_weights() -> None:
         expected = answers(cell, inputs)[:1]
         np.testing.assert_allclose(Device(graph, plan)(inputs[:1])[0], expected, rtol=1e-4, atol=1e-6)
         assert np.abs(answers(to_cell(graph), inputs)[:1] - expected).max() > 1e-3
+
+
+class Positions(nn.Cell):
+    """Words, and positions whose ids are known: as a constant, as a part of one, and through a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.kinds = nn.Embedding(31, 9), nn.Embedding(12, 9), nn.Embedding(2, 9)
+        self.ids, self.project, self.head = ms.Tensor(np.arange(12)[None], ms.int32), nn.Dense(9, 9), nn.Dense(9, 5)
+
+    def construct(self, ids):  # type: ignore[no-untyped-def]
+        places = self.project(self.places(self.ids[:, :5])) + self.kinds(ops.zeros((1, 5), ms.int32))
+        return self.head(self.words(ids) + places)
+
+
+@pytest.mark.parametrize("kind", ["int8", "weight"])
+def test_tables_read_at_known_places_have_their_stored_weights(kind: str) -> None:
+    cell = calibrated(Positions(), IDS, stored(2))
+    graph, plan = cell.sync()
+    assert len(plan.stored_weights()) == 5
+    expected = answers(cell, IDS)
+    found = Simulator(lite_program(graph, plan, kind=kind)).run(IDS)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert np.abs(answers(to_cell(graph), IDS) - expected).max() > 1e-3
+
+
+def test_what_is_computed_from_parameters_alone_is_not_planned_int8() -> None:
+    graph = deployment_graph(capture(Positions(), (ms.Tensor(IDS),)))
+    plan = make_plan(graph)
+    assert (plan.node("project").precision, plan.node("head").precision) == ("float", "int8")
 
 
 def test_a_table_with_scales_that_do_not_fit_is_refused() -> None:

@@ -10,7 +10,9 @@ import numpy as np
 from msqkd.errors import ExportError
 from msqkd.graph.ir import Graph, Node
 from msqkd.integer.ascend import pack_scale
-from msqkd.quant.plan import QuantPlan, WeightQuant
+from msqkd.quant.integers import bias_steps, int8_grids
+from msqkd.quant.plan import QuantPlan
+from msqkd.quant.qparams import QParams
 from msqkd.targets.ascend import ASCEND
 
 _INT32_MAX = 2**31 - 1
@@ -63,26 +65,25 @@ def ascend_layers(graph: Graph, plan: QuantPlan) -> dict[str, AscendLayer]:
     Raises:
         PlanError: a range is missing.
         ExportError: the plan is for another target, or a layer has something the NPU cannot represent: a zero point
-            other than 0, a bias or a sum beyond 32 bits.
+            other than 0, or a sum beyond 32 bits.
     """
     if plan.target != ASCEND.name:
         raise ExportError(f"the plan is made for the target '{plan.target}'; allowed: '{ASCEND.name}'")
     relus = {node.fused_into: graph.node(node.name) for node in plan.nodes if node.fused_into}
-    quants = plan.with_weight_observers(graph).int8_weights()
+    grids = int8_grids(graph, plan, requantised=False)
     return {
-        node.name: _layer(graph, plan, node, quants[node.name], relus.get(node.name))
+        node.name: _layer(graph, plan, node, grids[node.name], relus.get(node.name))
         for node in graph.nodes
-        if node.name in quants
+        if node.name in grids
     }
 
 
-def _layer(graph: Graph, plan: QuantPlan, node: Node, quant: WeightQuant, relu: Optional[Node]) -> AscendLayer:
+def _layer(graph: Graph, plan: QuantPlan, node: Node, qparams: QParams, relu: Optional[Node]) -> AscendLayer:
     source = node.inputs[0]
     input_scale = _input_scale(plan, node, source)
     floats = graph.params[node.inputs[1]].data
-    qparams = quant.qparams(floats)
     weight, weight_scale = qparams.quantize(floats).astype(np.int8), np.atleast_1d(qparams.scale)
-    bias = _bias(graph, node, input_scale, weight_scale)
+    bias = bias_steps(graph.params[node.inputs[2]].data, float(input_scale), qparams) if len(node.inputs) > 2 else None
     _check_sums(node.name, weight, bias)
     result, name = (relu.output, relu.name) if relu is not None else (node.output, "")
     return AscendLayer(node.name, source, result, name, input_scale, weight, weight_scale, bias)
@@ -96,21 +97,6 @@ def _input_scale(plan: QuantPlan, node: Node, source: str) -> np.float32:
             "symmetric activations only (leave act_symmetric to the target, or set it to true)"
         )
     return np.float32(qparams.scale)
-
-
-def _bias(graph: Graph, node: Node, input_scale: np.float32, weight_scale: np.ndarray) -> Optional[np.ndarray]:
-    """The bias in whole steps of input scale times weight scale."""
-    if len(node.inputs) < 3:
-        return None
-    bias = graph.params[node.inputs[2]].data.astype(np.float64)
-    steps = np.rint(bias / (float(input_scale) * weight_scale.astype(np.float64)))
-    if not (np.abs(steps) <= _INT32_MAX).all():
-        channel = int(np.argmax(~(np.abs(steps) <= _INT32_MAX)))
-        raise ExportError(
-            f"{node.name}: the bias {bias[channel]:.6g} of channel {channel} is {steps[channel]:.3g} steps of the "
-            f"integer sum; allowed are {_INT32_MAX} (keep the layer float by a rule)"
-        )
-    return np.asarray(steps.astype(np.int32))
 
 
 def _check_sums(name: str, weight: np.ndarray, bias: Optional[np.ndarray]) -> None:

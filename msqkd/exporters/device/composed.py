@@ -12,6 +12,7 @@ from msqkd.exporters.device.lower import FLOAT, NATIVE, Lowering
 from msqkd.graph.ir import Node
 from msqkd.integer.program import ActivationType, ReduceMode
 from msqkd.quant.uses import axes_of
+from msqkd.targets import limits
 
 Layout = tuple[int, ...]
 _EXP = {"base": -1.0, "scale": 1.0, "shift": 0.0}
@@ -51,16 +52,51 @@ class _Steps:
 
     def reduced(self, mode: ReduceMode, axes: Sequence[int], keep: bool = True) -> tuple[str, dict[str, Any]]:
         """The axes (of the graph's own layout) of a reduction as a constant, and its attributes."""
-        order = self.layout or range(len(self.low.shapes[self.node.inputs[0]]))
-        held = np.array(sorted(list(order).index(axis) for axis in axes), np.int32)
-        name = self.low.constant(f"{self.node.output}_axes", held)
+        name = self.low.constant(f"{self.node.output}_axes", np.array(self.held(axes), np.int32))
         return name, {"mode": mode, "keep_dims": keep, "coeff": 1.0}
+
+    def held(self, axes: Sequence[int]) -> list[int]:
+        """Where the layout has axes of the graph's own layout, in order."""
+        order = list(self.layout or range(len(self.low.shapes[self.node.inputs[0]])))
+        return sorted(order.index(axis) for axis in axes)
 
     def reduce(self, mode: ReduceMode, operand: str, axes: Sequence[int]) -> str:
         """A reduction that keeps its axes."""
-        held, attrs = self.reduced(mode, axes)
-        shape = self.low.shapes[self.node.inputs[0]]
-        return self.step("ReduceFusion", [operand, held], _without(shape, axes), attrs)
+        value = self.low.between(self.node.output, _without(self.low.shapes[self.node.inputs[0]], axes), "part")
+        places = self.held(axes)
+        reduction(self.low, self.node, operand, value, mode, places, True, (self.layout, self.layout))
+        return self.low.get(value, FLOAT, self.layout)
+
+
+def reduction(
+    low: Lowering, node: Node, operand: str, value: str, mode: ReduceMode, axes: Sequence[int], keep: bool,
+    layouts: tuple[Layout, Layout],
+) -> None:  # fmt: skip
+    """A float reduction of the tensor `operand` that gives `value`.
+
+    A maximum is the negative of the minimum of the negative, unless it is over the last axis alone: the runtime's
+    begins with the smallest positive number, and gives that where all values are negative.
+
+    Args:
+        low, node: as in `msqkd.exporters.device.float_steps`.
+        operand, value: the tensor that is reduced, and the value the step gives.
+        mode, axes, keep: of the reduction; the axes are those of the tensor.
+        layouts: of the operand and of the result.
+    """
+    shape = low.program.tensors[operand].shape
+    before, after = layouts
+    turns = mode == ReduceMode.MAX and limits.maximum(len(shape), axes) is not None
+    names = low.constant(f"{value}_axes", np.array(axes, np.int32))
+    attrs = {"mode": ReduceMode.MIN if turns else mode, "keep_dims": keep, "coeff": 1.0}
+    if not turns:
+        low.emit(node, "ReduceFusion", [operand, names], attrs, value=value, layout=after)
+        return
+    minus = low.constant(f"{value}_minus", np.full(1, -1, np.float32))
+    own = tuple(shape[before.index(axis)] for axis in range(len(shape))) if before else shape
+    turned, least = low.between(value, own, "turned"), low.between(value, low.shapes[value], "least")
+    low.emit(node, "MulFusion", [operand, minus], value=turned, layout=before)
+    low.emit(node, "ReduceFusion", [low.get(turned, FLOAT, before), names], attrs, value=least, layout=after)
+    low.emit(node, "MulFusion", [low.get(least, FLOAT, after), minus], value=value, layout=after)
 
 
 def _without(shape: Sequence[int], axes: Sequence[int]) -> list[int]:
@@ -248,6 +284,6 @@ def extreme(low: Lowering, node: Node) -> bool:
     mode = ReduceMode.MAX if node.op == "ArgMaxWithValue" else ReduceMode.MIN
     keep = bool(low.graph.const(node.inputs[2]))
     steps = _Steps(low, node, low.layout(node.inputs[0]) if keep else NATIVE)
-    held, attrs = steps.reduced(mode, axes_of(low.graph, node, 1), keep)
-    low.emit(node, "ReduceFusion", [steps.source(), held], attrs, value=value, layout=steps.layout)
+    axes = steps.held(axes_of(low.graph, node, 1))
+    reduction(low, node, steps.source(), value, mode, axes, keep, (steps.layout, steps.layout))
     return True

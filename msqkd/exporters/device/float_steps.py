@@ -16,6 +16,7 @@ from msqkd.exporters.device.composed import (
     log_softmax,
     lp_norm,
     prelu,
+    reduction,
     running_sum,
     softplus,
 )
@@ -23,10 +24,12 @@ from msqkd.exporters.device.int8_steps import conv_attrs, pool_attrs
 from msqkd.exporters.device.lower import FLOAT, NATIVE, NHWC, Lowering
 from msqkd.exporters.device.moves import concat, reshape, transpose
 from msqkd.exporters.device.slices import gather, pad, resize, split, strided_slice
+from msqkd.exporters.ms.layout import DATA_TYPES
 from msqkd.graph.ir import Node
 from msqkd.integer.program import ActivationType, Format, PadMode, ReduceMode
 from msqkd.quant.integers import on_grid
 from msqkd.quant.uses import added_sizes, axes_of, is_global, is_tanh_gelu, pooling_of
+from msqkd.targets import limits
 
 _ACTIVATIONS = {
     "ReLU": ActivationType.RELU, "ReLU6": ActivationType.RELU6, "Sigmoid": ActivationType.SIGMOID,
@@ -39,7 +42,7 @@ _BINARY = {
     "RealDiv": "DivFusion", "Adds": "AddFusion", "Subs": "SubFusion", "Muls": "MulFusion", "Divs": "DivFusion",
     "Maximum": "Maximum", "Minimum": "Minimum", "SquaredDifference": "SubFusion",
 }  # fmt: skip
-_UNARY = {"Sqrt": "Sqrt", "Rsqrt": "Rsqrt", "Erf": "Erf", "Exp": "ExpFusion", "Abs": "Abs", "Log": "Log"}
+_UNARY = {"Sqrt": "Sqrt", "Erf": "Erf", "Exp": "ExpFusion", "Abs": "Abs", "Log": "Log"}
 _REDUCE = {
     "ReduceMean": ReduceMode.MEAN, "ReduceSum": ReduceMode.SUM,
     "ReduceMax": ReduceMode.MAX, "ReduceMin": ReduceMode.MIN, "ReduceProd": ReduceMode.PROD,
@@ -56,6 +59,27 @@ def _computed(low: Lowering, name: str) -> bool:
 def _is_float(low: Lowering, name: str) -> bool:
     kind = low.graph.values[name].type
     return kind is not None and kind.dtype == FLOAT
+
+
+def _dtype(low: Lowering, name: str) -> str:
+    kind = low.graph.values[name].type
+    return "" if kind is None else kind.dtype
+
+
+def _as_float(low: Lowering, node: Node, name: str) -> str:
+    """A computed value, converted where it holds whole numbers: the runtime's kernels read one type."""
+    if _is_float(low, name):
+        return name
+    value = low.between(name, low.shapes[name], "float", FLOAT)
+    _emit_cast(low, node, name, value)
+    return value
+
+
+def _emit_cast(low: Lowering, node: Node, source: str, value: str) -> None:
+    """The step that converts `source` to the type of `value`, which the runtime wants as a second operand."""
+    layout = low.layout(source)
+    kind = low.constant(f"{value}_type", np.array([DATA_TYPES[_dtype(low, value)]], np.int32))
+    low.emit(node, "Cast", [low.get(source, FLOAT, layout), kind], value=value, layout=layout)
 
 
 def _biases(low: Lowering, node: Node) -> list[str]:
@@ -83,6 +107,10 @@ def _transposed_conv(low: Lowering, node: Node) -> bool:
     if node.name in low.weights:
         on_grid(low.graph, {node.name: low.weights[node.name]})
     weight = _in_one_group(low.graph.params[node.inputs[1]].data, int(node.attrs["group"]))
+    wanted = low.shapes[node.output]
+    spare = limits.transposed_convolution(wanted[1], wanted[2:]) is not None
+    if spare:  # a channel of zeros, which is cut off again
+        weight = np.pad(weight, ((0, 0), (0, 1), (0, 0), (0, 0)))
     channels, outs, *kernel = weight.shape
     strides, dilations = (tuple(node.attrs[name][2:]) for name in ("stride", "dilation"))
     sides = tuple(node.attrs["pad_list"])
@@ -95,7 +123,14 @@ def _transposed_conv(low: Lowering, node: Node) -> bool:
         "output_paddings": added,
     }  # fmt: skip
     held = low.constant(node.inputs[1], weight.transpose(0, 2, 3, 1), format=Format.KHWC)
-    low.emit(node, "Conv2dTransposeFusion", [low.get(node.inputs[0], FLOAT, NHWC), held], attrs, layout=NHWC)
+    value = low.between(node.output, (wanted[0], outs, *wanted[2:]), "channels") if spare else node.output
+    low.emit(
+        node, "Conv2dTransposeFusion", [low.get(node.inputs[0], FLOAT, NHWC), held], attrs, value=value, layout=NHWC
+    )
+    if spare:
+        first = low.constant(f"{node.output}_begin", np.zeros(4, np.int32))
+        sizes = low.constant(f"{node.output}_size", np.array([-1, -1, -1, 1], np.int32))
+        low.emit(node, "SliceFusion", [low.get(value, FLOAT, NHWC), first, sizes], {"axes": (0, 1, 2, 3)}, layout=NHWC)
     return True
 
 
@@ -151,6 +186,10 @@ def _binary(low: Lowering, node: Node, value: str = "") -> bool:
     if not any(_computed(low, name) for name in operands) or not _is_float(low, node.output):
         return False
     rank = len(low.shapes[node.output])
+    computed = [name for name in operands if _computed(low, name)]
+    if any(_dtype(low, name) not in _CASTABLE for name in computed):
+        return False
+    operands = [_as_float(low, node, name) if name in computed else name for name in operands]
     computed = [name for name in operands if _computed(low, name)]
     fits = all(len(low.shapes[name]) == rank for name in computed)
     layout = low.common_layout(computed) if fits else NATIVE
@@ -233,8 +272,7 @@ def _cast(low: Lowering, node: Node) -> bool:
     kinds = [low.graph.values[name].type for name in (node.inputs[0], node.output)]
     if any(kind is None or kind.dtype not in _CASTABLE for kind in kinds):
         return False
-    layout = low.layout(node.inputs[0])
-    low.emit(node, "Cast", [low.get(node.inputs[0], FLOAT, layout)], layout=layout)
+    _emit_cast(low, node, node.inputs[0], node.output)
     return True
 
 
@@ -252,6 +290,16 @@ def _activation(low: Lowering, node: Node) -> bool:
 def _unary(low: Lowering, node: Node) -> bool:
     layout = low.layout(node.inputs[0])
     low.emit(node, _UNARY[node.op], [low.get(node.inputs[0], FLOAT)], layout=layout)
+    return True
+
+
+def _inverse_root(low: Lowering, node: Node) -> bool:
+    """1 / sqrt(x): the runtime's Rsqrt is the estimate of the processor, off by up to 0.2 %."""
+    root = low.between(node.output, low.shapes[node.output], "root")
+    layout = low.layout(node.inputs[0])
+    low.emit(node, "Sqrt", [low.get(node.inputs[0], FLOAT)], value=root, layout=layout)
+    one = low.constant(f"{node.output}_one", np.ones(1, np.float32))
+    low.emit(node, "DivFusion", [one, low.get(root, FLOAT, layout)], layout=layout)
     return True
 
 
@@ -274,9 +322,8 @@ def _reduce(low: Lowering, node: Node) -> bool:
     layout = NHWC if as_map else NATIVE
     if as_map:
         axes = sorted(NHWC.index(axis) for axis in axes)
-    inputs = [low.get(value, FLOAT, layout), low.constant(f"{node.output}_axes", np.array(axes, np.int32))]
-    attrs = {"mode": _REDUCE[node.op], "keep_dims": keep, "coeff": 1.0}
-    low.emit(node, "ReduceFusion", inputs, attrs, layout=layout if keep else NATIVE)
+    operand, mode = low.get(value, FLOAT, layout), _REDUCE[node.op]
+    reduction(low, node, operand, node.output, mode, axes, keep, (layout, layout if keep else NATIVE))
     return True
 
 
@@ -425,6 +472,7 @@ FLOAT_STEPS: dict[str, Callable[[Lowering, Node], bool]] = {
     "ArgMaxWithValue": extreme,
     "ArgMinWithValue": extreme,
     "AdaptiveAvgPool2D": _global_mean,
+    "Rsqrt": _inverse_root,
     "Neg": _negative,
     "Reciprocal": _reciprocal,
     "Pow": _power,

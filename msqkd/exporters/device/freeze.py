@@ -11,6 +11,8 @@ import numpy as np
 from msqkd.graph.ir import Graph, Node, Value
 from msqkd.graph.islands import cut, run_island
 from msqkd.graph.passes.computed_weights import computed_from_constants
+from msqkd.quant.integers import on_grid
+from msqkd.quant.plan import WeightQuant
 
 _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "ScalarAdd": operator.add, "ScalarSub": operator.sub, "ScalarMul": operator.mul, "ScalarDiv": operator.truediv,
@@ -21,12 +23,15 @@ FROZEN = ("Shape", *_ARITHMETIC, *_FILLED, "Zeros", "Ones")
 """Operations that give numbers or constants once the batch is known."""
 
 
-def freeze(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def freeze(graph: Graph, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, WeightQuant]) -> None:
     """Replace every size by its number, and what is computed from parameters and literals by a parameter (in place).
+
+    A weight that is stored as integers and read by such a computation is rounded to its grid first.
 
     Args:
         graph: the network.
         shapes: of every value.
+        stored: how the weights of its nodes are quantised, by node.
 
     Raises:
         CaptureError: a part of the network has a data type msqkd does not know.
@@ -39,6 +44,7 @@ def freeze(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
         _fill(graph, node, shapes)
     constant = computed_from_constants(graph)
     if constant:
+        on_grid(graph, {node.name: stored[node.name] for node in constant if node.name in stored})
         _replace(graph, constant)
     graph.prune()
 

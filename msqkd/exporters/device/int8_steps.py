@@ -164,11 +164,20 @@ def _average_pool(low: Lowering, node: Node) -> None:
 
 
 def pool_attrs(low: Lowering, node: Node) -> dict[str, Any]:
-    """Attributes of a pool."""
+    """Attributes of a pool.
+
+    Where windows are rounded up it pads as far as they reach: the runtime would begin a window in the padding behind
+    the input, which MindSpore does not.
+    """
     pool = pooling_of(low.graph, node)
+    sides = list(pool.sides)
+    for axis in (0, 1) if pool.ceil else ():
+        size, count = low.shapes[node.inputs[0]][2 + axis], low.shapes[node.output][2 + axis]
+        reach = (count - 1) * pool.strides[axis] + pool.kernel[axis]
+        sides[2 * axis + 1] = max(reach - size - sides[2 * axis], 0)
     return {
-        "kernel_size": pool.kernel, "strides": pool.strides, "pad": pool.sides, "pad_mode": _PAD_MODES[pool.mode],
-        "round_mode": int(pool.ceil), "format": Format.NHWC,
+        "kernel_size": pool.kernel, "strides": pool.strides, "pad": tuple(sides), "pad_mode": _PAD_MODES[pool.mode],
+        "round_mode": 0, "format": Format.NHWC,
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from msqkd.exporters.device.freeze import freeze
 from msqkd.exporters.device.shapes import Shape, concrete_shapes
-from msqkd.exporters.lowering import lower_forms
+from msqkd.exporters.lowering import lower_forms, trim_taps
 from msqkd.graph.ir import Graph, Node, TensorType, Value, unique_name
 from msqkd.graph.islands import cut
 from msqkd.integer.program import ISLAND, Format, Program, Step, Tensor, TensorQuant
@@ -30,6 +30,7 @@ NATIVE: tuple[int, ...] = ()
 NHWC = (0, 2, 3, 1)
 FLOAT = "float32"
 _LAYOUT_NAMES = {NATIVE: "_native", NHWC: "_map"}
+_PARTS = ("Split", "Unstack")
 _INT8_TYPE, _FLOAT_TYPE = 32, 43  # the runtime's numbers of the data types
 
 
@@ -65,9 +66,12 @@ class Lowering:
         self.program = Program(graph.name)
         self.shapes = concrete_shapes(self.graph, batch)
         self.weights = self.plan.with_weight_observers(self.graph).weights if kind != FLOAT_FILE else {}
-        on_grid(self.graph, {name: quant for name, quant in self.weights.items() if self._is_folded(name)})
-        freeze(self.graph, self.shapes)
+        freeze(self.graph, self.shapes, self.weights)
+        for node in self.graph.nodes:
+            if node.op == "Conv2D" and node.inputs[1] in self.graph.params:
+                trim_taps(self.graph, node, self.weights)
         self.precision = {node.name: node.precision for node in self.plan.nodes}
+        self._plan_unread_parts()
         self.fused = {node.fused_into: node.name for node in self.plan.nodes if node.fused_into}
         self.columns: dict[str, Shape] = {}  # a flattened map, in its own layout -> its (C, H, W)
         self.homes: dict[str, tuple[str, tuple[int, ...]]] = {}  # value -> (dtype, layout) it was computed in
@@ -90,7 +94,10 @@ class Lowering:
             elif not (node.op in FLOAT_STEPS and FLOAT_STEPS[node.op](self, node)):
                 self._island(node)
         for name in self.graph.outputs:
-            self.program.outputs.append(self.get(name, FLOAT, NATIVE))
+            tensor = self.get(name, FLOAT, NATIVE)
+            taken = tensor in self.program.outputs or tensor in self.program.inputs
+            constant = self.program.tensors[tensor].data is not None
+            self.program.outputs.append(self.copied(name, tensor) if taken or constant else tensor)
         return self.program
 
     # -- what a step asks -----------------------------------------------------------------------------------------
@@ -189,11 +196,11 @@ class Lowering:
         self.homes[node.output] = (dtype, layout)
         self.held[node.output, dtype, layout] = tensor
 
-    def between(self, like: str, shape: Sequence[int], hint: str) -> str:
-        """A value of `shape` on the way to `like`, with its type and parameters; returns its name."""
+    def between(self, like: str, shape: Sequence[int], hint: str, dtype: str = "") -> str:
+        """A value of `shape` on the way to `like`, with its type (or `dtype`) and parameters; returns its name."""
         name, kind = self.graph.unique_value(f"{like}_{hint}"), self.graph.values[like].type
         assert kind is not None
-        self.graph.add_value(Value(name, "node", TensorType(tuple(shape), kind.dtype)))
+        self.graph.add_value(Value(name, "node", TensorType(tuple(shape), dtype or kind.dtype)))
         self.shapes[name] = tuple(shape)
         if self.kind == INT8_FILE and like in self.plan.activations:
             group = self.plan.activations[like].group
@@ -207,6 +214,15 @@ class Lowering:
         name = unique_name(hint, self.program.tensors)
         data = np.ascontiguousarray(data)
         return self.program.add(Tensor(name, str(data.dtype), data.shape, data, quant, format))
+
+    def copied(self, value: str, tensor: str) -> str:
+        """A Reshape of a tensor that holds `value` to its own shape: a tensor of its own, which is returned."""
+        held = self.program.tensors[tensor]
+        name = unique_name(f"{value}_output", self.program.tensors)
+        copy = self.program.add(Tensor(name, held.dtype, held.shape, None, held.quant, perm=held.perm))
+        sizes = self.constant(f"{name}_shape", np.array(held.shape, np.int32))
+        self._step(f"{value}_copy", Step("", "Reshape", [tensor, sizes], [copy], {}))
+        return copy
 
     # -- inside -----------------------------------------------------------------------------------------------------
     def _input(self, name: str) -> None:
@@ -267,9 +283,13 @@ class Lowering:
         hint = f"{value}_to{_LAYOUT_NAMES.get(layout, '_turned')}"
         self._step(hint, Step("", "Transpose", [source, perm], [target], {}, quantized=dtype == "int8"))
 
-    def _is_folded(self, name: str) -> bool:
-        """Whether the node of a stored weight reads nothing computed, so that its result is a constant."""
-        return not self.graph.tensor_inputs(self.graph.node(name))
+    def _plan_unread_parts(self) -> None:
+        """Give the parts of an int8 value that nobody reads its parameters: the kernel computes them all the same."""
+        for node in self.graph.nodes:
+            group = self.plan.activations.get(node.inputs[0]) if len(node.outputs) > 1 else None
+            if node.op in _PARTS and group is not None and self.is_int8(node):
+                for output in node.outputs:
+                    self.plan.activations.setdefault(output, ActivationQuant(output, group.group, exact=True))
 
     def _island(self, node: Node) -> None:
         """A step that only MindSpore can compute; sizes it asks of tensors are computed inside it."""

@@ -10,7 +10,9 @@ from msqkd.exporters.device.lower import FLOAT, NATIVE, NHWC, Lowering
 from msqkd.exporters.device.moves import Layout, dtype_of
 from msqkd.graph.ir import Node
 from msqkd.quant.uses import paddings, resize_flags, slice_entries
+from msqkd.targets import limits
 
+_ZEROS = {"padding_mode": 0, "constant_value": 0.0}
 _NEAREST, _LINEAR = 1, 0
 _ASYMMETRIC, _ALIGN_CORNERS, _HALF_PIXEL = 0, 1, 2
 
@@ -142,11 +144,27 @@ def pad(low: Lowering, node: Node) -> bool:
     pairs = paddings(low.graph, node)
     if pairs is None:
         return False
+    if low.is_int8(node) and limits.pad(len(pairs)) is not None:
+        _pad_in_more_dimensions(low, node, pairs)
+        return True
     layout = low.layout(node.inputs[0])
     table = np.array([pairs[axis] for axis in layout or range(len(pairs))], np.int32)
     inputs = [low.get(node.inputs[0], dtype_of(low, node), layout), low.constant(f"{node.output}_paddings", table)]
-    low.emit(node, "PadFusion", inputs, {"padding_mode": 0, "constant_value": 0.0}, layout=layout)
+    low.emit(node, "PadFusion", inputs, _ZEROS, layout=layout)
     return True
+
+
+def _pad_in_more_dimensions(low: Lowering, node: Node, pairs: list[tuple[int, int]]) -> None:
+    """An int8 Pad of few dimensions with dimensions of size 1 behind the batch, between two Reshapes."""
+    added = limits.PAD_RANK - len(pairs)
+    source, target = low.shapes[node.inputs[0]], low.shapes[node.output]
+    before, after = (low.between(node.output, (*s[:1], *[1] * added, *s[1:]), "spread") for s in (source, target))
+    sizes = low.constant(f"{before}_shape", np.array([-1, *low.shapes[before][1:]], np.int32))
+    low.emit(node, "Reshape", [low.get(node.inputs[0], dtype_of(low, node), NATIVE), sizes], value=before)
+    table = low.constant(f"{node.output}_paddings", np.array([pairs[0], *[(0, 0)] * added, *pairs[1:]], np.int32))
+    low.emit(node, "PadFusion", [low.get(before, dtype_of(low, node)), table], _ZEROS, value=after)
+    sizes = low.constant(f"{node.output}_shape", np.array([-1, *target[1:]], np.int32))
+    low.emit(node, "Reshape", [low.get(after, dtype_of(low, node)), sizes])
 
 
 def resize(low: Lowering, node: Node) -> bool:

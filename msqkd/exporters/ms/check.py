@@ -116,6 +116,9 @@ def _check_order(program: Program) -> None:
                 )
             ready.add(name)
             computed.add(name)
+    if len(set(program.outputs)) < len(program.outputs):
+        twice = next(name for name in program.outputs if program.outputs.count(name) > 1)
+        raise ExportError(f"the output {twice!r} of the program is named twice; allowed: tensors that differ")
     for name in program.outputs:
         if name not in computed:
             raise ExportError(f"the output {name!r} of the program is computed by no step")

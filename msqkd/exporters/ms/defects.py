@@ -13,11 +13,9 @@ from typing import Callable
 import numpy as np
 
 from msqkd.exporters.ms.place import Place, listed, quant, same_quant, scale
-from msqkd.exporters.ms.rules import NEAREST
+from msqkd.exporters.ms.rules import NEAREST, hold
 from msqkd.integer.program import ActivationType, PadMode, ReduceMode
-
-_SUM_LIMIT = 128
-"""The largest window whose int8 values sum up in int16 without an overflow."""
+from msqkd.targets import limits
 
 _MEAN_STRIDE = 16
 """The arm64 kernel of a mean over a plane takes this many values at a time and reads past the end otherwise."""
@@ -60,8 +58,10 @@ def _pool(place: Place) -> None:
 def _average_pool(place: Place) -> None:
     _pool(place)
     window = place.inputs[0].shape[1:3] if place.attr("global") else place.numbers("kernel_size")
-    if math.prod(window) > _SUM_LIMIT:
-        place.refuse(f"the sum of its window {listed(window)} overflows; allowed are windows of {_SUM_LIMIT} values")
+    if math.prod(window) > limits.AVERAGE_WINDOW:
+        place.refuse(
+            f"the sum of its window {listed(window)} overflows; allowed are windows of {limits.AVERAGE_WINDOW} values"
+        )
 
 
 def _activation(place: Place) -> None:
@@ -141,6 +141,10 @@ def _move(place: Place) -> None:
         place.refuse("it copies values as they are; allowed are the same parameters before and after it")
 
 
+def _pad(place: Place) -> None:
+    hold(place, limits.pad(len(place.inputs[0].shape)))
+
+
 def _resize(place: Place) -> None:
     if place.attr("coordinate_transform_mode") not in (0, 1):
         place.refuse("the runtime ignores half-pixel coordinates in int8; allowed: asymmetric (0), aligned corners (1)")
@@ -163,6 +167,7 @@ _DEFECTS: dict[str, Callable[[Place], None]] = {
     "MulFusion": _mul,
     "DivFusion": _div,
     "Softmax": _softmax,
+    "PadFusion": _pad,
     "Transpose": _move,
     "Squeeze": _move,
     "Unsqueeze": _move,

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Callable
+from dataclasses import replace
+from typing import Callable, Optional
 
 import numpy as np
 
 from msqkd.exporters.ms import layout
 from msqkd.exporters.ms.place import Place, axis_of, listed, quant, same_quant, scale
 from msqkd.integer.program import ActivationType, Format, PadMode, ReduceMode, Tensor
+from msqkd.targets import limits
 
 CUBIC, NEAREST = 2, 1
 """Resize methods the rules know."""
@@ -152,6 +154,8 @@ def _check_integer_constants(place: Place) -> None:
 
 def _check_fused(place: Place, allowed: Sequence[ActivationType] = _FUSED) -> None:
     kind = place.attr("activation_type")
+    if place.quantized and kind == ActivationType.RELU6:
+        hold(place, limits.relu6(scale(place.output), int(quant(place.output).zero_point[0])))
     if kind not in [int(a) for a in allowed]:
         names = {int(a): a.name for a in ActivationType}
         place.refuse(
@@ -183,12 +187,33 @@ def _check_conv(place: Place) -> None:
     _check_fused(place)
     _check_bias(place, outs)
     _check_weight_scales(place, outs)
-    depthwise = group == channels == outs
-    if place.quantized and group > 1 and not depthwise and quant(weight).per_channel:
-        place.refuse(
-            f"its weight has a scale for each channel and {group} groups; the runtime allows that only where every "
-            "channel is a group of its own: quantise the weight per tensor"
-        )
+    if place.quantized:
+        windows = _windows(place, "kernel_size", "stride", "pad_list", "dilation")
+        hold(place, limits.convolution(windows, channels, outs, group, quant(weight).per_channel))
+
+
+def _windows(place: Place, kernel: str, strides: str, pads: str, dilations: str = "") -> limits.Windows:
+    """The windows of a convolution or pool, as the list of limits takes them."""
+    plane, output = place.inputs[0].shape[1:3], place.output.shape[1:3]
+    steps = place.numbers(dilations) if dilations else (1, 1)
+    found = limits.Windows(
+        _pair(place.numbers(kernel)), _pair(place.numbers(strides)), _pair(steps), (0, 0, 0, 0), _pair(plane),
+        _pair(output),
+    )  # fmt: skip
+    if place.attr("pad_mode") == PadMode.SAME:
+        return found.padded_same()
+    top, bottom, left, right = place.numbers(pads) or (0, 0, 0, 0)
+    return replace(found, pads=(top, bottom, left, right))
+
+
+def _pair(numbers: Sequence[int]) -> tuple[int, int]:
+    return numbers[0], numbers[1]
+
+
+def hold(place: Place, objection: Optional[str]) -> None:
+    """Refuse a step to which the list of limits has an objection."""
+    if objection:
+        place.refuse(objection)
 
 
 def _check_pool(place: Place) -> None:
@@ -196,6 +221,8 @@ def _check_pool(place: Place) -> None:
         place.refuse("its input has to have 4 dimensions and the format NHWC")
     if not place.attr("global"):
         _check_geometry(place, ("kernel_size", "strides"), "pad")
+        if place.op == "AvgPoolFusion":
+            hold(place, limits.average(_windows(place, "kernel_size", "strides", "pad")))
 
 
 def _check_geometry(place: Place, pairs: Sequence[str], pads: str) -> None:
@@ -319,6 +346,8 @@ def _check_reduce(place: Place) -> None:
     if not axes or len(set(axes)) != len(axes):
         place.refuse(f"its axes are {axes}; allowed are different axes, one at least")
     if not place.quantized:
+        if place.attr("mode") == ReduceMode.MAX:
+            hold(place, limits.maximum(rank, axes))
         return
     if place.attr("mode") not in [int(m) for m in ReduceMode]:
         place.refuse(
@@ -364,7 +393,9 @@ def _check_pad(place: Place) -> None:
     wanted = (len(place.inputs[0].shape), 2)
     if tuple(paddings.shape) != wanted or place.constant(1).min(initial=0) < 0:
         place.refuse(f"its paddings are {listed(paddings.shape)}; allowed is {listed(wanted)}, none below 0")
-    if place.quantized and not same_quant(place.inputs[0], place.output):
+    if not place.quantized:
+        return
+    if not same_quant(place.inputs[0], place.output):
         place.refuse("its input and output have different quantisation parameters; the runtime needs the same")
 
 

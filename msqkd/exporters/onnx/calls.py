@@ -13,6 +13,9 @@ from msqkd.exporters import WAY_OUT
 from msqkd.exporters.onnx.writer import ModelWriter
 from msqkd.graph.ir import Graph, Node
 
+_RANKS = {"b": 0, "i": 1, "u": 1, "f": 2}
+"""Kinds of numpy dtypes, in the order of MindSpore's type promotion."""
+
 
 @dataclass
 class Call:
@@ -104,6 +107,44 @@ class Call:
         names = [self.node.inputs[self._positions(argument)[0]], *self.node.inputs]
         kinds = [self.graph.values[name].type for name in names]
         return next(kind.dtype for kind in kinds if kind is not None)
+
+    def operand(self, argument: int, dtype: str) -> str:
+        """The ONNX name of a tensor argument as `dtype`: ONNX converts no operand by itself, as MindSpore does."""
+        (position,) = self._positions(argument)
+        value = self.graph.values[self.node.inputs[position]]
+        if value.kind == "const" and isinstance(value.const, (bool, int, float, np.ndarray)):
+            return self.writer.constant(np.asarray(value.const, dtype), "number")
+        name = self._tensor(position)
+        same = value.type is None or value.type.dtype == dtype
+        return name if same else self.step("Cast", name, to=self.writer.element(dtype))
+
+    def common_dtype(self, *arguments: int) -> str:
+        """The dtype to which MindSpore promotes tensor arguments of different dtypes.
+
+        Floating point wins over integers, and integers over bool. A Python number counts only if it is of a higher
+        kind than every tensor.
+        """
+        kinds, numbers = [], []
+        for argument in arguments:
+            value = self.graph.values[self.node.inputs[self._positions(argument)[0]]]
+            if value.type is not None:
+                kinds.append(np.dtype(value.type.dtype))
+            else:
+                numbers.append(np.dtype({bool: "bool", int: "int64"}.get(type(value.const), "float32")))
+        highest = max((_RANKS[kind.kind] for kind in kinds), default=-1)
+        above = [number for number in numbers if _RANKS[number.kind] > highest]
+        return str(np.result_type(*(above or [kind for kind in kinds if _RANKS[kind.kind] == highest])))
+
+    def result_dtype(self) -> str:
+        """The dtype of the first result.
+
+        Raises:
+            ExportError: it is not known.
+        """
+        kind = self.graph.values[self.node.output].type
+        if kind is None:
+            raise self.refusal("the data type of its result is not known")
+        return kind.dtype
 
     def output_shape(self) -> tuple[int, ...]:
         """The shape of the first result, -1 where it is unknown."""

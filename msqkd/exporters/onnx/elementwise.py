@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
+
 from msqkd.exporters.onnx.calls import Call
 from msqkd.exporters.onnx.table import writes
 from msqkd.quant.uses import is_tanh_gelu
@@ -22,12 +24,39 @@ _BINARY = {
 }  # fmt: skip
 
 
+_COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+_LOGIC = ("And", "Not", "Or")
+_NUMBERS = ("int32", "int64", "float16", "float32", "float64")
+"""The dtypes ONNX's arithmetic has kernels for in onnxruntime; others are computed in int32."""
+
+
 def _unary(onnx_op: str, call: Call) -> None:
-    call.emit(onnx_op, call.tensor(0))
+    call.emit(onnx_op, call.operand(0, "bool" if onnx_op in _LOGIC else call.result_dtype()))
 
 
 def _binary(onnx_op: str, call: Call) -> None:
-    call.emit(onnx_op, call.tensor(0), call.tensor(1))
+    if onnx_op in _LOGIC:
+        call.emit(onnx_op, *(call.operand(argument, "bool") for argument in (0, 1)))
+    elif onnx_op in _COMPARISONS:
+        call.emit(onnx_op, *_promoted(call))
+    else:
+        _arithmetic(onnx_op, call)
+
+
+def _promoted(call: Call) -> list[str]:
+    """The operands of a comparison, in the dtype that MindSpore promotes them to."""
+    dtype = call.common_dtype(0, 1)
+    return [call.operand(argument, dtype if dtype in _NUMBERS else "int32") for argument in (0, 1)]
+
+
+def _arithmetic(onnx_op: str, call: Call) -> None:
+    """In the dtype of the result; where ONNX has no arithmetic of that, in int32 and converted."""
+    dtype = call.result_dtype()
+    operands = [call.operand(argument, dtype if dtype in _NUMBERS else "int32") for argument in (0, 1)]
+    if dtype in _NUMBERS:
+        call.emit(onnx_op, *operands)
+    else:
+        call.emit("Cast", call.step(onnx_op, *operands), to=call.writer.element(dtype))
 
 
 for _op, _onnx_op in _UNARY.items():
@@ -44,8 +73,9 @@ def _relu6(call: Call) -> None:
 @writes("ClampScalar")
 def _clamp(call: Call) -> None:
     low, high = (call.literal(argument) for argument in (1, 2))
-    ends = ["" if end is None else call.number(end) for end in (low, high)]
-    call.emit("Clip", call.tensor(0), *ends)
+    dtype = call.result_dtype()
+    ends = ["" if end is None else call.writer.constant(np.asarray(end, dtype), "number") for end in (low, high)]
+    call.emit("Clip", call.operand(0, dtype), *ends)
 
 
 @writes("HSigmoid")
@@ -92,13 +122,13 @@ def _square(call: Call) -> None:
 
 @writes("SquaredDifference")
 def _squared_difference(call: Call) -> None:
-    apart = call.step("Sub", call.tensor(0), call.tensor(1))
+    apart = call.step("Sub", *(call.operand(argument, call.result_dtype()) for argument in (0, 1)))
     call.emit("Mul", apart, apart)
 
 
 @writes("NotEqual")
 def _not_equal(call: Call) -> None:
-    call.emit("Not", call.step("Equal", call.tensor(0), call.tensor(1)))
+    call.emit("Not", call.step("Equal", *_promoted(call)))
 
 
 @writes("AddN")
@@ -108,20 +138,24 @@ def _sum(call: Call) -> None:
 
 @writes("FloorDiv")
 def _floor_division(call: Call) -> None:
-    call.emit("Floor", _quotient(call))
+    dtype = call.result_dtype()
+    operands = [call.operand(argument, dtype) for argument in (0, 1)]
+    if dtype.startswith("float"):
+        call.emit("Floor", call.step("Div", *operands))
+    else:
+        call.emit("Div", call.step("Sub", operands[0], call.step("Mod", *operands)), operands[1])
 
 
 @writes("FloorMod")
 def _floor_rest(call: Call) -> None:
     """What a division rounded down leaves, which has the sign of the divisor."""
-    whole = call.step("Mul", call.step("Floor", _quotient(call)), call.tensor(1))
-    call.emit("Sub", call.tensor(0), whole)
-
-
-def _quotient(call: Call) -> str:
-    if not call.dtype(0).startswith("float"):
-        raise call.refusal(f"it divides numbers of {call.dtype(0)}; allowed: float")
-    return call.step("Div", call.tensor(0), call.tensor(1))
+    dtype = call.result_dtype()
+    operands = [call.operand(argument, dtype) for argument in (0, 1)]
+    if dtype.startswith("float"):
+        whole = call.step("Mul", call.step("Floor", call.step("Div", *operands)), operands[1])
+        call.emit("Sub", operands[0], whole)
+    else:
+        call.emit("Mod", *operands)
 
 
 @writes("Round")
@@ -144,20 +178,17 @@ def _rsqrt(call: Call) -> None:
 
 @writes("Select")
 def _select(call: Call) -> None:
-    call.emit("Where", call.tensor(0), call.tensor(1), call.tensor(2))
+    call.emit("Where", call.operand(0, "bool"), *(call.operand(part, call.result_dtype()) for part in (1, 2)))
 
 
 @writes("MaskedFill")
 def _masked_fill(call: Call) -> None:
-    call.emit("Where", call.tensor(1), call.tensor(2), call.tensor(0))
+    call.emit("Where", call.operand(1, "bool"), *(call.operand(part, call.result_dtype()) for part in (2, 0)))
 
 
 @writes("Cast")
 def _cast(call: Call) -> None:
-    kind = call.graph.values[call.node.output].type
-    if kind is None:
-        raise call.refusal("the data type of its result is not known")
-    call.emit("Cast", call.tensor(0), to=call.writer.element(kind.dtype))
+    call.emit("Cast", call.tensor(0), to=call.writer.element(call.result_dtype()))
 
 
 @writes("Softmax", "LogSoftmax")

@@ -14,6 +14,10 @@ integers there is ``int8``.
 A runtime makes an int8 kernel of a layer only where QuantizeLinear follows it at once, or behind an activation that the
 saturation of the quantiser makes superfluous. Where neither holds (a symmetric ReLU, fewer than 8 bits) a second pair
 stands between them: activations are monotone, so rounding before and again behind gives the integers of rounding once.
+A float layer with a weight never reads a DequantizeLinear: between DequantizeLinear and QuantizeLinear onnxruntime
+(1.22 and later, at every level of optimization) gives the float weight of a convolution or dense layer one int8 scale
+per tensor. Such a layer reads the integers by Cast, Sub and Mul, which give the same numbers.
+
 Weights of weight-only layers are int8 initialisers too, cast and multiplied by their scale before a float kernel reads
 them: of a DequantizeLinear before a product onnxruntime 1.31 makes one that quantises the other operand too. The inputs
 of dynamic layers are rounded row by row with ordinary operations, and multiplied in float: DynamicQuantizeLinear has
@@ -43,9 +47,14 @@ from msqkd.quant.config import INT8
 from msqkd.quant.integers import bias_steps, scale_floor
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qparams import MAX_BITS, SCALE_FLOOR, QParams, quant_limits
+from msqkd.quant.uses import STORABLE
 
 UINT8 = "uint8"
 _OFFSETS = {UINT8: 128, "int8": 0}  # what is added to the plan's integers
+_MOVES = (
+    "ExpandDims", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "PadV3", "Reshape", "ResizeNearestNeighbor",
+    "ResizeNearestNeighborV2", "Split", "Squeeze", "StridedSlice", "Transpose", "Unstack",
+)  # fmt: skip
 _SUMS = ("Conv2D", "Dense")  # operations that add their bias to sums of products of integers
 _ONE = np.asarray(1.0)
 _ENDS = {"ReLU": np.asarray(np.inf), "ReLU6": np.asarray(6.0)}  # where fused activations end upwards
@@ -110,6 +119,9 @@ class _Export:
         self.read = {name for node in graph.nodes for name in node.inputs}.union(graph.outputs)
         self.names: dict[str, str] = {}  # value of the graph -> what its readers read
         self.edges: dict[tuple[str, int], str] = {}  # (node, input) -> what is read there instead
+        self.integers: dict[str, tuple[str, str]] = {}  # what DequantizeLinear gives -> (integers, value)
+        self.plain: dict[str, str] = {}  # what DequantizeLinear gives -> the same numbers without one
+        self.exposed = self._exposed()
         self.outputs: set[str] = set()
 
     def run(self) -> Any:
@@ -144,6 +156,8 @@ class _Export:
             return ""
         if kind != "param":
             source = self.edges.get((node.name, index), self.names[name])
+            if node.name in self.exposed:
+                source = self._without_dequantize(source)
             return self._round_rows(node, source) if index == 0 and node.name in self.plan.dynamic else source
         if node.name in self.weights and index == self.weights[node.name].index:
             return self._weight(node)
@@ -198,7 +212,46 @@ class _Export:
         output = output or self.writer.unique(f"{value}.rounded")
         self.writer.node("QuantizeLinear", [raw, *parameters], [quantised], f"{value}.QuantizeLinear")
         self.writer.node("DequantizeLinear", [quantised, *parameters], [output], f"{value}.DequantizeLinear")
+        self.integers[output] = (quantised, value)
         return output
+
+    def _exposed(self) -> set[str]:
+        """The float operations whose weight onnxruntime would quantize if they read a DequantizeLinear: layers with a
+        weight, and the moves before them, behind which onnxruntime puts a DequantizeLinear that it finds in front."""
+        found: set[str] = set()
+        for node in reversed(self.graph.nodes):
+            if node.name in self.int8:
+                continue
+            readers = self.graph.consumers(node.output)
+            moves = node.op in _MOVES and any(reader.name in found for reader in readers)
+            if moves or (node.op in STORABLE and any(name in self.graph.params for name in node.inputs)):
+                found.add(node.name)
+        return found
+
+    def _without_dequantize(self, source: str) -> str:
+        """The numbers that a DequantizeLinear gives as `source`, computed by ordinary operations; returns their name.
+
+        Other sources are returned as they are.
+        """
+        if source not in self.integers:
+            return source
+        if source not in self.plain:
+            quantised, value = self.integers[source]
+            parameters = self._parameters(value)
+            group = self.plan.activations[value].group
+            offset = np.asarray(parameters.zero_point + _OFFSETS[self.activations], np.float32)
+            steps = {
+                "Cast": ([quantised], {"to": self.writer.element("float32")}),
+                "Sub": ([self.writer.derived(f"{group}.offset", offset)], {}),
+                "Mul": ([self.writer.derived(f"{group}.scale", parameters.scale)], {}),
+            }
+            name = ""
+            for op, (operands, attrs) in steps.items():
+                operands = [*([name] if name else []), *operands]
+                name = self.writer.unique(f"{value}.plain.{op}")
+                self.writer.node(op, operands, [name], f"{value}.plain.{op}", **attrs)
+            self.plain[source] = name
+        return self.plain[source]
 
     def _guarded(self, node: Node, value: str, raw: str) -> str:
         """`raw` rounded at once where what stands before its quantiser would keep the layer out of int8."""

@@ -24,7 +24,7 @@ def _mean(call: Call) -> None:
 
 _REDUCED = {
     "ReduceMax": "ReduceMax", "ReduceMin": "ReduceMin", "ReduceProd": "ReduceProd", "ReduceSum": "ReduceSum",
-    "ProdExt": "ReduceProd",
+    "ProdExt": "ReduceProd", "SumExt": "ReduceSum",
 }  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def _reduction(call: Call) -> None:
     if call.node.op.endswith("Ext") and call.literal(3) is not None:
         raise call.refusal("it has a data type of its own; allowed: that of its input")
     onnx_op, axes = _REDUCED[call.node.op], call.constant(_axes(call))
-    call.emit(onnx_op, call.tensor(0), axes, keepdims=int(bool(call.literal(2))))
+    call.emit(onnx_op, call.operand(0, call.result_dtype()), axes, keepdims=int(bool(call.literal(2))))
 
 
 def _axes(call: Call) -> list[int]:

@@ -15,6 +15,13 @@ from msqkd.exporters.onnx.writer import onnx_package
 from msqkd.files import PathLike
 from msqkd.platform import cpu_flags
 
+ALL = "all"
+LEVELS = {
+    "disable": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED",
+    ALL: "ORT_ENABLE_ALL",
+}  # fmt: skip
+"""Levels of optimization, by the names used here; files are compared at ``all``, onnxruntime's default."""
+
 _ERRORS_ONLY = 3
 _EXACT_PRODUCTS = {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
 
@@ -47,7 +54,11 @@ def session_settings(flags: set[str]) -> dict[str, str]:
 
 
 def open_session(
-    file: PathLike, threads: Optional[int] = None, optimized: Optional[Path] = None, profile: Optional[Path] = None
+    file: PathLike,
+    threads: Optional[int] = None,
+    optimized: Optional[Path] = None,
+    profile: Optional[Path] = None,
+    level: str = ALL,
 ) -> Any:
     """An onnxruntime session on the CPU, with exact int8 arithmetic.
 
@@ -56,6 +67,7 @@ def open_session(
         threads: threads of one operation; onnxruntime's choice when not given.
         optimized: where to write the model as it is executed.
         profile: where to write, at the end, how long every operation took; the beginning of a file name.
+        level: how far onnxruntime rewrites the model, one of `LEVELS`; what users get is ``all``.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
@@ -64,6 +76,7 @@ def open_session(
     runtime = onnxruntime_package()
     options = runtime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, LEVELS[level])
     for name, value in session_settings(cpu_flags()).items():
         options.add_session_config_entry(name, value)
     if threads is not None:
@@ -78,12 +91,12 @@ def open_session(
         raise ExportError(f"onnxruntime cannot load {file}: {str(error).splitlines()[0]}") from error
 
 
-def load_onnx(file: PathLike, threads: Optional[int] = None) -> Callable[..., Any]:
+def load_onnx(file: PathLike, threads: Optional[int] = None, level: str = ALL) -> Callable[..., Any]:
     """An ONNX file as a function of its inputs (arrays or Tensors), which gives an array, or a tuple of several.
 
-    Raises as `open_session` does.
+    `level` is as in `open_session`. Raises as that does.
     """
-    session = open_session(file, threads)
+    session = open_session(file, threads, level=level)
     names = [item.name for item in session.get_inputs()]
 
     def run(*inputs: Any) -> Any:

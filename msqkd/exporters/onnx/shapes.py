@@ -126,11 +126,8 @@ _FILLED = {"Zeros": 0, "ZerosLike": 0, "Ones": 1, "OnesLike": 1}
 @writes(*_FILLED)
 def _filled(call: Call) -> None:
     """One number in a shape that is given, or that of a tensor."""
-    kind = call.graph.values[call.node.output].type
-    if kind is None:
-        raise call.refusal("the data type of its result is not known")
     sizes = call.step("Shape", call.tensor(0)) if call.node.op.endswith("Like") else call.sizes(call.elements(0))
-    value = call.writer.constant(np.asarray(_FILLED[call.node.op], kind.dtype), "number")
+    value = call.writer.constant(np.asarray(_FILLED[call.node.op], call.result_dtype()), "number")
     call.emit("Expand", value, sizes)
 
 

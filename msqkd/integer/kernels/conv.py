@@ -26,6 +26,7 @@ from msqkd.integer.kernels.matmul import (
 from msqkd.integer.kernels.parameters import input_params
 from msqkd.integer.program import PadMode
 from msqkd.integer.registry import ARM64, Call, kernel
+from msqkd.targets import limits
 
 _CHUNK_BYTES = 1 << 20
 _Pair = tuple[int, int]
@@ -49,6 +50,11 @@ class Window:
     after: _Pair
     plane: _Pair
     output: _Pair
+
+    def numbers(self) -> limits.Windows:
+        """The same as the list of limits takes it."""
+        pads = (self.before[0], self.after[0], self.before[1], self.after[1])
+        return limits.Windows(self.kernel, self.stride, self.dilation, pads, self.plane, self.output)
 
     def span(self, axis: int, count: int) -> int:
         """How much of the padded input `count` consecutive windows cover."""
@@ -108,9 +114,12 @@ def conv2d(call: Call) -> list[np.ndarray]:
     x, w = call.inputs[0].data, call.inputs[1].data
     channels, group = w.shape[0], convolution_group(call)
     place = conv_window(call, (x.shape[1], x.shape[2]), (w.shape[1], w.shape[2]))
-    depthwise = group == channels == x.shape[3] > 1
+    depthwise = limits.is_depthwise(x.shape[3], channels, group)
     quant, (_, x_zero) = weight_quant(call, channels), input_params(call)
-    _refuse(call, place, depthwise, group > 1 and quant.per_channel)
+    on_arm64 = call.machine == ARM64
+    objection = limits.convolution(place.numbers(), x.shape[3], channels, group, quant.per_channel, on_arm64)
+    if objection:
+        raise SimulationError(f"{call.name}: {objection}")
     padding = -x_zero if place.kernel == (1, 1) and not depthwise else 0
     peak = max(largest_distance(x, x_zero), abs(padding))
     weight = w.astype(np.int16) - quant.zero_point.astype(np.int16).reshape(-1, 1, 1, 1)
@@ -142,28 +151,6 @@ def convolution_group(call: Call) -> int:
             f"{call.name}: a weight of {w.shape} does not fit an input of {x.shape[3]} channels and group {given}"
         )
     return group
-
-
-def _refuse(call: Call, place: Window, depthwise: bool, grouped_per_channel: bool) -> None:
-    if depthwise:
-        if place.dilation[0] != place.dilation[1]:
-            # conv_depthwise_int8.c steps over the rows by the dilation of the columns.
-            raise SimulationError(
-                f"{call.name}: the runtime reads the wrong rows for a depthwise convolution dilated by "
-                f"{place.dilation}; allowed: equal dilations"
-            )
-        return
-    if grouped_per_channel:
-        raise SimulationError(
-            f"{call.name}: the runtime refuses one weight scale a channel in a grouped convolution; "
-            "allowed: one for the tensor, or a depthwise convolution"
-        )
-    if place.kernel == (1, 1) == place.stride and place.before == (0, 0) != place.after:
-        # convolution_1x1_int8.cc takes such an input for one without padding.
-        raise SimulationError(
-            f"{call.name}: the runtime reads beyond the input of a 1x1 convolution padded only at the end; "
-            "allowed: no padding"
-        )
 
 
 def chunks(batch: int, place: Window, row_elements: int) -> Iterator[tuple[slice, slice]]:

@@ -14,6 +14,7 @@ from msqkd.integer.arithmetic import round_half_away
 from msqkd.integer.kernels.parameters import input_params, output_params, plane_of, tabulated
 from msqkd.integer.program import PadMode
 from msqkd.integer.registry import ARM64, Call, kernel
+from msqkd.targets import limits
 
 _EPSILON = float(np.finfo(np.float32).eps)
 _CEIL = 1  # RoundMode
@@ -36,6 +37,11 @@ class Windows:
     strides: Pair
     before: Pair
     output: Pair
+
+    def numbers(self, plane: Pair) -> limits.Windows:
+        """The same as the list of limits takes it; what is padded at the end follows from the number of windows."""
+        pads = (self.before[0], 0, self.before[1], 0)
+        return limits.Windows(self.kernel, self.strides, (1, 1), pads, plane, self.output)
 
     def counts(self, plane: Pair) -> np.ndarray:
         """How many elements of the plane each window covers, int64 of shape (output height, output width, 1)."""
@@ -173,9 +179,8 @@ def average_pool(call: Call) -> list[np.ndarray]:
         SimulationError: a window covers nothing but padding.
     """
     x, windows = call.inputs[0].data, pool_windows(call)
+    _refuse_empty(call, windows)
     count = windows.counts(plane_of(x))
-    if not count.all():
-        raise SimulationError(f"{call.name}: a window of the average pool lies in the padding alone")
     total = reduce_windows(x, windows, np.add, 0, np.int16)
     whole = x.shape[3] // 8 * 8
     average = np.concatenate([_eightfold(total[..., :whole], count), _remaining(total[..., whole:], count)], axis=-1)
@@ -183,6 +188,12 @@ def average_pool(call: Call) -> list[np.ndarray]:
     if call.machine == ARM64:
         result[..., :whole] = np.clip(result[..., :whole].astype(np.int16), -128, 127)
     return [result.astype(np.int8)]
+
+
+def _refuse_empty(call: Call, windows: Windows) -> None:
+    objection = limits.average(windows.numbers(plane_of(call.inputs[0].data)))
+    if objection:
+        raise SimulationError(f"{call.name}: {objection}")
 
 
 def _eightfold(total: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from msqkd.integer.arithmetic import fma_float32, round_half_away
 from msqkd.integer.kernels.parameters import clip_int8, constant, input_params, output_params, tabulated
 from msqkd.integer.kernels.reduce import preshifted_rescale
 from msqkd.integer.registry import FLOAT32, Call, kernel
+from msqkd.targets import limits
 
 _EPSILON = float(np.finfo(np.float32).eps)
 _PAD_MODES = ("constant", "reflect", "symmetric")  # PaddingMode
@@ -145,13 +146,18 @@ def pad_int8(call: Call) -> list[np.ndarray]:
     """As `pad`, with the constant rounded into the parameters of the input (``pad_int8.cc``); it wraps around int8.
 
     Raises:
-        SimulationError: the output has other parameters than the input, which the runtime refuses.
+        SimulationError: the output has other parameters than the input, which the runtime refuses, or the input has too
+            few dimensions.
     """
     if not _equal_params(call):
         raise SimulationError(f"{call.name}: a pad has other parameters at its output; allowed: those of its input")
     scale, zero = input_params(call)
     value = np.float32(call.attrs.get("constant_value", 0.0)) / np.float32(scale) + np.float32(zero)
-    return [_padded(call, np.int64(round_half_away(float(value))).astype(np.int8))]
+    result = _padded(call, np.int64(round_half_away(float(value))).astype(np.int8))
+    objection = limits.pad(result.ndim)
+    if objection:
+        raise SimulationError(f"{call.name}: {objection}")
+    return [result]
 
 
 def _padded(call: Call, value: Any) -> np.ndarray:
