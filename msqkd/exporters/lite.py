@@ -19,8 +19,11 @@ from mindspore import nn
 
 from msqkd.errors import ExportError
 from msqkd.exporters.canonical import canonical_model, on_bytes
+from msqkd.exporters.device.shapes import concrete_shapes
+from msqkd.exporters.lite_operations import to_known_operations
 from msqkd.exporters.lowering import lower_for_lite, own_weight
 from msqkd.exporters.mindir_file import write_cell
+from msqkd.exporters.mindir_form import functional_form, older_form
 from msqkd.files import PathLike
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
@@ -61,6 +64,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
         ExportError: the file breaks one of the converter's rules, or cannot be written.
     """
     lowered, plan = lower_for_lite(round_stored(graph, plan), plan)
+    to_known_operations(lowered, concrete_shapes(lowered, batch_size))
     hooks = Hooks(values={}, edges={})
     grids = {
         (name, quant.index): quant.qparams(quant.held_in(lowered))
@@ -86,6 +90,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
     def form(model: Any) -> None:
         canonical_model(model)
         strip_model(model)
+        older_form(model)
         _check_markers(read_model(model, Path(file).name, parameters=cell.parameters_dict()))
 
     return write_cell(cell, inputs, file, form, lambda name, data: _on_grid(stored.get(name), data))
@@ -178,6 +183,7 @@ def read_marked(file: PathLike) -> tuple[Graph, dict[str, QParams], dict[tuple[s
         The graph without markers, parameters by value name, and parameters by (node, input) for weights.
     """
     graph = read_mindir(Path(file).read_bytes(), Path(file).stem)
+    functional_form(graph)
     values: dict[str, QParams] = {}
     weights: dict[tuple[str, int], QParams] = {}
     for marker in [node for node in graph.nodes if node.op == MARKER]:

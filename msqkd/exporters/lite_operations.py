@@ -1,0 +1,310 @@
+"""A network in operations that MindSpore 2.0 has, and with it every version of MindSpore Lite's converter.
+
+Newer operations become older ones that compute the same: numbers are tensors, ``StridedSlice`` without steps is
+``Slice``, ``SiLU`` is a product with a sigmoid, a standard deviation is spelled out. `RULES` has one entry an
+operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any, Optional
+
+import numpy as np
+
+from msqkd.graph.ir import Graph, Node, TensorType, Value
+from msqkd.quant.uses import axes_of, is_tanh_gelu, paddings, resize_flags, slice_entries
+
+Shape = tuple[int, ...]
+
+
+class Rewriter:
+    """Operations that take the place of one node.
+
+    Attributes:
+        graph: the graph the node is in.
+        node: the node.
+        shapes: shape of every value, the batch closed.
+        made: the operations so far.
+    """
+
+    def __init__(self, graph: Graph, node: Node, shapes: dict[str, Shape]) -> None:
+        self.graph, self.node, self.shapes = graph, node, shapes
+        self.made: list[Node] = []
+
+    @property
+    def source(self) -> str:
+        """The first input of the node."""
+        return self.node.inputs[0]
+
+    def literal(self, index: int) -> Any:
+        """Return the literal that is input `index` of the node, or None where that input is computed or absent."""
+        return self.graph.const(self.node.inputs[index]) if index < len(self.node.inputs) else None
+
+    def tensor(self, number: Any) -> str:
+        """Register a constant of at least one dimension, in the dtype of the first input that is computed."""
+        kinds = [self.graph.values[name].type for name in self.graph.tensor_inputs(self.node)]
+        dtype = kinds[0].dtype if kinds and kinds[0] is not None else "float32"
+        return self.graph.add_const(np.atleast_1d(np.asarray(number, dtype)), f"{self.node.output}_number")
+
+    def add(self, op: str, *operands: Any, shape: Sequence[int], attrs: Optional[dict[str, Any]] = None) -> str:
+        """Append an operation and return the name of its result.
+
+        Args:
+            op: name of the primitive; one with `attrs` is not functional.
+            operands: names of values, or literals.
+            shape: of the result.
+            attrs: attributes of the primitive.
+        """
+        names = [item if isinstance(item, str) else self.graph.add_const(item) for item in operands]
+        output = self.graph.unique_value(f"{self.node.output}_part")
+        self.graph.add_value(Value(output, "node", TensorType(tuple(shape))))
+        self.shapes[output] = tuple(shape)
+        taken = {node.name for node in self.made}
+        name = self.graph.unique_node(f"{self.node.name}.{op.lower()}")
+        while name in taken:
+            name += "_"
+        self.made.append(
+            Node(name, op, names, [output], attrs or {}, self.node.cell_path, self.node.cell_types, attrs is None)
+        )
+        return output
+
+    def finish(self) -> None:
+        """Put the operations in place of the node; the last gives its result."""
+        last, at = self.made[-1], self.graph.nodes.index(self.node)
+        del self.graph.values[last.output]
+        last.outputs, last.name = [self.node.output], self.node.name
+        self.graph.nodes[at : at + 1] = self.made
+
+
+Rule = Callable[[Rewriter], None]
+"""Rewrites the node, or changes it in place and leaves `made` empty."""
+
+
+def to_known_operations(graph: Graph, shapes: dict[str, Shape]) -> None:
+    """Rewrite the operations of `RULES`, in place.
+
+    Args:
+        graph: the network in the forms of `msqkd.exporters.lowering.lower_for_lite`.
+        shapes: shape of every value, the batch closed; those of new values are added.
+    """
+    _spell_out(graph, shapes)
+    for node in list(graph.nodes):
+        rule = RULES.get(node.op)
+        if rule is not None:
+            rewriter = Rewriter(graph, node, shapes)
+            rule(rewriter)
+            if rewriter.made:
+                rewriter.finish()
+    graph.prune()
+    graph.check()
+
+
+def _spell_out(graph: Graph, shapes: dict[str, Shape]) -> None:
+    """Replace a node that was found in what a network spells out by what was written, unless MindSpore 2.0 has it."""
+    for node in list(graph.nodes):
+        if node.body is None:
+            continue
+        if node.op in _AS_ONE:
+            node.body = None
+            continue
+        names = {node.body.inputs[0]: node.inputs[0], node.body.outputs[0]: node.output}
+        made = []
+        for part in node.body.nodes:
+            for name in (*part.inputs, *part.outputs):
+                if name not in names:
+                    names[name] = graph.unique_value(name)
+                    graph.add_value(replace(node.body.values[name], name=names[name]))
+                    shapes[names[name]] = shapes[node.output]
+            inputs, outputs = ([names[name] for name in side] for side in (part.inputs, part.outputs))
+            name = node.name if part is node.body.nodes[-1] else f"{node.name}.{len(made)}"
+            made.append(replace(part, name=name, inputs=inputs, outputs=outputs))
+        at = graph.nodes.index(node)
+        graph.nodes[at : at + 1] = made
+
+
+_AS_ONE = ("SiLU", "GeLU", "HSwish", "HSigmoid")
+"""Spelt-out operations that the rules below, or MindSpore 2.0 itself, know as one."""
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+def _with_tensors(op: str) -> Rule:
+    """An operation of two operands, numbers among them as tensors."""
+
+    def rule(at: Rewriter) -> None:
+        at.node.op, at.node.attrs, at.node.functional = op, {}, True
+        for index, name in enumerate(at.node.inputs[:2]):
+            value = at.graph.values[name]
+            if value.kind == "const" and (not isinstance(value.const, np.ndarray) or value.const.ndim == 0):
+                at.node.inputs[index] = at.tensor(value.const)
+
+    return rule
+
+
+def _squared_difference(at: Rewriter) -> None:
+    shape = at.shapes[at.node.output]
+    apart = at.add("Sub", *at.node.inputs[:2], shape=shape)
+    at.add("Mul", apart, apart, shape=shape)
+
+
+def _sum(at: Rewriter) -> None:
+    total, *others = at.node.inputs
+    for name in others:
+        total = at.add("Add", total, name, shape=at.shapes[at.node.output])
+
+
+def _against(op: str, number: float, first: bool = False) -> Rule:
+    """An operation of the input and a number, which is the first operand where `first` says so."""
+
+    def rule(at: Rewriter) -> None:
+        operands = [at.source, at.tensor(number)]
+        at.add(op, *(operands[::-1] if first else operands), shape=at.shapes[at.node.output])
+
+    return rule
+
+
+def _power(at: Rewriter) -> None:
+    exponent = 2.0 if at.node.op == "Square" else at.literal(1)
+    if exponent is not None and np.size(exponent) == 1:
+        at.add("Pow", at.source, at.tensor(np.reshape(exponent, ())), shape=at.shapes[at.node.output])
+
+
+def _clamp(at: Rewriter) -> None:
+    value, shape = at.source, at.shapes[at.node.output]
+    for op, index in (("Maximum", 1), ("Minimum", 2)):
+        if at.literal(index) is not None:
+            value = at.add(op, value, at.tensor(at.literal(index)), shape=shape)
+
+
+# -- activations -------------------------------------------------------------------------------------------------------
+def _silu(at: Rewriter) -> None:
+    """The converter makes one activation of a sigmoid and a product, and drops SiLU itself."""
+    shape = at.shapes[at.node.output]
+    at.add("Mul", at.source, at.add("Sigmoid", at.source, shape=shape), shape=shape)
+
+
+def _gelu(at: Rewriter) -> None:
+    if is_tanh_gelu(at.graph, at.node):
+        at.node.op, at.node.inputs, at.node.functional, at.node.attrs = "GeLU", [at.source], True, {}
+        return
+    shape = at.shapes[at.node.output]
+    share = at.add("Erf", at.add("Div", at.source, at.tensor(np.sqrt(2.0)), shape=shape), shape=shape)
+    grown = at.add("Add", share, at.tensor(1.0), shape=shape)
+    at.add("Mul", at.add("Mul", at.source, grown, shape=shape), at.tensor(0.5), shape=shape)
+
+
+# -- parts, sizes and places -------------------------------------------------------------------------------------------
+def _slice(at: Rewriter) -> None:
+    """A block is a Slice, and a Reshape where it drops an axis; a grid stays a StridedSlice."""
+    entries = slice_entries(at.graph, at.node)
+    if entries is None:
+        return
+    shape = at.shapes[at.source]
+    spans = [slice(begin, end, step).indices(size) for (begin, end, step, _), size in zip(entries, shape)]
+    spans = [(first, first + 1, 1) if entry[3] else span for entry, span in zip(entries, spans) for first in span[:1]]
+    spans += [(0, size, 1) for size in shape[len(spans) :]]
+    if any(step != 1 or first >= last for first, last, step in spans):
+        return
+    begin, size = tuple(first for first, _, _ in spans), tuple(last - first for first, last, _ in spans)
+    part = at.add("Slice", at.source, begin, size, shape=size)
+    if size != at.shapes[at.node.output]:
+        at.add("Reshape", part, at.shapes[at.node.output], shape=at.shapes[at.node.output])
+
+
+def _pad(at: Rewriter) -> None:
+    pairs = paddings(at.graph, at.node)
+    if pairs is not None:
+        at.add("Pad", at.source, shape=at.shapes[at.node.output], attrs={"paddings": tuple(map(tuple, pairs))})
+
+
+def _nearest(at: Rewriter) -> None:
+    aligned, half_pixel = resize_flags(at.graph, at.node)
+    size = at.shapes[at.node.output][2:]
+    if not half_pixel:
+        at.add("ResizeNearestNeighbor", at.source, size, aligned, False, shape=at.shapes[at.node.output])
+
+
+def _broadcast(at: Rewriter) -> None:
+    """A sum with zeros of the shape asked for."""
+    shape = at.shapes[at.node.output]
+    at.add("Add", at.source, at.tensor(np.zeros(shape, np.float32)), shape=shape)
+
+
+def _tile(at: Rewriter) -> None:
+    """A Concat of the value with itself for every axis along which it is repeated."""
+    times, shape, value = at.literal(1), list(at.shapes[at.source]), at.source
+    if not isinstance(times, tuple) or len(times) != len(shape):
+        return
+    for axis, count in enumerate(times):
+        if count > 1:
+            shape[axis] *= count
+            value = at.add("Concat", *[value] * count, axis, shape=shape)
+            at.made[-1].sequences = ((0, count),)
+
+
+# -- means and norms ---------------------------------------------------------------------------------------------------
+def _reduced(at: Rewriter, op: str, value: str, axes: Sequence[int], keep: bool = True) -> str:
+    """A reduction of a value that has the shape of the node's input."""
+    shape = at.shapes[at.source]
+    left = [1 if axis in axes else size for axis, size in enumerate(shape) if keep or axis not in axes]
+    return at.add(op, value, tuple(axes), keep, *([False] if op == "ReduceSum" else []), shape=left)
+
+
+def _named_axes(at: Rewriter) -> None:
+    """Axes counted from the front, all of them named."""
+    at.node.inputs[1] = at.graph.add_const(tuple(axes_of(at.graph, at.node, 1)), "axes")
+
+
+def _deviation(at: Rewriter) -> None:
+    """The square root of the mean square of what is left without the mean, or of the sum divided by n - 1."""
+    shape, axes = at.shapes[at.source], axes_of(at.graph, at.node, 1)
+    unbiased, keep = bool(at.literal(2)), bool(at.literal(3))
+    count = prod(shape[axis] for axis in axes)
+    if count == 1 or any(at.graph.consumers(name) for name in at.node.outputs[1:]):
+        return
+    apart = at.add("Sub", at.source, _reduced(at, "ReduceMean", at.source, axes), shape=shape)
+    variance = _reduced(at, "ReduceMean", at.add("Mul", apart, apart, shape=shape), axes, keep)
+    left = at.shapes[variance]
+    if unbiased:
+        variance = at.add("Mul", variance, at.tensor(count / (count - 1)), shape=left)
+    at.add("Sqrt", variance, shape=left)
+
+
+def _log_softmax(at: Rewriter) -> None:
+    shape, axes = at.shapes[at.source], axes_of(at.graph, at.node, 1)
+    apart = at.add("Sub", at.source, _reduced(at, "ReduceMax", at.source, axes), shape=shape)
+    total = _reduced(at, "ReduceSum", at.add("Exp", apart, shape=shape), axes)
+    at.add("Sub", apart, at.add("Log", total, shape=at.shapes[total]), shape=shape)
+
+
+RULES: Mapping[str, Rule] = {
+    **{op: _with_tensors(op) for op in ("Add", "Sub", "Mul", "Div", "Maximum", "Minimum")},
+    "Adds": _with_tensors("Add"),
+    "Subs": _with_tensors("Sub"),
+    "Muls": _with_tensors("Mul"),
+    "Divs": _with_tensors("Div"),
+    "RealDiv": _with_tensors("Div"),
+    "SquaredDifference": _squared_difference,
+    "AddN": _sum,
+    "Neg": _against("Mul", -1.0),
+    "Reciprocal": _against("Div", 1.0, first=True),
+    "Pow": _power,
+    "PowTensorScalar": _power,
+    "Square": _power,
+    "ClampScalar": _clamp,
+    "SiLU": _silu,
+    "GeLU": _gelu,
+    "GeluExt": _gelu,
+    "StridedSlice": _slice,
+    "Pad": _pad,
+    "PadV3": _pad,
+    "ResizeNearestNeighborV2": _nearest,
+    "BroadcastTo": _broadcast,
+    "Tile": _tile,
+    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd"), _named_axes),
+    "ReduceStd": _deviation,
+    "LogSoftmax": _log_softmax,
+}
+"""Operation -> how it is written; what is not here is written as it is."""
