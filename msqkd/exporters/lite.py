@@ -15,12 +15,12 @@ from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn
 
 from msqkd.errors import ExportError
 from msqkd.exporters.canonical import canonical_model, on_bytes
 from msqkd.exporters.device.shapes import concrete_shapes
 from msqkd.exporters.lite_operations import to_known_operations
+from msqkd.exporters.lite_markers import MARKER, TWIN, Marker, guard_markers
 from msqkd.exporters.lowering import lower_for_lite, own_weight
 from msqkd.exporters.mindir_file import write_cell
 from msqkd.exporters.mindir_form import functional_form, older_form
@@ -28,26 +28,12 @@ from msqkd.files import PathLike
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.graph.mindir import read_mindir, read_model
+from msqkd.quant.config import INT8
 from msqkd.quant.integers import round_stored
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qparams import QParams, quant_limits
 
-MARKER = "FakeQuantParam"
 _BOOKKEEPING = ("Load", "UpdateState", "Depend")
-
-
-class _Marker(nn.Cell):
-    def __init__(self, qparams: QParams) -> None:
-        super().__init__()
-        from mindspore.common.dtype import QuantDtype
-        from mindspore.ops.operations._quant_ops import FakeQuantParam
-
-        scale = [float(s) for s in np.atleast_1d(qparams.scale)]
-        zero_point = [int(z) for z in np.atleast_1d(qparams.zero_point)]
-        self.mark = FakeQuantParam.linear_quant_param(QuantDtype.INT8, scale, zero_point, len(scale) > 1)
-
-    def construct(self, x):  # type: ignore[no-untyped-def]
-        return self.mark(x)
 
 
 def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int = 1) -> Path:
@@ -66,6 +52,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
     lowered, plan = lower_for_lite(round_stored(graph, plan), plan)
     to_known_operations(lowered, concrete_shapes(lowered, batch_size))
     hooks = Hooks(values={}, edges={})
+    float_nodes = {node.name for node in plan.nodes if node.precision != INT8}
     grids = {
         (name, quant.index): quant.qparams(quant.held_in(lowered))
         for name, quant in plan.with_weight_observers(lowered).int8_weights().items()
@@ -73,11 +60,12 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
     _separate_weights(lowered, grids)
     stored = {lowered.node(name).inputs[index]: qparams for (name, index), qparams in grids.items()}
     for edge, qparams in grids.items():
-        hooks.edges[edge] = _Marker(qparams)  # type: ignore[index]
+        hooks.edges[edge] = Marker(qparams)  # type: ignore[index]
+    floats = {output for node in lowered.nodes if node.name in float_nodes for output in node.outputs}
     for value, activation in plan.activations.items():
         if activation.exact and value in lowered.outputs:
             continue  # a marker must feed a consumer; a reshape hands its input's parameters on
-        marker = _Marker(plan.group_of(value).qparams())
+        marker = Marker(plan.group_of(value).qparams(), value in floats)
         hooks.values[value] = marker  # type: ignore[index]
     inputs = []
     for name in lowered.inputs:
@@ -91,6 +79,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
         canonical_model(model)
         strip_model(model)
         older_form(model)
+        guard_markers(model)
         _check_markers(read_model(model, Path(file).name, parameters=cell.parameters_dict()))
 
     return write_cell(cell, inputs, file, form, lambda name, data: _on_grid(stored.get(name), data))
@@ -189,7 +178,9 @@ def read_marked(file: PathLike) -> tuple[Graph, dict[str, QParams], dict[tuple[s
     for marker in [node for node in graph.nodes if node.op == MARKER]:
         source = marker.inputs[0]
         weight = graph.values[source].kind == "param"
-        if weight:
+        if marker.attrs.get(TWIN):
+            pass
+        elif weight:
             for node in graph.consumers(marker.output):
                 weights[(node.name, node.inputs.index(marker.output))] = _parameters(marker.attrs, axis=0)
         else:

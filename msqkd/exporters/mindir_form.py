@@ -145,8 +145,8 @@ class _Rewriter:
         optional = ("MakeTuple", "")
         kept = [node for node in self.graph.node if read.intersection(node.output) or self._kind(node) not in optional]
         names = {node.op_type[len(_REFERENCE) :] for node in kept}
-        _replace(self.graph.node, kept)
-        _replace(self.model.primitives, [primitive for primitive in self.made if primitive.name in names])
+        replace_messages(self.graph.node, kept)
+        replace_messages(self.model.primitives, [primitive for primitive in self.made if primitive.name in names])
 
     def _kind(self, node: Any) -> str:
         return node.op_type[len(_REFERENCE) :].partition(":")[0] if node.op_type.startswith(_REFERENCE) else ""
@@ -163,7 +163,7 @@ def set_attribute(attribute: Any, value: Any, within: bool = False) -> None:
     if not kind:
         raise ExportError(f"attribute {attribute.name} is {value!r}; MindSpore 2.0 has numbers, words and tuples only")
     attribute.type = attribute.AttributeType.Value(kind)
-    stored = value.encode() if isinstance(value, str) else value
+    stored = value.encode() if isinstance(value, str) else int(value) if isinstance(value, bool) else value
     if within:
         getattr(attribute, repeated).append(stored)
     else:
@@ -193,7 +193,7 @@ def functional_form(graph: Graph) -> None:
         node.attrs = {}
 
 
-def _replace(field: Any, messages: list[Any]) -> None:
+def replace_messages(field: Any, messages: list[Any]) -> None:
     blobs = [message.SerializeToString(deterministic=True) for message in messages]
     del field[:]
     for blob in blobs:
