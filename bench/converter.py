@@ -30,10 +30,13 @@ import msqkd
 from msqkd.deploy.vendor_runtime import convert_command, first_error, run_ms, run_vendor, vendor_python
 from msqkd.errors import MsqkdError
 from msqkd.exporters.ms.read import read_ms
-from msqkd.integer.program import Format
+from msqkd.integer.program import Format, Program
 
 _CONFIG = msqkd.QuantConfig(msqkd.WeightQuantizer(per_channel=True), act_observer="minmax")
-_IGNORED = ("QuantDTypeCast", "Transpose", "Reshape")
+_MOVES = (
+    "QuantDTypeCast", "Transpose", "Reshape", "Squeeze", "ExpandDims", "Split", "SliceFusion", "StridedSlice", "Stack",
+)  # fmt: skip
+_ALIKE = {"MatMulFusion": "Conv2DFusion"}  # a dense layer is a 1×1 convolution in the file for the converter
 
 
 def randomised(net: nn.Cell, seed: int = 3) -> nn.Cell:
@@ -73,13 +76,7 @@ def compare(name: str, python: Path, folder: Path, samples: int) -> dict[str, An
     if done.returncode or not theirs.is_file():
         return {"network": name, "converts": False, "why": first_error(done.stdout)}
     programs = [read_ms(file) for file in (ours, theirs)]
-    nodes = [
-        {
-            kind: dict(Counter(step.op for step in program.steps if step.quantized == kind and step.op not in _IGNORED))
-            for kind in (True, False)
-        }
-        for program in programs
-    ]
+    nodes = [counted(program) for program in programs]
     program = programs[0]
     picture = program.tensors[program.inputs[0]].format == Format.NHWC and len(shape) == 3
     fed = data[:samples].transpose(0, 2, 3, 1) if picture else data[:samples]
@@ -93,6 +90,12 @@ def compare(name: str, python: Path, folder: Path, samples: int) -> dict[str, An
     if nodes[0] != nodes[1]:
         row["nodes"] = [{("int8" if kind else "float"): ops for kind, ops in found.items()} for found in nodes]
     return row
+
+
+def counted(program: Program) -> dict[bool, dict[str, int]]:
+    """Count the operations that compute, those in int8 (True) and those in float; moves have no results of their own."""
+    steps = [(step.quantized, _ALIKE.get(step.op, step.op)) for step in program.steps if step.op not in _MOVES]
+    return {kind: dict(sorted(Counter(op for quantized, op in steps if quantized == kind).items())) for kind in (True, False)}
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ HOME_VARIABLE = "MSLITE_HOME"
 
 _DEFAULT_HOME = "~/.cache/mslite-2.0.0"
 _PYTHON = ("bin/python", "x86/bin/python")
+_ERRORS = "3"  # the least of its messages that say why something was refused
 _CONVERT = """
 import sys
 import mindspore_lite as lite
@@ -96,6 +97,7 @@ def run_vendor(command: Sequence[str], folder: Optional[Path] = None) -> subproc
         MissingDependencyError: the program cannot be started.
     """
     environment = {name: value for name, value in os.environ.items() if name not in ("LD_LIBRARY_PATH", "PYTHONPATH")}
+    environment["GLOG_v"] = _ERRORS
     try:
         return subprocess.run(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

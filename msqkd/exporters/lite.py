@@ -20,6 +20,7 @@ from msqkd.errors import ExportError
 from msqkd.exporters.canonical import canonical_model, on_bytes
 from msqkd.exporters.device.shapes import concrete_shapes
 from msqkd.exporters.lite_operations import to_known_operations
+from msqkd.exporters.lite_fusions import prevent_fusions
 from msqkd.exporters.lite_markers import MARKER, TWIN, Marker, guard_markers
 from msqkd.exporters.lowering import lower_for_lite, own_weight
 from msqkd.exporters.mindir_file import write_cell
@@ -51,6 +52,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
     """
     lowered, plan = lower_for_lite(round_stored(graph, plan), plan)
     to_known_operations(lowered, concrete_shapes(lowered, batch_size))
+    prevent_fusions(lowered)
     hooks = Hooks(values={}, edges={})
     float_nodes = {node.name for node in plan.nodes if node.precision != INT8}
     grids = {

@@ -1,11 +1,8 @@
 """FakeQuantParam markers, and what keeps MindSpore Lite's converter from reading more into them than the plan says.
 
-The converter computes an operation in int8 where its inputs and its output have a marker. Two places need a ``Depend``,
-which it deletes at no cost after it has read the markers:
-
-* between an operation that is planned float and its marker: the readers of the value get the parameters, the operation
-  does not;
-* behind a marker at an output of the network: a marker must feed an operation.
+The converter computes an operation in int8 where its inputs and its output have a marker. A ``Depend`` between an
+operation that is planned float and its marker keeps it float: the readers of the value get the parameters, the operation
+does not. The converter deletes it once it has read the markers.
 
 A convolution or addition takes the parameters of its result from what reads it, once its bias and activation are in its
 kernel. At an output nobody reads it: there the operation has a marker of its own, with the attribute `TWIN`.
@@ -19,6 +16,7 @@ import numpy as np
 from mindspore import nn
 
 from msqkd.exporters.mindir_form import replace_messages, set_attribute
+from msqkd.graph.ir import unique_name
 from msqkd.quant.qparams import QParams
 
 MARKER = "FakeQuantParam"
@@ -80,15 +78,14 @@ class _Guard:
                 continue
             primitive = self._primitive(node)
             if any(attribute.name == _BEHIND_FLOAT for attribute in primitive.attribute):
-                nodes.append(self._depend(node, node.input[0], f"{node.input[0]}_depend"))
+                source = node.input[0]
+                nodes.append(self._added("Depend", node, [source, source], f"{source}_depend"))
                 node.input[0] = nodes[-1].output[0]
             kept = [item for item in primitive.attribute if item.name not in (_BEHIND_FLOAT, "kwargs")]
             replace_messages(primitive.attribute, kept)
             nodes.append(node)
             if node.output[0] in outputs:
                 self._twin(node)
-                final, node.output[0] = node.output[0], f"{node.output[0]}_marked"
-                nodes.append(self._depend(node, node.output[0], final))
         replace_messages(self.model.graph.node, [item for node in nodes for item in (node, *self._behind(node))])
 
     def _primitive(self, node: Any) -> Any:
@@ -100,7 +97,7 @@ class _Guard:
 
     def _added(self, op: str, like: Any, source: list[str], output: str) -> Any:
         """Make a node with a primitive of its own and the type of the node `like`."""
-        name = f"{op}:{len(self.model.primitives)}"
+        name = unique_name(op, self.primitives)
         self.primitives[name] = primitive = self.model.primitives.add(name=name, op_type=op)
         primitive.prim_type = primitive.PRIMITIVE
         node = type(like)()
@@ -108,9 +105,6 @@ class _Guard:
         node.name, node.op_type = output, f"{_REFERENCE}{name}"
         node.input[:], node.output[:] = source, [output]
         return node
-
-    def _depend(self, like: Any, source: str, output: str) -> Any:
-        return self._added("Depend", like, [source, source], output)
 
     def _twin(self, marker: Any) -> None:
         """Repeat `marker` behind the operation whose bias or activation it stands behind."""

@@ -71,11 +71,18 @@ class Rewriter:
         )
         return output
 
-    def finish(self) -> None:
-        """Put the operations in place of the node; the last gives its result."""
-        last, at = self.made[-1], self.graph.nodes.index(self.node)
+    def give(self, output: str) -> None:
+        """Let the result of the last operation be `output`, one of the node's."""
+        last = self.made[-1]
         del self.graph.values[last.output]
-        last.outputs, last.name = [self.node.output], self.node.name
+        last.outputs = [output]
+
+    def finish(self) -> None:
+        """Put the operations in place of the node; the last gives its result, where no other was named."""
+        last, at = self.made[-1], self.graph.nodes.index(self.node)
+        if last.output not in self.node.outputs:
+            self.give(self.node.output)
+        last.name = self.node.name
         self.graph.nodes[at : at + 1] = self.made
 
 
@@ -213,6 +220,20 @@ def _slice(at: Rewriter) -> None:
         at.add("Reshape", part, at.shapes[at.node.output], shape=at.shapes[at.node.output])
 
 
+def _parts(at: Rewriter) -> None:
+    """The converter reads no parameters of the results of a Split: every part is a Slice of its own."""
+    drops, shape, start = at.node.op == "Unstack", at.shapes[at.source], 0
+    axis = int(at.node.attrs["axis"] if drops else at.literal(1)) % len(shape)
+    for output in at.node.outputs:
+        begin, size = [0] * len(shape), list(shape)
+        begin[axis], size[axis] = start, 1 if drops else at.shapes[output][axis]
+        start += size[axis]
+        at.add("Slice", at.source, tuple(begin), tuple(size), shape=size)
+        if drops:
+            at.add("Reshape", at.made[-1].output, at.shapes[output], shape=at.shapes[output])
+        at.give(output)
+
+
 def _pad(at: Rewriter) -> None:
     pairs = paddings(at.graph, at.node)
     if pairs is not None:
@@ -253,8 +274,15 @@ def _reduced(at: Rewriter, op: str, value: str, axes: Sequence[int], keep: bool 
 
 
 def _named_axes(at: Rewriter) -> None:
-    """Axes counted from the front, all of them named."""
+    """Axes counted from the front, all of them named: int8 kernels do not know axes from the end."""
     at.node.inputs[1] = at.graph.add_const(tuple(axes_of(at.graph, at.node, 1)), "axes")
+
+
+def _axis_of_result(at: Rewriter) -> None:
+    """An axis, the last input, counted from the front of the result."""
+    axis = at.graph.const(at.node.inputs[-1])
+    if isinstance(axis, int):
+        at.node.inputs[-1] = at.graph.add_const(axis % len(at.shapes[at.node.output]), "axis")
 
 
 def _deviation(at: Rewriter) -> None:
@@ -298,12 +326,15 @@ RULES: Mapping[str, Rule] = {
     "GeLU": _gelu,
     "GeluExt": _gelu,
     "StridedSlice": _slice,
+    "Split": _parts,
+    "Unstack": _parts,
     "Pad": _pad,
     "PadV3": _pad,
     "ResizeNearestNeighborV2": _nearest,
     "BroadcastTo": _broadcast,
     "Tile": _tile,
-    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd"), _named_axes),
+    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "Softmax"), _named_axes),
+    **dict.fromkeys(("Concat", "ExpandDims"), _axis_of_result),
     "ReduceStd": _deviation,
     "LogSoftmax": _log_softmax,
 }

@@ -16,9 +16,9 @@ import numpy as np
 
 from msqkd.exporters.lite_pools import write_padded_pools
 from msqkd.graph.ir import Graph, Node, TensorType, Value
-from msqkd.quant.config import INT8
+from msqkd.quant.config import FLOAT_PRECISION, INT8
 from msqkd.quant.plan import ActivationQuant, NodePlan, QuantPlan, WeightQuant
-from msqkd.quant.uses import is_padded_pointwise, pooling_of
+from msqkd.quant.uses import is_padded_pointwise, pooling_of, rescale_factor
 from msqkd.targets import DEPTHWISE, HARD_SIGMOID, RESCALED, get_target
 
 _IMPORTED = ("HSwish",)
@@ -31,7 +31,8 @@ def lower_for_lite(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
     What it would write in a form the runtime refuses has no parameters there: the converter keeps it float.
     """
     graph, plan = lower_forms(graph, plan)
-    _keep_float(graph, plan)
+    _rescale_by_weight(graph, plan)
+    _keep_float(plan)
     write_padded_pools(graph, plan)
     for node in graph.nodes:
         if node.op in _IMPORTED:
@@ -66,17 +67,32 @@ def lower_forms(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
     return graph, plan
 
 
-def _keep_float(graph: Graph, plan: QuantPlan) -> None:
-    """Take the parameters from what the operations give that are int8 only in files written without the converter."""
-    ops = get_target(plan.target).ops
-    float_groups = set()
+def _rescale_by_weight(graph: Graph, plan: QuantPlan) -> None:
+    """Write an int8 product with a number as one with a weight of one element: the integer 1 in steps of the number."""
     for decision in plan.nodes:
-        if decision.precision == INT8 and decision.fused_into is None:
-            support = ops.get(decision.op)
-            if decision.form == RESCALED or (support is not None and support.file_only):
-                float_groups.update(graph.node(decision.name).outputs)
-                plan.weights.pop(decision.name, None)
-    plan.activations = {name: quant for name, quant in plan.activations.items() if quant.group not in float_groups}
+        if decision.precision != INT8 or decision.form != RESCALED:
+            continue
+        node = graph.node(decision.name)
+        factor = rescale_factor(graph, node)
+        assert factor is not None
+        number = graph.add_param(
+            graph.unique_value(f"{node.name}.factor"), np.array([factor], np.float32), trainable=False
+        )
+        node.op, node.inputs, node.attrs = "Mul", [graph.tensor_inputs(node)[0], number], {}
+        plan.weights[node.name] = WeightQuant(
+            node.name, 8, None, "minmax", decision.rule, scale=np.asarray(factor, np.float32)
+        )
+
+
+def _keep_float(plan: QuantPlan) -> None:
+    """Plan the operations in float that are int8 only in files written without the converter; what reads them is not
+    concerned."""
+    ops = get_target(plan.target).ops
+    for index, decision in enumerate(plan.nodes):
+        support = ops.get(decision.op)
+        if decision.precision == INT8 and decision.form is None and support is not None and support.file_only:
+            plan.nodes[index] = replace(decision, precision=FLOAT_PRECISION)
+            plan.weights.pop(decision.name, None)
 
 
 def _reshape(
