@@ -85,9 +85,11 @@ def compare(name: str, python: Path, folder: Path, samples: int) -> dict[str, An
     different = sum(int((one.reshape(-1) != other.reshape(-1)).sum()) for one, other in zip(*outputs))
     span = max(float(np.ptp(array)) for array in outputs[0])
     largest = max(float(np.abs(one.reshape(-1) - other.reshape(-1)).max()) for one, other in zip(*outputs))
-    row = {"network": name, "converts": True, "nodes_equal": nodes[0] == nodes[1], "values": values}
+    ours_int8, theirs_int8 = (Counter(found[True]) for found in nodes)
+    equal = nodes[0][False] == nodes[1][False] and not ours_int8 - theirs_int8
+    row = {"network": name, "converts": True, "nodes_equal": equal, "values": values}
     row |= {"differing_values": different, "largest_difference": largest / span if span else largest}
-    if nodes[0] != nodes[1]:
+    if not equal:
         row["nodes"] = [{("int8" if kind else "float"): ops for kind, ops in found.items()} for found in nodes]
     return row
 

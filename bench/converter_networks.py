@@ -534,6 +534,58 @@ class ShuffleTwice(Between):
 
 
 @network
+class ShuffleSquare(nn.Cell):
+    """A transposition of (1, 2, 2, H, W) whose result has the shape of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu, self.tail = conv(3, 4), nn.ReLU(), conv(4, 4)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.relu(self.stem(x))
+        x = x.reshape(-1, 2, 2, 16, 16).transpose(0, 2, 1, 3, 4).reshape(-1, 4, 16, 16)
+        return self.tail(x)
+
+
+@network
+class FlattenCube(nn.Cell):
+    """A map of 8 × 8 × 8 that is flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu, self.head = conv(3, 8, stride=2), nn.ReLU(), nn.Dense(512, 10)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.head(self.relu(self.stem(x)).reshape(-1, 512))
+
+
+@network
+class TransposeInput(nn.Cell):
+    """A transposition whose result has the shape of its input, before any other."""
+
+    shape = (12, 12)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Dense(144, 10)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.head(x.transpose(0, 2, 1).reshape(-1, 144))
+
+
+@network
+class TransposeCube(nn.Cell):
+    """A map of 8 × 8 × 8 in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu, self.tail = conv(3, 8, stride=2), nn.ReLU(), conv(8, 4)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.tail(self.relu(self.stem(x)).transpose(0, 3, 1, 2))
+
+
+@network
 class PixelShuffle(Between):
     def parts(self):  # type: ignore[no-untyped-def]
         self.a, self.mix = conv(8, 32), nn.PixelShuffle(2)

@@ -51,8 +51,9 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
         ExportError: the file breaks one of the converter's rules, or cannot be written.
     """
     lowered, plan = lower_for_lite(round_stored(graph, plan), plan)
-    to_known_operations(lowered, concrete_shapes(lowered, batch_size))
-    prevent_fusions(lowered)
+    shapes = concrete_shapes(lowered, batch_size)
+    to_known_operations(lowered, shapes)
+    prevent_fusions(lowered, plan, shapes)
     hooks = Hooks(values={}, edges={})
     float_nodes = {node.name for node in plan.nodes if node.precision != INT8}
     grids = {

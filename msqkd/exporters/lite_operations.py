@@ -71,6 +71,12 @@ class Rewriter:
         )
         return output
 
+    def cut(self, begin: Shape, size: Shape) -> str:
+        """Append a Slice of the first input and return the name of its result; an axis taken whole is left open."""
+        whole = self.shapes[self.source]
+        open_sizes = tuple(-1 if part == axis else part for part, axis in zip(size, whole))
+        return self.add("Slice", self.source, begin, open_sizes, shape=size)
+
     def give(self, output: str) -> None:
         """Let the result of the last operation be `output`, one of the node's."""
         last = self.made[-1]
@@ -214,10 +220,15 @@ def _slice(at: Rewriter) -> None:
     spans += [(0, size, 1) for size in shape[len(spans) :]]
     if any(step != 1 or first >= last for first, last, step in spans):
         return
-    begin, size = tuple(first for first, _, _ in spans), tuple(last - first for first, last, _ in spans)
-    part = at.add("Slice", at.source, begin, size, shape=size)
+    size = tuple(last - first for first, last, _ in spans)
+    part = at.cut(tuple(first for first, _, _ in spans), size)
     if size != at.shapes[at.node.output]:
-        at.add("Reshape", part, at.shapes[at.node.output], shape=at.shapes[at.node.output])
+        at.add("Reshape", part, _open(at.shapes[at.node.output]), shape=at.shapes[at.node.output])
+
+
+def _open(shape: Shape) -> Shape:
+    """The target of a Reshape to `shape` for any batch."""
+    return (-1, *shape[1:]) if shape else shape
 
 
 def _parts(at: Rewriter) -> None:
@@ -228,9 +239,9 @@ def _parts(at: Rewriter) -> None:
         begin, size = [0] * len(shape), list(shape)
         begin[axis], size[axis] = start, 1 if drops else at.shapes[output][axis]
         start += size[axis]
-        at.add("Slice", at.source, tuple(begin), tuple(size), shape=size)
+        at.cut(tuple(begin), tuple(size))
         if drops:
-            at.add("Reshape", at.made[-1].output, at.shapes[output], shape=at.shapes[output])
+            at.add("Reshape", at.made[-1].output, _open(at.shapes[output]), shape=at.shapes[output])
         at.give(output)
 
 
@@ -250,7 +261,8 @@ def _nearest(at: Rewriter) -> None:
 def _broadcast(at: Rewriter) -> None:
     """A sum with zeros of the shape asked for."""
     shape = at.shapes[at.node.output]
-    at.add("Add", at.source, at.tensor(np.zeros(shape, np.float32)), shape=shape)
+    kept = 1 if at.shapes[at.source][:1] == shape[:1] else shape[0]
+    at.add("Add", at.source, at.tensor(np.zeros((kept, *shape[1:]))), shape=shape)
 
 
 def _tile(at: Rewriter) -> None:
