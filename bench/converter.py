@@ -36,7 +36,8 @@ _CONFIG = msqkd.QuantConfig(msqkd.WeightQuantizer(per_channel=True), act_observe
 _MOVES = (
     "QuantDTypeCast", "Transpose", "Reshape", "Squeeze", "ExpandDims", "Split", "SliceFusion", "StridedSlice", "Stack",
 )  # fmt: skip
-_ALIKE = {"MatMulFusion": "Conv2DFusion"}  # a dense layer is a 1×1 convolution in the file for the converter
+_ALIKE = {"MatMulFusion": "Conv2DFusion", "SubFusion": "AddFusion"}
+"""A dense layer is a 1×1 convolution in the file for the converter, a sum with a constant a difference."""
 
 
 def randomised(net: nn.Cell, seed: int = 3) -> nn.Cell:

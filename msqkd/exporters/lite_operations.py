@@ -156,6 +156,19 @@ def _with_tensors(op: str) -> Rule:
     return rule
 
 
+def _sum_of_two(at: Rewriter) -> None:
+    """A sum with a constant as a difference: the converter would take the constant for the bias of the layer before,
+    though an activation lies between."""
+    _with_tensors("Add")(at)
+    fixed = [name for name in at.node.inputs if at.graph.values[name].kind in ("const", "param")]
+    kind = at.graph.values[at.node.output].type
+    if len(fixed) == 1 and kind is not None and kind.dtype == "float32":
+        value = at.graph.values[fixed[0]]
+        data = at.graph.params[value.name].data if value.kind == "param" else value.const
+        tensors = [name for name in at.node.inputs if name != fixed[0]]
+        at.node.op, at.node.inputs = "Sub", [*tensors, at.tensor(-np.asarray(data))]
+
+
 def _squared_difference(at: Rewriter) -> None:
     shape = at.shapes[at.node.output]
     apart = at.add("Sub", *at.node.inputs[:2], shape=shape)
@@ -176,6 +189,12 @@ def _against(op: str, number: float, first: bool = False) -> Rule:
         at.add(op, *(operands[::-1] if first else operands), shape=at.shapes[at.node.output])
 
     return rule
+
+
+def _product(at: Rewriter) -> None:
+    """A product by the name that says whether there is a batch."""
+    at.node.op = "BatchMatMul" if len(at.shapes[at.node.output]) > 2 else "MatMul"
+    at.node.inputs = [*at.node.inputs[:2], at.graph.add_const(False), at.graph.add_const(False)]
 
 
 def _power(at: Rewriter) -> None:
@@ -258,6 +277,61 @@ def _nearest(at: Rewriter) -> None:
         at.add("ResizeNearestNeighbor", at.source, size, aligned, False, shape=at.shapes[at.node.output])
 
 
+def _transposed(at: Rewriter) -> None:
+    """With a bias, without which the converter fails: it looks for one where it has taken the shape of the result."""
+    readers = at.graph.consumers(at.node.output)
+    if len(readers) == 1 and readers[0].op == "BiasAdd":
+        return
+    shape = at.shapes[at.node.output]
+    whole = at.add("Conv2DTranspose", *at.node.inputs, shape=shape, attrs=at.node.attrs)
+    zeros = at.graph.unique_value(f"{at.node.name}.zeros")
+    at.graph.add_param(zeros, np.zeros(shape[1], np.float32), trainable=False)
+    at.add("BiasAdd", whole, zeros, 0, shape=shape)
+
+
+def _normalise(at: Rewriter) -> None:
+    """A factor and an offset a channel."""
+    params = [at.graph.params.get(name) for name in at.node.inputs[1:5]]
+    if any(param is None for param in params):
+        return
+    gamma, beta, mean, variance = (param.data.astype(np.float64) for param in params if param is not None)
+    shape, factor = at.shapes[at.source], gamma / np.sqrt(variance + float(at.literal(6)))
+    plane = (-1, *(1 for _ in shape[2:]))
+    scaled = at.add("Mul", at.source, at.tensor(factor.reshape(plane)), shape=shape)
+    at.add("Add", scaled, at.tensor((beta - mean * factor).reshape(plane)), shape=shape)
+    at.node.outputs = at.node.outputs[:1]
+
+
+def _prelu(at: Rewriter) -> None:
+    """The positive part, and the slope times the negative one."""
+    shape, slope = at.shapes[at.source], at.graph.params.get(at.node.inputs[1])
+    if slope is None:
+        return
+    sizes = (-1, *(1 for _ in shape[2:])) if slope.data.size > 1 else (1,)
+    below = at.add("Minimum", at.source, at.tensor(0.0), shape=shape)
+    bent = at.add("Mul", below, at.tensor(slope.data.reshape(sizes)), shape=shape)
+    at.add("Add", at.add("Maximum", at.source, at.tensor(0.0), shape=shape), bent, shape=shape)
+
+
+def _elu(at: Rewriter) -> None:
+    """x above 0, alpha · (exp(x) - 1) below."""
+    shape = at.shapes[at.source]
+    power = at.add("Exp", at.add("Minimum", at.source, at.tensor(0.0), shape=shape), shape=shape)
+    below = at.add("Add", power, at.tensor(-1.0), shape=shape)
+    bent = at.add("Mul", below, at.tensor(at.literal(1)), shape=shape)
+    at.add("Add", at.add("Maximum", at.source, at.tensor(0.0), shape=shape), bent, shape=shape)
+
+
+def _softplus(at: Rewriter) -> None:
+    """max(x, 0) + log(1 + exp(-|x|)); Mish is x times the tanh of it."""
+    shape = at.shapes[at.source]
+    fallen = at.add("Exp", at.add("Mul", at.add("Abs", at.source, shape=shape), at.tensor(-1.0), shape=shape), shape=shape)
+    tail = at.add("Log", at.add("Add", fallen, at.tensor(1.0), shape=shape), shape=shape)
+    whole = at.add("Add", at.add("Maximum", at.source, at.tensor(0.0), shape=shape), tail, shape=shape)
+    if at.node.op == "Mish":
+        at.add("Mul", at.source, at.add("Tanh", whole, shape=shape), shape=shape)
+
+
 def _broadcast(at: Rewriter) -> None:
     """A sum with zeros of the shape asked for."""
     shape = at.shapes[at.node.output]
@@ -320,14 +394,15 @@ def _log_softmax(at: Rewriter) -> None:
 
 
 RULES: Mapping[str, Rule] = {
-    **{op: _with_tensors(op) for op in ("Add", "Sub", "Mul", "Div", "Maximum", "Minimum")},
-    "Adds": _with_tensors("Add"),
+    **{op: _with_tensors(op) for op in ("Sub", "Mul", "Div", "Maximum", "Minimum")},
+    **dict.fromkeys(("Add", "Adds"), _sum_of_two),
     "Subs": _with_tensors("Sub"),
     "Muls": _with_tensors("Mul"),
     "Divs": _with_tensors("Div"),
     "RealDiv": _with_tensors("Div"),
     "SquaredDifference": _squared_difference,
     "AddN": _sum,
+    "MatMulExt": _product,
     "Neg": _against("Mul", -1.0),
     "Reciprocal": _against("Div", 1.0, first=True),
     "Pow": _power,
@@ -343,6 +418,12 @@ RULES: Mapping[str, Rule] = {
     "Pad": _pad,
     "PadV3": _pad,
     "ResizeNearestNeighborV2": _nearest,
+    "Conv2DTranspose": _transposed,
+    "BatchNorm": _normalise,
+    "PReLU": _prelu,
+    "Elu": _elu,
+    "Softplus": _softplus,
+    "Mish": _softplus,
     "BroadcastTo": _broadcast,
     "Tile": _tile,
     **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "Softmax"), _named_axes),

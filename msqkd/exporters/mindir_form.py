@@ -89,6 +89,56 @@ _CONVERSIONS: Mapping[tuple[str, str], _Conversion] = {
 }
 """(operation, setting) -> how its value is written where 2.0 has it otherwise than today."""
 
+@dataclass(frozen=True)
+class _Older:
+    """An operation that 2.0 has by another name, with inputs of today as attributes.
+
+    Attributes:
+        settings: names of the inputs and settings of today behind the first input, in order.
+        write: their values by name -> name of the operation and attributes of 2.0.
+        names: the names `write` gives.
+        read: the attributes -> the values by name.
+    """
+
+    settings: tuple[str, ...]
+    names: tuple[str, ...]
+    write: Callable[[dict[str, Any]], tuple[str, dict[str, Any]]]
+    read: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+_HALF_PIXEL, _LINEAR = 2, 0
+
+
+def _write_bilinear(values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The converter reads no half pixels from ResizeBilinear: they need the operation it makes of that."""
+    if not values["half_pixel_centers"]:
+        return "ResizeBilinear", values
+    height, width = values["size"]
+    return "Resize", {
+        "method": _LINEAR, "coordinate_transform_mode": _HALF_PIXEL, "new_height": height, "new_width": width,
+        "preserve_aspect_ratio": False, "format": 0,
+    }  # fmt: skip
+
+
+def _read_bilinear(attrs: dict[str, Any]) -> dict[str, Any]:
+    if "size" in attrs:
+        return attrs
+    size = (attrs["new_height"], attrs["new_width"])
+    return {"size": size, "align_corners": False, "half_pixel_centers": True}
+
+
+_OLDER: Mapping[str, _Older] = {
+    "ResizeBilinearV2": _Older(
+        ("size", "align_corners", "half_pixel_centers"), ("ResizeBilinear", "Resize"), _write_bilinear, _read_bilinear
+    ),
+}
+"""Operation of today -> what 2.0 has instead."""
+
+_NEWER = {name: op for op, older in _OLDER.items() for name in older.names}
+
+_ADDED: Mapping[str, dict[str, Any]] = {"GeLU": {"approximate": True}}
+"""Attributes that say to the converter what the name says to MindSpore."""
+
 _NAMES = {"data_format": ("format", "data_format")}
 """Settings that have other names as attributes, or several."""
 
@@ -126,18 +176,23 @@ class _Rewriter:
         self.made.append(own)
 
     def _move_settings(self, node: Any, own: Any) -> None:
-        op = own.op_type
-        called, names = settings_of(op)
+        op, older = own.op_type, _OLDER.get(own.op_type)
+        called, names = (1, older.settings) if older is not None else settings_of(op)
         if op in DIRECT:
             called = len(node.input) - len(names)
-        for name, value in zip(names, node.input[called:]):
-            if value not in self.constants:
-                raise ExportError(f"'{node.domain}': {name} of {op} is computed, which MindSpore Lite does not know")
-            setting = attribute_value(self.constants[value].attribute[0])
+        values = {name: self._literal(node, op, name, value) for name, value in zip(names, node.input[called:])}
+        if older is not None:
+            own.op_type, values = older.write(values)
+        for name, setting in {**values, **_ADDED.get(op, {})}.items():
             conversion = _CONVERSIONS.get((op, name))
             for attribute_name in _NAMES.get(name, (name,)):
                 set_attribute(own.attribute.add(name=attribute_name), conversion.write(setting) if conversion else setting)
         del node.input[called:]
+
+    def _literal(self, node: Any, op: str, name: str, value: str) -> Any:
+        if value not in self.constants:
+            raise ExportError(f"'{node.domain}': {name} of {op} is computed, which MindSpore Lite does not know")
+        return attribute_value(self.constants[value].attribute[0])
 
     def _drop_unread(self) -> None:
         """Take out constants and tuples that nobody reads any more, and replace the list of primitives."""
@@ -180,8 +235,13 @@ _SCALARS = (
 def functional_form(graph: Graph) -> None:
     """Undo `older_form` in a graph that was read from a file: settings become arguments again, in place."""
     for node in graph.nodes:
-        called, names = settings_of(node.op)
-        if node.functional or not called:
+        if node.functional:
+            continue
+        older = _OLDER.get(_NEWER.get(node.op, ""))
+        if older is not None:
+            node.op, node.attrs = _NEWER[node.op], older.read(node.attrs)
+        called, names = (1, older.settings) if older is not None else settings_of(node.op)
+        if not called:
             continue
         node.functional = True
         if node.op in DIRECT and not node.sequences:
