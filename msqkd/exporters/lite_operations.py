@@ -192,9 +192,16 @@ def _against(op: str, number: float, first: bool = False) -> Rule:
 
 
 def _product(at: Rewriter) -> None:
-    """A product by the name that says whether there is a batch."""
-    at.node.op = "BatchMatMul" if len(at.shapes[at.node.output]) > 2 else "MatMul"
-    at.node.inputs = [*at.node.inputs[:2], at.graph.add_const(False), at.graph.add_const(False)]
+    """A product by the name that says whether there is a batch; the rows of a batch by one matrix are one matrix."""
+    (*batch, rows, depth), other, shape = at.shapes[at.source], at.shapes[at.node.inputs[1]], at.shapes[at.node.output]
+    if len(other) == 2 and batch:
+        many = (prod(batch) * rows, depth)
+        flat = at.add("Reshape", at.source, (-1, depth), shape=many)
+        found = at.add("MatMul", flat, at.node.inputs[1], False, False, shape=(many[0], other[1]))
+        at.add("Reshape", found, _open(shape), shape=shape)
+    else:
+        at.node.op = "BatchMatMul" if len(shape) > 2 else "MatMul"
+        at.node.inputs = [*at.node.inputs[:2], at.graph.add_const(False), at.graph.add_const(False)]
 
 
 def _power(at: Rewriter) -> None:
@@ -270,6 +277,21 @@ def _pad(at: Rewriter) -> None:
         at.add("Pad", at.source, shape=at.shapes[at.node.output], attrs={"paddings": tuple(map(tuple, pairs))})
 
 
+def _channels_first(at: Rewriter) -> None:
+    """Channels from the last place to the second, with height and width as one axis: joined with the transposition
+    that the converter adds, four axes would lose the layout that a convolution asks for."""
+    shape = at.shapes[at.source]
+    perm = at.literal(1)
+    if len(shape) != 4 or perm is None or tuple(int(axis) % 4 for axis in perm) != (0, 3, 1, 2):
+        return
+    batch, height, width, channels = shape
+    rows = at.add("Reshape", at.source, (-1, height * width, channels), shape=(batch, height * width, channels))
+    turned = at.add("Transpose", rows, (0, 2, 1), shape=(batch, channels, height * width))
+    shape = at.shapes[at.node.output]
+    whole = at.add("Reshape", turned, (-1, channels, height, width), shape=shape)
+    at.add("Slice", whole, (0, 0, 0, 0), (-1, -1, -1, -1), shape=shape)
+
+
 def _nearest(at: Rewriter) -> None:
     aligned, half_pixel = resize_flags(at.graph, at.node)
     size = at.shapes[at.node.output][2:]
@@ -284,6 +306,7 @@ def _transposed(at: Rewriter) -> None:
         return
     shape = at.shapes[at.node.output]
     whole = at.add("Conv2DTranspose", *at.node.inputs, shape=shape, attrs=at.node.attrs)
+    at.made[-1].sequences = at.node.sequences
     zeros = at.graph.unique_value(f"{at.node.name}.zeros")
     at.graph.add_param(zeros, np.zeros(shape[1], np.float32), trainable=False)
     at.add("BiasAdd", whole, zeros, 0, shape=shape)
@@ -413,6 +436,7 @@ RULES: Mapping[str, Rule] = {
     "GeLU": _gelu,
     "GeluExt": _gelu,
     "StridedSlice": _slice,
+    "Transpose": _channels_first,
     "Split": _parts,
     "Unstack": _parts,
     "Pad": _pad,
