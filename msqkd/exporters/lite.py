@@ -18,6 +18,7 @@ import numpy as np
 
 from msqkd.errors import ExportError
 from msqkd.exporters.canonical import canonical_model, on_bytes
+from msqkd.exporters.device.freeze import freeze
 from msqkd.exporters.device.shapes import concrete_shapes
 from msqkd.exporters.lite_operations import to_known_operations
 from msqkd.exporters.lite_fusions import prevent_fusions
@@ -52,20 +53,27 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
     """
     lowered, plan = lower_for_lite(round_stored(graph, plan), plan)
     shapes = concrete_shapes(lowered, batch_size)
-    to_known_operations(lowered, shapes)
+    freeze(lowered, shapes)
+    left = {node.name for node in lowered.nodes}
+    plan.weights = {name: quant for name, quant in plan.weights.items() if name in left}
+    to_known_operations(lowered, plan, shapes)
     prevent_fusions(lowered, plan, shapes)
+    plan.activations = {name: quant for name, quant in plan.activations.items() if name in lowered.values}
     hooks = Hooks(values={}, edges={})
     float_nodes = {node.name for node in plan.nodes if node.precision != INT8}
     grids = {
         (name, quant.index): quant.qparams(quant.held_in(lowered))
         for name, quant in plan.with_weight_observers(lowered).int8_weights().items()
     }
+    grids.update(_constant_operands(lowered, plan))
     _separate_weights(lowered, grids)
     stored = {lowered.node(name).inputs[index]: qparams for (name, index), qparams in grids.items()}
     for edge, qparams in grids.items():
         hooks.edges[edge] = Marker(qparams)  # type: ignore[index]
     floats = {output for node in lowered.nodes if node.name in float_nodes for output in node.outputs}
     for value, activation in plan.activations.items():
+        if lowered.values[value].kind == "param":
+            continue  # its readers have the markers
         if activation.exact and value in lowered.outputs:
             continue  # a marker must feed a consumer; a reshape hands its input's parameters on
         marker = Marker(plan.group_of(value).qparams(), value in floats)
@@ -88,6 +96,17 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
     return write_cell(cell, inputs, file, form, lambda name, data: _on_grid(stored.get(name), data))
 
 
+def _constant_operands(graph: Graph, plan: QuantPlan) -> dict[tuple[str, int], QParams]:
+    """Return the parameters of operands that were computed from constants alone, by (node, input)."""
+    found = {}
+    for value, activation in plan.activations.items():
+        if value in graph.params:
+            places = [(node.name, index) for node in graph.nodes for index, name in enumerate(node.inputs) if name == value]
+            for edge in activation.edges or places:
+                found[edge] = plan.group_of(value).qparams()
+    return found
+
+
 def _separate_weights(graph: Graph, grids: Mapping[tuple[str, int], QParams]) -> None:
     """Where a weight has several readers that do not all want it on one grid, give each int8 layer one of its own, in
     place: a marker must be the only user of what it marks."""
@@ -100,7 +119,8 @@ def _separate_weights(graph: Graph, grids: Mapping[tuple[str, int], QParams]) ->
 
 
 def _equal(one: QParams, other: QParams) -> bool:
-    return one.axis == other.axis and np.array_equal(one.scale, other.scale)
+    same = np.array_equal(one.scale, other.scale) and np.array_equal(one.zero_point, other.zero_point)
+    return one.axis == other.axis and same
 
 
 def _on_grid(qparams: Optional[QParams], data: np.ndarray) -> np.ndarray:
@@ -197,7 +217,7 @@ def read_marked(file: PathLike) -> tuple[Graph, dict[str, QParams], dict[tuple[s
 def _parameters(attrs: dict[str, Any], axis: Optional[int]) -> QParams:
     scale = np.float32(attrs["linear_quant_scale"])
     zero_point = np.int32(attrs["linear_quant_zero_point"])
-    low, high = quant_limits(8, narrow=axis is not None)
+    low, high = quant_limits(8, narrow=scale.size > 1)
     if axis is None or scale.size == 1:
         return QParams(scale.reshape(()), zero_point.reshape(()), low, high)
     return QParams(scale, zero_point, low, high, axis)

@@ -15,6 +15,7 @@ from typing import Any, Optional
 import numpy as np
 
 from msqkd.graph.ir import Graph, Node, TensorType, Value
+from msqkd.quant.plan import ActivationQuant, QuantPlan
 from msqkd.quant.uses import axes_of, is_tanh_gelu, paddings, resize_flags, slice_entries
 
 Shape = tuple[int, ...]
@@ -26,12 +27,13 @@ class Rewriter:
     Attributes:
         graph: the graph the node is in.
         node: the node.
+        plan: has the parameters of values.
         shapes: shape of every value, the batch closed.
         made: the operations so far.
     """
 
-    def __init__(self, graph: Graph, node: Node, shapes: dict[str, Shape]) -> None:
-        self.graph, self.node, self.shapes = graph, node, shapes
+    def __init__(self, graph: Graph, node: Node, plan: QuantPlan, shapes: dict[str, Shape]) -> None:
+        self.graph, self.node, self.plan, self.shapes = graph, node, plan, shapes
         self.made: list[Node] = []
 
     @property
@@ -50,7 +52,7 @@ class Rewriter:
         return self.graph.add_const(np.atleast_1d(np.asarray(number, dtype)), f"{self.node.output}_number")
 
     def add(self, op: str, *operands: Any, shape: Sequence[int], attrs: Optional[dict[str, Any]] = None) -> str:
-        """Append an operation and return the name of its result.
+        """Append an operation and return the name of its result, which has the parameters of what `op` moves.
 
         Args:
             op: name of the primitive; one with `attrs` is not functional.
@@ -62,6 +64,8 @@ class Rewriter:
         output = self.graph.unique_value(f"{self.node.output}_part")
         self.graph.add_value(Value(output, "node", TensorType(tuple(shape))))
         self.shapes[output] = tuple(shape)
+        if op in _MOVES and names[0] in self.plan.activations:
+            self.plan.activations[output] = ActivationQuant(output, self.plan.activations[names[0]].group, exact=True)
         taken = {node.name for node in self.made}
         name = self.graph.unique_node(f"{self.node.name}.{op.lower()}")
         while name in taken:
@@ -81,6 +85,7 @@ class Rewriter:
         """Let the result of the last operation be `output`, one of the node's."""
         last = self.made[-1]
         del self.graph.values[last.output]
+        self.plan.activations.pop(last.output, None)
         last.outputs = [output]
 
     def finish(self) -> None:
@@ -92,22 +97,24 @@ class Rewriter:
         self.graph.nodes[at : at + 1] = self.made
 
 
+_MOVES = ("Reshape", "Transpose", "Slice")
 Rule = Callable[[Rewriter], None]
 """Rewrites the node, or changes it in place and leaves `made` empty."""
 
 
-def to_known_operations(graph: Graph, shapes: dict[str, Shape]) -> None:
+def to_known_operations(graph: Graph, plan: QuantPlan, shapes: dict[str, Shape]) -> None:
     """Rewrite the operations of `RULES`, in place.
 
     Args:
         graph: the network in the forms of `msqkd.exporters.lowering.lower_for_lite`.
+        plan: its activations get those of new values.
         shapes: shape of every value, the batch closed; those of new values are added.
     """
     _spell_out(graph, shapes)
     for node in list(graph.nodes):
         rule = RULES.get(node.op)
         if rule is not None:
-            rewriter = Rewriter(graph, node, shapes)
+            rewriter = Rewriter(graph, node, plan, shapes)
             rule(rewriter)
             if rewriter.made:
                 rewriter.finish()
@@ -162,7 +169,8 @@ def _sum_of_two(at: Rewriter) -> None:
     _with_tensors("Add")(at)
     fixed = [name for name in at.node.inputs if at.graph.values[name].kind in ("const", "param")]
     kind = at.graph.values[at.node.output].type
-    if len(fixed) == 1 and kind is not None and kind.dtype == "float32":
+    is_float = kind is not None and kind.dtype == "float32"
+    if len(fixed) == 1 and is_float and fixed[0] not in at.plan.activations:
         value = at.graph.values[fixed[0]]
         data = at.graph.params[value.name].data if value.kind == "param" else value.const
         tensors = [name for name in at.node.inputs if name != fixed[0]]
@@ -198,6 +206,8 @@ def _product(at: Rewriter) -> None:
         many = (prod(batch) * rows, depth)
         flat = at.add("Reshape", at.source, (-1, depth), shape=many)
         found = at.add("MatMul", flat, at.node.inputs[1], False, False, shape=(many[0], other[1]))
+        if at.node.output in at.plan.activations:
+            at.plan.activations[found] = replace(at.plan.activations[at.node.output], value=found)
         at.add("Reshape", found, _open(shape), shape=shape)
     else:
         at.node.op = "BatchMatMul" if len(shape) > 2 else "MatMul"
