@@ -164,17 +164,26 @@ def _with_tensors(op: str) -> Rule:
 
 
 def _sum_of_two(at: Rewriter) -> None:
-    """A sum with a constant as a difference: the converter would take the constant for the bias of the layer before,
-    though an activation lies between."""
+    """A sum with a constant behind a layer as a difference: the converter would take the constant for the bias of the
+    layer, though an activation lies between."""
     _with_tensors("Add")(at)
     fixed = [name for name in at.node.inputs if at.graph.values[name].kind in ("const", "param")]
     kind = at.graph.values[at.node.output].type
     is_float = kind is not None and kind.dtype == "float32"
-    if len(fixed) == 1 and is_float and fixed[0] not in at.plan.activations:
+    if len(fixed) == 1 and is_float and fixed[0] not in at.plan.activations and _behind_layer(at):
         value = at.graph.values[fixed[0]]
         data = at.graph.params[value.name].data if value.kind == "param" else value.const
         tensors = [name for name in at.node.inputs if name != fixed[0]]
         at.node.op, at.node.inputs = "Sub", [*tensors, at.tensor(-np.asarray(data))]
+
+
+def _behind_layer(at: Rewriter) -> bool:
+    """Return True if the computed operand comes out of a layer, by way of its bias and activation."""
+    producers = {output: node for node in at.graph.nodes for output in node.outputs}
+    before = producers.get(at.graph.tensor_inputs(at.node)[0])
+    while before is not None and before.op in ("BiasAdd", "ReLU", "ReLU6"):
+        before = producers.get(before.inputs[0])
+    return before is not None and before.op in ("Conv2D", "Conv2DTranspose", "Dense", "MatMul", "BatchMatMul")
 
 
 def _squared_difference(at: Rewriter) -> None:
