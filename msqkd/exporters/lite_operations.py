@@ -401,6 +401,19 @@ def _reduced(at: Rewriter, op: str, value: str, axes: Sequence[int], keep: bool 
     return at.add(op, value, tuple(axes), keep, *([False] if op == "ReduceSum" else []), shape=left)
 
 
+def _extreme(op: str) -> Rule:
+    """The largest or smallest value along an axis, where nobody asks for its place."""
+
+    def rule(at: Rewriter) -> None:
+        axis, keep = int(at.literal(1)) % len(at.shapes[at.source]), bool(at.literal(2))
+        value = at.node.outputs[1]
+        if not at.graph.consumers(at.node.output) and at.node.output not in at.graph.outputs:
+            _reduced(at, op, at.source, [axis], keep)
+            at.give(value)
+
+    return rule
+
+
 def _named_axes(at: Rewriter) -> None:
     """Axes counted from the front, all of them named: int8 kernels do not know axes from the end."""
     at.node.inputs[1] = at.graph.add_const(tuple(axes_of(at.graph, at.node, 1)), "axes")
@@ -471,6 +484,8 @@ RULES: Mapping[str, Rule] = {
     "Tile": _tile,
     **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "Softmax"), _named_axes),
     **dict.fromkeys(("Concat", "ExpandDims"), _axis_of_result),
+    "ArgMaxWithValue": _extreme("ReduceMax"),
+    "ArgMinWithValue": _extreme("ReduceMin"),
     "ReduceStd": _deviation,
     "LogSoftmax": _log_softmax,
 }

@@ -306,8 +306,20 @@ def test_the_marked_file_leaves_to_float_what_the_converter_cannot_write(tmp_pat
     file = export_lite(graph, plan, tmp_path / "marked.mindir")
     marked, values, weights = read_marked(file)
     norms = [node for node in marked.nodes if node.op == "LayerNorm"]
-    scaled = [node for node in marked.nodes if node.op in ("Mul", "Muls")]
     assert norms
-    assert scaled
-    assert not any(node.output in values or (node.name, 1) in weights for node in [*norms, *scaled])
+    assert not any((node.name, 1) in weights for node in norms)
+    assert any(output in values for node in norms for output in node.outputs), "their readers have the parameters"
     assert any(node.output in values for node in marked.nodes if node.op == "Softmax")
+
+
+def test_a_product_with_a_number_is_int8_in_the_marked_file(tmp_path: Path) -> None:
+    graph, plan, arrays = planned("Vision")
+    file = export_lite(graph, plan, tmp_path / "marked.mindir")
+    marked, values, weights = read_marked(file)
+    scaled = [node for node in marked.nodes if node.op == "Mul" and (node.name, 1) in weights]
+    assert scaled
+    for node in scaled:
+        factor = marked.params[node.inputs[1]].data
+        assert factor.shape == (1,)
+        assert float(weights[node.name, 1].scale) == factor[0], "the integer of the number is 1"
+        assert node.output in values
