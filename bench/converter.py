@@ -96,9 +96,12 @@ def compare(name: str, python: Path, folder: Path, samples: int) -> dict[str, An
 
 
 def counted(program: Program) -> dict[bool, dict[str, int]]:
-    """Count the operations that compute, those in int8 (True) and those in float; moves have no results of their own."""
+    """Count the operations that compute, those in int8 (True) and those in float; moves are left out."""
     steps = [(step.quantized, _ALIKE.get(step.op, step.op)) for step in program.steps if step.op not in _MOVES]
-    return {kind: dict(sorted(Counter(op for quantized, op in steps if quantized == kind).items())) for kind in (True, False)}
+    return {
+        kind: dict(sorted(Counter(op for quantized, op in steps if quantized == kind).items()))
+        for kind in (True, False)
+    }
 
 
 def main() -> None:

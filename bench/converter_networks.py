@@ -1,4 +1,4 @@
-"""Small networks for `bench/converter.py`, one for each operation or pattern that MindSpore Lite's converter rewrites."""
+"""Small networks for `bench/converter.py`, one for each operation or pattern that the converter rewrites."""
 
 from __future__ import annotations
 
@@ -645,7 +645,8 @@ class LeNet(nn.Cell):
         super().__init__()
         self.net = nn.SequentialCell(
             conv(1, 6, 5, pad_mode="valid"), nn.ReLU(), nn.MaxPool2d(2, 2), conv(6, 16, 5, pad_mode="valid"), nn.ReLU(),
-            nn.MaxPool2d(2, 2), nn.Flatten(), nn.Dense(400, 120), nn.ReLU(), nn.Dense(120, 84), nn.ReLU(), nn.Dense(84, 10),
+            nn.MaxPool2d(2, 2), nn.Flatten(), nn.Dense(400, 120), nn.ReLU(), nn.Dense(120, 84), nn.ReLU(),
+            nn.Dense(84, 10),
         )  # fmt: skip
 
     def construct(self, x):  # type: ignore[no-untyped-def]
@@ -686,7 +687,12 @@ class Attention(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.qkv, self.out, self.softmax = nn.LayerNorm((16,)), nn.Dense(16, 48), nn.Dense(16, 16), nn.Softmax()
+        self.norm, self.qkv, self.out, self.softmax = (
+            nn.LayerNorm((16,)),
+            nn.Dense(16, 48),
+            nn.Dense(16, 16),
+            nn.Softmax(),
+        )
         self.inner, self.head = nn.Dense(16, 16), nn.Dense(16, 4)
 
     def construct(self, x):  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -55,9 +55,13 @@ np.savez(out, **{"o%d" % j: np.stack([row[j] for row in rows]) for j in range(le
 def vendor_python(home: Optional[PathLike] = None) -> Optional[Path]:
     """Return the interpreter of the environment in `home`, by default ``$MSLITE_HOME``; None where there is none."""
     folder = Path(home or os.environ.get(HOME_VARIABLE) or _DEFAULT_HOME).expanduser()
-    found = [folder / name for name in _PYTHON if (folder / name).is_file()]
-    packages = [python for python in found if list(python.parents[1].glob("lib/python*/site-packages/mindspore_lite"))]
-    return packages[0] if packages else None
+    return next((folder / name for name in _PYTHON if is_vendor_python(folder / name)), None)
+
+
+def is_vendor_python(program: Path) -> bool:
+    """Return True if a program is the interpreter of a virtual environment with the package."""
+    packages = program.parent.parent.glob("lib/python*/site-packages/mindspore_lite")
+    return program.is_file() and program.parent.name == "bin" and any(packages)
 
 
 def convert_command(python: Path, model: PathLike, output: PathLike, config: Optional[PathLike] = None) -> list[str]:
@@ -90,14 +94,22 @@ def run_ms(python: Path, file: PathLike, inputs: Sequence[np.ndarray]) -> list[n
         return [found[f"o{index}"] for index in range(len(found.files))]
 
 
-def run_vendor(command: Sequence[str], folder: Optional[Path] = None) -> subprocess.CompletedProcess[str]:
-    """Run a command of the package; its libraries are found without those of MindSpore on the path.
+def run_vendor(
+    command: Sequence[str], environment: Optional[Mapping[str, str]] = None, folder: Optional[Path] = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program of the vendor's; its output and its messages are one text.
+
+    Args:
+        command: the program and its arguments.
+        environment: of the program; by default this one's without the libraries of MindSpore.
+        folder: where it is started.
 
     Raises:
         MissingDependencyError: the program cannot be started.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in ("LD_LIBRARY_PATH", "PYTHONPATH")}
-    environment["GLOG_v"] = _ERRORS
+    if environment is None:
+        hidden = ("LD_LIBRARY_PATH", "PYTHONPATH")
+        environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"GLOG_v": _ERRORS}
     try:
         return subprocess.run(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

@@ -20,9 +20,9 @@ from msqkd.errors import ExportError
 from msqkd.exporters.canonical import canonical_model, on_bytes
 from msqkd.exporters.device.freeze import freeze
 from msqkd.exporters.device.shapes import concrete_shapes
-from msqkd.exporters.lite_operations import to_known_operations
 from msqkd.exporters.lite_fusions import prevent_fusions
 from msqkd.exporters.lite_markers import MARKER, TWIN, Marker, guard_markers
+from msqkd.exporters.lite_operations import to_known_operations
 from msqkd.exporters.lowering import lower_for_lite, own_weight
 from msqkd.exporters.mindir_file import write_cell
 from msqkd.exporters.mindir_form import functional_form, older_form
@@ -101,7 +101,9 @@ def _constant_operands(graph: Graph, plan: QuantPlan) -> dict[tuple[str, int], Q
     found = {}
     for value, activation in plan.activations.items():
         if value in graph.params:
-            places = [(node.name, index) for node in graph.nodes for index, name in enumerate(node.inputs) if name == value]
+            places = [
+                (node.name, index) for node in graph.nodes for index, name in enumerate(node.inputs) if name == value
+            ]
             for edge in activation.edges or places:
                 found[edge] = plan.group_of(value).qparams()
     return found

@@ -37,9 +37,9 @@ def keep_pointwise_apart(graph: Graph) -> None:
     producers = {output: node for node in graph.nodes for output in node.outputs}
     for node in graph.nodes:
         before = producers.get(node.inputs[0]) if node.inputs else None
-        if before is not None and _is_pointwise(graph, node) and _is_pointwise(graph, before):
-            if _mode(node.attrs) == _mode(before.attrs):
-                node.attrs = {**node.attrs, "pad_mode": _OTHER[_mode(node.attrs)]}
+        in_a_row = before is not None and _is_pointwise(graph, node) and _is_pointwise(graph, before)
+        if before is not None and in_a_row and _mode(node.attrs) == _mode(before.attrs):
+            node.attrs = {**node.attrs, "pad_mode": _OTHER[_mode(node.attrs)]}
 
 
 def _is_pointwise(graph: Graph, node: Node) -> bool:

@@ -1,8 +1,8 @@
 """FakeQuantParam markers, and what keeps MindSpore Lite's converter from reading more into them than the plan says.
 
 The converter computes an operation in int8 where its inputs and its output have a marker. A ``Depend`` between an
-operation that is planned float and its marker keeps it float: the readers of the value get the parameters, the operation
-does not. The converter deletes it once it has read the markers.
+operation that is planned float and its marker keeps it float: the readers of the value get the parameters, the
+operation does not. The converter deletes it once it has read the markers.
 
 A convolution or addition takes the parameters of its result from what reads it, once its bias and activation are in its
 kernel. At an output nobody reads it: there the operation has a marker of its own, with the attribute `TWIN`.
@@ -49,6 +49,7 @@ class Marker(nn.Cell):
             self.mark.add_prim_attr(_BEHIND_FLOAT, True)
 
     def construct(self, x):  # type: ignore[no-untyped-def]
+        """Mark `x`."""
         return self.mark(x)
 
 
@@ -68,6 +69,7 @@ class _Guard:
         self.twins: dict[str, Any] = {}
 
     def run(self) -> None:
+        """Rewrite the nodes."""
         outputs = {info.name for info in self.model.graph.output}
         tuples = [node for node in self.model.graph.node if self._op(node) == "MakeTuple"]
         outputs.update(name for node in reversed(tuples) if node.output[0] in outputs for name in node.input)

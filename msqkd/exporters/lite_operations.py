@@ -131,7 +131,7 @@ def _spell_out(graph: Graph, shapes: dict[str, Shape]) -> None:
             node.body = None
             continue
         names = {node.body.inputs[0]: node.inputs[0], node.body.outputs[0]: node.output}
-        made = []
+        made: list[Node] = []
         for part in node.body.nodes:
             for name in (*part.inputs, *part.outputs):
                 if name not in names:
@@ -367,7 +367,9 @@ def _elu(at: Rewriter) -> None:
 def _softplus(at: Rewriter) -> None:
     """max(x, 0) + log(1 + exp(-|x|)); Mish is x times the tanh of it."""
     shape = at.shapes[at.source]
-    fallen = at.add("Exp", at.add("Mul", at.add("Abs", at.source, shape=shape), at.tensor(-1.0), shape=shape), shape=shape)
+    fallen = at.add(
+        "Exp", at.add("Mul", at.add("Abs", at.source, shape=shape), at.tensor(-1.0), shape=shape), shape=shape
+    )
     tail = at.add("Log", at.add("Add", fallen, at.tensor(1.0), shape=shape), shape=shape)
     whole = at.add("Add", at.add("Maximum", at.source, at.tensor(0.0), shape=shape), tail, shape=shape)
     if at.node.op == "Mish":

@@ -57,7 +57,7 @@ def settings_of(op: str) -> tuple[int, tuple[str, ...]]:
     if not inspect.isclass(cls):
         return 0, ()
     called = len(inspect.signature(cls.__call__).parameters) - 1
-    return called, tuple(inspect.signature(cls.__init__).parameters)[1:]  # type: ignore[misc]
+    return called, tuple(inspect.signature(cls.__init__).parameters)[1:]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ _CONVERSIONS: Mapping[tuple[str, str], _Conversion] = {
     ("BiasAdd", "data_format"): _words({0: "NCHW", 1: "NHWC"}),
 }
 """(operation, setting) -> how its value is written where 2.0 has it otherwise than today."""
+
 
 @dataclass(frozen=True)
 class _Older:
@@ -186,7 +187,9 @@ class _Rewriter:
         for name, setting in {**values, **_ADDED.get(op, {})}.items():
             conversion = _CONVERSIONS.get((op, name))
             for attribute_name in _NAMES.get(name, (name,)):
-                set_attribute(own.attribute.add(name=attribute_name), conversion.write(setting) if conversion else setting)
+                set_attribute(
+                    own.attribute.add(name=attribute_name), conversion.write(setting) if conversion else setting
+                )
         del node.input[called:]
 
     def _literal(self, node: Any, op: str, name: str, value: str) -> Any:
@@ -254,6 +257,7 @@ def functional_form(graph: Graph) -> None:
 
 
 def replace_messages(field: Any, messages: list[Any]) -> None:
+    """Let a repeated field hold `messages`, which may be some of its own."""
     blobs = [message.SerializeToString(deterministic=True) for message in messages]
     del field[:]
     for blob in blobs:

@@ -16,7 +16,10 @@ from msqkd.exporters.mindir_form import settings_of
 
 # Operator of MindSpore 2.0 -> how many inputs it takes, and attributes it must have
 OPERATORS: dict[str, tuple[int, set[str]]] = {
-    "Conv2D": (2, {"kernel_size", "pad_mode", "pad_list", "stride", "dilation", "group", "format", "out_channel", "mode"}),
+    "Conv2D": (
+        2,
+        {"kernel_size", "pad_mode", "pad_list", "stride", "dilation", "group", "format", "out_channel", "mode"},
+    ),
     "Conv2DTranspose": (3, {"kernel_size", "pad_mode", "stride", "dilation", "group", "format", "out_channel"}),
     "BiasAdd": (2, {"format"}),
     "MatMul": (2, {"transpose_a", "transpose_b"}),
@@ -37,7 +40,10 @@ OPERATORS: dict[str, tuple[int, set[str]]] = {
     **{op: (3, set()) for op in ("Slice",)},
     **{op: (2, set()) for op in ("Add", "Sub", "Mul", "Div", "Maximum", "Minimum", "Pow", "Depend")},
     **{op: (2, set()) for op in ("Reshape", "Transpose", "ExpandDims", "TupleGetItem")},
-    **{op: (1, set()) for op in ("ReLU", "ReLU6", "Sigmoid", "Tanh", "HSwish", "HSigmoid", "GeLU", "Erf", "Exp", "Sqrt")},
+    **{
+        op: (1, set())
+        for op in ("ReLU", "ReLU6", "Sigmoid", "Tanh", "HSwish", "HSigmoid", "GeLU", "Erf", "Exp", "Sqrt")
+    },
 }
 MANY = {"Concat": {"axis"}, "MakeTuple": set()}  # of any number of inputs
 
@@ -183,7 +189,7 @@ def test_settings_come_from_the_definitions() -> None:
     assert settings_of("NoSuchOperator") == (0, ())
 
 
-# -- what the converter and the runtime would change ---------------------------------------------------------------------
+# -- what the converter and the runtime would change -------------------------------------------------------------------
 def test_pointwise_convolutions_in_a_row_have_different_padding_modes(tmp_path: Path) -> None:
     file, _, _ = marked(Maps, (3, 12, 12), tmp_path)
     graph, _, _ = read_marked(file)

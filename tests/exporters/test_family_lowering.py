@@ -313,7 +313,7 @@ def test_the_marked_file_leaves_to_float_what_the_converter_cannot_write(tmp_pat
 
 
 def test_a_product_with_a_number_is_int8_in_the_marked_file(tmp_path: Path) -> None:
-    graph, plan, arrays = planned("Vision")
+    graph, plan, _ = planned("Vision")
     file = export_lite(graph, plan, tmp_path / "marked.mindir")
     marked, values, weights = read_marked(file)
     scaled = [node for node in marked.nodes if node.op == "Mul" and (node.name, 1) in weights]

@@ -168,7 +168,8 @@ def _program(graph: dict[str, Any]) -> Program:
         outputs=_pick(names, graph.get("outputIndex", []), "tensors"),
         steps=[_step(node, title, names) for node, title in _pick(list(zip(nodes, titles)), order, "nodes")],
     )
-    for tensor, tensor.name in zip(tensors, names):
+    for tensor, name in zip(tensors, names):
+        tensor.name = name
         program.add(tensor)
     return program
 
