@@ -2,7 +2,8 @@
 
     MSLITE_HOME=FOLDER python bench/converter.py [--only NAME ...] [--samples 4] [--keep FOLDER] [--json]
 
-Every network of `converter_networks` gets random weights and is quantized after training. The vendor's converter
+Every network of `converter_networks`, or those named with --only (mindcv's too, for images of 64 × 64), gets random
+weights and is quantized after training. The vendor's converter
 converts its marked MindIR; the vendor's runtime computes that file and msqkd's own `.ms` file. Shown are the nodes that
 are int8 here and there, and the share of output values that differ.
 """
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ def randomised(net: nn.Cell, seed: int = 3) -> nn.Cell:
 
 def compare(name: str, python: Path, folder: Path, samples: int) -> dict[str, Any]:
     """Quantize, convert and compute one network; returns a row of the table."""
-    make, shape = NETWORKS[name]
+    make, shape = NETWORKS[name] if name in NETWORKS else (partial(_zoo_network, name), (3, 64, 64))
     rng = np.random.default_rng(0)
     if name in INTEGERS:
         data = rng.integers(0, 20, (8, *shape)).astype(np.int32)
@@ -93,6 +95,13 @@ def compare(name: str, python: Path, folder: Path, samples: int) -> dict[str, An
     if not equal:
         row["nodes"] = [{("int8" if kind else "float"): ops for kind, ops in found.items()} for found in nodes]
     return row
+
+
+def _zoo_network(name: str) -> nn.Cell:
+    """Make a network of mindcv without its weights."""
+    import mindcv
+
+    return mindcv.create_model(name, num_classes=10, pretrained=False)
 
 
 def counted(program: Program) -> dict[bool, dict[str, int]]:
