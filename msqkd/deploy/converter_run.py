@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Optional
 
 import numpy as np
 
+from msqkd.deploy.vendor_runtime import convert_command, is_vendor_python, run_vendor, vendor_python
 from msqkd.errors import ExportError, MissingDependencyError
 from msqkd.exporters.converter import command
 from msqkd.exporters.ms.read import read_ms
@@ -32,18 +32,23 @@ _CAST = "QuantDTypeCast"
 
 # -- the program -------------------------------------------------------------------------------------------------------
 def find_converter(path: PathLike) -> Path:
-    """The converter at `path`: the program itself, or the unpacked MindSpore Lite package that holds it.
+    """The converter at `path`: the program itself, the unpacked MindSpore Lite package that holds it, or a virtual
+    environment with the package ``mindspore-lite``, whose interpreter is returned.
 
     Raises:
         MissingDependencyError: it is not there, cannot be executed, or is for another kind of processor.
     """
     given = Path(path).expanduser()
+    python = vendor_python(given) if given.is_dir() else None
+    if python is not None:
+        return python.absolute()  # a link that is followed would leave its environment
     candidates = [given / folder / PROGRAM for folder in _IN_PACKAGE] if given.is_dir() else [given]
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:
         raise MissingDependencyError(
             f"there is no {PROGRAM} at {given}; give the program, or the unpacked package of MindSpore Lite for Linux "
-            f"with {_IN_PACKAGE[0]}/{PROGRAM} in it; without --converter the .ms file is written all the same"
+            f"with {_IN_PACKAGE[0]}/{PROGRAM} in it, or a virtual environment with mindspore-lite; "
+            "without --converter the .ms file is written all the same"
         )
     if not os.access(found, os.X_OK):
         raise MissingDependencyError(f"{found} is not executable; chmod +x {found}")
@@ -84,14 +89,11 @@ def convert(converter: Path, model: Path, output: Path, folder: Path, config: Op
         MissingDependencyError: the system cannot start it.
     """
     files = [file.resolve() if file is not None else None for file in (model, output, config)]
-    words = command(files[0] or model, files[1] or output, files[2], converter=converter)
-    try:
-        done = subprocess.run(
-            words, cwd=folder, env=_environment(converter), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
-        )  # fmt: skip
-    except OSError as error:
-        raise MissingDependencyError(f"{converter} cannot be started on this machine: {error.strerror}") from error
+    if converter.name != PROGRAM and is_vendor_python(converter):
+        done = run_vendor(convert_command(converter, files[0] or model, files[1] or output, files[2]), folder=folder)
+    else:
+        words = command(files[0] or model, files[1] or output, files[2], converter=converter)
+        done = run_vendor(words, _environment(converter), folder)
     made = output.with_name(f"{output.name}.ms")
     if done.returncode == 0 and made.is_file():
         return made

@@ -11,40 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn
 
 from msqkd.errors import ExportError
 from msqkd.exporters.canonical import canonical_model, on_bytes
-from msqkd.exporters.lowering import converter_plan, lower_for_lite, own_weight
+from msqkd.exporters.device.freeze import freeze
+from msqkd.exporters.device.shapes import concrete_shapes
+from msqkd.exporters.lite_fusions import prevent_fusions
+from msqkd.exporters.lite_markers import BEHIND_FLOAT, MARKER, TWIN, Marker, guard_markers
+from msqkd.exporters.lite_operations import to_known_operations
+from msqkd.exporters.lowering import lower_for_lite, own_weight
 from msqkd.exporters.mindir_file import write_cell
+from msqkd.exporters.mindir_form import functional_form, older_form
 from msqkd.files import PathLike
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.graph.mindir import read_mindir, read_model
+from msqkd.quant.config import INT8
 from msqkd.quant.integers import int8_grids, round_stored
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qparams import QParams, quant_limits
 
-MARKER = "FakeQuantParam"
 _BOOKKEEPING = ("Load", "UpdateState", "Depend")
-
-
-class _Marker(nn.Cell):
-    def __init__(self, qparams: QParams) -> None:
-        super().__init__()
-        from mindspore.common.dtype import QuantDtype
-        from mindspore.ops.operations._quant_ops import FakeQuantParam
-
-        scale = [float(s) for s in np.atleast_1d(qparams.scale)]
-        zero_point = [int(z) for z in np.atleast_1d(qparams.zero_point)]
-        self.mark = FakeQuantParam.linear_quant_param(QuantDtype.INT8, scale, zero_point, len(scale) > 1)
-
-    def construct(self, x):  # type: ignore[no-untyped-def]
-        return self.mark(x)
 
 
 def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int = 1) -> Path:
@@ -60,17 +51,29 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
         PlanError: a range is missing.
         ExportError: the file breaks one of the converter's rules, or cannot be written.
     """
-    lowered, plan = lower_for_lite(round_stored(graph, converter_plan(graph, plan)), plan)
+    lowered, plan = lower_for_lite(round_stored(graph, plan), plan)
+    shapes = concrete_shapes(lowered, batch_size)
+    freeze(lowered, shapes, {})  # stored weights are rounded already
+    left = {node.name for node in lowered.nodes}
+    plan.weights = {name: quant for name, quant in plan.weights.items() if name in left}
+    to_known_operations(lowered, plan, shapes)
+    prevent_fusions(lowered, plan, shapes)
+    plan.activations = {name: quant for name, quant in plan.activations.items() if name in lowered.values}
     hooks = Hooks(values={}, edges={})
+    float_nodes = {node.name for node in plan.nodes if node.precision != INT8}
     grids = {(name, plan.weights[name].index): qparams for name, qparams in int8_grids(lowered, plan).items()}
+    grids.update(_constant_operands(lowered, plan))
     _separate_weights(lowered, grids)
     stored = {lowered.node(name).inputs[index]: qparams for (name, index), qparams in grids.items()}
     for edge, qparams in grids.items():
-        hooks.edges[edge] = _Marker(qparams)  # type: ignore[index]
+        hooks.edges[edge] = Marker(qparams)  # type: ignore[index]
+    floats = {output for node in lowered.nodes if node.name in float_nodes for output in node.outputs}
     for value, activation in plan.activations.items():
+        if lowered.values[value].kind == "param":
+            continue  # its readers have the markers
         if activation.exact and value in lowered.outputs:
             continue  # a marker must feed a consumer; a reshape hands its input's parameters on
-        marker = _Marker(plan.group_of(value).qparams())
+        marker = Marker(plan.group_of(value).qparams(), value in floats)
         hooks.values[value] = marker  # type: ignore[index]
     inputs = []
     for name in lowered.inputs:
@@ -83,9 +86,24 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
     def form(model: Any) -> None:
         canonical_model(model)
         strip_model(model)
+        older_form(model)
+        guard_markers(model)
         _check_markers(read_model(model, Path(file).name, parameters=cell.parameters_dict()))
 
     return write_cell(cell, inputs, file, form, lambda name, data: _on_grid(stored.get(name), data))
+
+
+def _constant_operands(graph: Graph, plan: QuantPlan) -> dict[tuple[str, int], QParams]:
+    """Return the parameters of operands that were computed from constants alone, by (node, input)."""
+    found = {}
+    for value, activation in plan.activations.items():
+        if value in graph.params:
+            places = [
+                (node.name, index) for node in graph.nodes for index, name in enumerate(node.inputs) if name == value
+            ]
+            for edge in activation.edges or places:
+                found[edge] = plan.group_of(value).qparams()
+    return found
 
 
 def _separate_weights(graph: Graph, grids: Mapping[tuple[str, int], QParams]) -> None:
@@ -100,7 +118,8 @@ def _separate_weights(graph: Graph, grids: Mapping[tuple[str, int], QParams]) ->
 
 
 def _equal(one: QParams, other: QParams) -> bool:
-    return one.axis == other.axis and np.array_equal(one.scale, other.scale)
+    same = np.array_equal(one.scale, other.scale) and np.array_equal(one.zero_point, other.zero_point)
+    return one.axis == other.axis and same
 
 
 def _on_grid(qparams: Optional[QParams], data: np.ndarray) -> np.ndarray:
@@ -168,33 +187,51 @@ def _check_markers(graph: Graph) -> None:
             raise ExportError(f"{name}: the marker behind '{source}' is not its only user")
 
 
-def read_marked(file: PathLike) -> tuple[Graph, dict[str, QParams], dict[tuple[str, int], QParams]]:
-    """Read a file of `export_lite` back, as the converter does.
+class Marked(NamedTuple):
+    """A marked MindIR without its markers.
 
-    Returns:
-        The graph without markers, parameters by value name, and parameters by (node, input) for weights.
+    Attributes:
+        graph: the network.
+        values: parameters by value name.
+        weights: parameters of weights by (node, input).
+        floats: the marked values that are computed in float.
     """
+
+    graph: Graph
+    values: dict[str, QParams]
+    weights: dict[tuple[str, int], QParams]
+    floats: set[str]
+
+
+def read_marked(file: PathLike) -> Marked:
+    """Read a file of `export_lite` back, as the converter does."""
     graph = read_mindir(Path(file).read_bytes(), Path(file).stem)
+    functional_form(graph)
     values: dict[str, QParams] = {}
     weights: dict[tuple[str, int], QParams] = {}
+    floats: set[str] = set()
     for marker in [node for node in graph.nodes if node.op == MARKER]:
         source = marker.inputs[0]
         weight = graph.values[source].kind == "param"
-        if weight:
+        if marker.attrs.get(TWIN):
+            pass
+        elif weight:
             for node in graph.consumers(marker.output):
                 weights[(node.name, node.inputs.index(marker.output))] = _parameters(marker.attrs, axis=0)
         else:
             values[source] = _parameters(marker.attrs, axis=None)
+            if marker.attrs.get(BEHIND_FLOAT):
+                floats.add(source)
         graph.replace_value(marker.output, source)
         graph.nodes.remove(marker)
     graph.prune()
-    return graph, values, weights
+    return Marked(graph, values, weights, floats)
 
 
 def _parameters(attrs: dict[str, Any], axis: Optional[int]) -> QParams:
     scale = np.float32(attrs["linear_quant_scale"])
     zero_point = np.int32(attrs["linear_quant_zero_point"])
-    low, high = quant_limits(8, narrow=axis is not None)
+    low, high = quant_limits(8, narrow=scale.size > 1)
     if axis is None or scale.size == 1:
         return QParams(scale.reshape(()), zero_point.reshape(()), low, high)
     return QParams(scale, zero_point, low, high, axis)

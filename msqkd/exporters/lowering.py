@@ -16,9 +16,9 @@ import numpy as np
 
 from msqkd.exporters.lite_pools import write_padded_pools
 from msqkd.graph.ir import Graph, Node, TensorType, Value
-from msqkd.quant.config import FLOAT_PRECISION, INT8, WEIGHT_ONLY
+from msqkd.quant.config import FLOAT_PRECISION, INT8
 from msqkd.quant.plan import ActivationQuant, NodePlan, QuantPlan, WeightQuant
-from msqkd.quant.uses import conv_windows, is_padded_pointwise, pooling_of
+from msqkd.quant.uses import conv_windows, is_padded_pointwise, pooling_of, rescale_factor
 from msqkd.targets import DEPTHWISE, HARD_SIGMOID, RESCALED, get_target
 from msqkd.targets.limits import is_depthwise, pad, relu6
 
@@ -30,6 +30,7 @@ _IMPORTED = ("HSwish",)
 def lower_for_lite(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
     """A copy of graph and plan in the forms MindSpore Lite's converter keeps int8, as `converter_plan` has it."""
     graph, plan = lower_forms(graph, converter_plan(graph, plan))
+    _rescale_by_weight(graph, plan)
     write_padded_pools(graph, plan)
     for node in graph.nodes:
         if node.op in _IMPORTED:
@@ -45,44 +46,40 @@ def lower_for_lite(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
 
 
 def converter_plan(graph: Graph, plan: QuantPlan) -> QuantPlan:
-    """The plan of the file for MindSpore Lite's converter.
+    """Return the plan of the file for MindSpore Lite's converter.
 
     Some operations are int8 only in files written without the converter: it would write them in a form that the runtime
-    refuses. In its file they are float. Their results have no parameters, so that their readers are float, too; a
-    reader with a weight stores it as integers.
+    refuses. In its file they are float. Their results keep their parameters, so that int8 readers stay int8; float
+    readers get the float value.
     """
-    int8_nodes = [node for node in plan.nodes if node.precision == INT8]
-    written = {node.name for node in int8_nodes if _is_written_directly(graph, node, plan.target)}
-    lost = {output for name in written for output in graph.node(name).outputs}
-    bare = {name for name, quant in plan.activations.items() if quant.group in lost}
-    if not bare:
+    written = {node.name for node in plan.nodes if _is_written_directly(graph, node, plan.target)}
+    if not written:
         return plan
-    reading = {node.name for node in graph.nodes if bare.intersection(graph.tensor_inputs(node))}
-    nodes, weights = [], {name: quant for name, quant in plan.weights.items() if name not in written}
-    for node in plan.nodes:
-        if node.precision == INT8 and (node.name in written or (node.fused_into or node.name) in reading):
-            precision = WEIGHT_ONLY if node.name in weights else FLOAT_PRECISION
-            node = replace(node, precision=precision, reason=_DIRECTLY, fused_into=None, form=None, avoids=())
-        nodes.append(node)
+    nodes = [
+        replace(node, precision=FLOAT_PRECISION, reason=_DIRECTLY, avoids=()) if node.name in written else node
+        for node in plan.nodes
+    ]
     int8 = {node.name for node in nodes if node.precision == INT8}
     activations = {}
     for name, quant in plan.activations.items():
         source, readers = graph.producer(name), graph.consumers(name)
         edges = tuple((n.name, i) for n in readers if n.name in int8 for i, read in enumerate(n.inputs) if read == name)
-        if name in bare or not (edges or (source is not None and source.name in int8)):
-            continue
         in_float = source is None or source.name not in int8
+        if in_float and not edges:
+            continue
         mixed = in_float and (name in graph.outputs or any(reader.name not in int8 for reader in readers))
         activations[name] = replace(quant, edges=edges if mixed else quant.edges)
+    weights = {name: quant for name, quant in plan.weights.items() if name not in written}
     return replace(plan, nodes=nodes, weights=weights, activations=activations)
 
 
 def _is_written_directly(graph: Graph, node: NodePlan, target: str) -> bool:
-    """Whether an int8 operation is int8 in files written without the converter alone."""
+    """Return True if an int8 operation is int8 in files written without the converter alone."""
+    if node.precision != INT8 or node.fused_into is not None or node.form is not None:
+        return False
     support = get_target(target).ops.get(node.op)
     few = node.op in ("Pad", "PadV3") and pad(len(graph.shape(graph.node(node.name).inputs[0]))) is not None
-    alone = node.form == RESCALED or few or (support is not None and support.file_only)
-    return node.fused_into is None and alone
+    return few or (support is not None and support.file_only)
 
 
 def lower_forms(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
@@ -107,6 +104,23 @@ def lower_forms(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
     graph.prune()
     graph.check()
     return graph, plan
+
+
+def _rescale_by_weight(graph: Graph, plan: QuantPlan) -> None:
+    """Write an int8 product with a number as one with a weight of one element: the integer 1 in steps of the number."""
+    for decision in plan.nodes:
+        if decision.precision != INT8 or decision.form != RESCALED:
+            continue
+        node = graph.node(decision.name)
+        factor = rescale_factor(graph, node)
+        assert factor is not None
+        number = graph.add_param(
+            graph.unique_value(f"{node.name}.factor"), np.array([factor], np.float32), trainable=False
+        )
+        node.op, node.inputs, node.attrs = "Mul", [graph.tensor_inputs(node)[0], number], {}
+        plan.weights[node.name] = WeightQuant(
+            node.name, 8, None, "minmax", decision.rule, scale=np.asarray(factor, np.float32)
+        )
 
 
 def _reshape(

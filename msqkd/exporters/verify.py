@@ -39,14 +39,14 @@ def load_lite(file: Path) -> Any:
     Raises:
         ExportError: a weight in the file is not on its grid.
     """
-    graph, values, weights = read_marked(file)
+    graph, values, weights, floats = read_marked(file)
     free_shapes(graph, graph.shape(graph.inputs[0])[0])
     for (node, index), qparams in weights.items():
         name = graph.node(node).inputs[index]
         data = graph.params[name].data
         if not np.array_equal(qparams.fake_quantize(data), data):
             raise ExportError(f"{file.name}: weight '{name}' is not on the grid of its marker")
-    int8 = _int8_nodes(graph, values.keys())
+    int8 = _int8_nodes(graph, values.keys(), floats)
     rounded: dict[str, FakeQuantActivation] = {}
     edges: dict[tuple[str, int], FakeQuantActivation] = {}
     for name, qparams in values.items():
@@ -60,17 +60,21 @@ def load_lite(file: Path) -> Any:
     return to_cell(graph, Hooks(values=rounded, edges=edges))
 
 
-def _int8_nodes(graph: Graph, marked: Collection[str]) -> set[str]:
-    """The operations that the converter takes for int8: those with an int8 kernel whose operands all have parameters,
-    and the biases and activations computed in their kernels. What only moves values hands their parameters on."""
+def _int8_nodes(graph: Graph, marked: Collection[str], floats: Collection[str]) -> set[str]:
+    """Return the operations that the converter takes for int8: those with an int8 kernel whose operands all have
+    parameters and whose result is not marked as float, and the biases and activations computed in their kernels.
+    Operations that only move values hand their parameters on."""
     held = set(marked)
     kernels: dict[str, Int8Op] = {}
     for node in graph.nodes:
-        support, source, operands = LITE_ARM.ops.get(node.op), graph.producer(node.inputs[0]), graph.tensor_inputs(node)
+        operands = graph.tensor_inputs(node)
+        if not operands or any(output in floats for output in node.outputs):
+            continue
+        support, source = LITE_ARM.ops.get(node.op), graph.producer(node.inputs[0])
         before = kernels.get(source.name) if source is not None and node.inputs[0] not in marked else None
         if before is not None and node.op in ("BiasAdd", *before.activations):
             kernels[node.name] = before
-        elif support is not None and not support.file_only and operands and held.issuperset(operands):
+        elif support is not None and not support.file_only and held.issuperset(operands):
             kernels[node.name] = support
             if support.kind == SHARED:
                 held.update(node.outputs)

@@ -176,7 +176,7 @@ class _Reader:
     def _node(self, proto: Any) -> None:
         out = proto.output[0]
         if proto.op_type == "Constant":
-            self._constant(out, _attribute(proto.attribute[0]))
+            self._constant(out, attribute_value(proto.attribute[0]))
             return
         if not proto.op_type.startswith("REF::"):
             raise CaptureError(f"{self.graph.name}: node {proto.name} ({proto.op_type}) is not a primitive operation")
@@ -231,7 +231,7 @@ class _Reader:
         outputs += [f"{outputs[0]}_out{i}" for i in range(1, len(kinds))]
         for value, kind in zip(outputs, kinds):
             self.graph.add_value(Value(value, "node", kind))
-        attrs = {a.name: _attribute(a) for a in primitive.attribute}
+        attrs = {a.name: attribute_value(a) for a in primitive.attribute}
         if op.startswith("Inplace"):
             op, attrs = self._out_of_place(op, path, inputs[0]), {}
         functional = primitive.prim_type != 1
@@ -297,11 +297,11 @@ class _Monad:
 _MONAD = _Monad()
 
 
-def _attribute(attr: Any) -> Any:
+def attribute_value(attr: Any) -> Any:
     """The Python value of an AttributeProto (recursively for tuples)."""
     kind = attr.AttributeType.Name(attr.type)
     if kind in ("TUPLE", "LIST"):
-        items = [_attribute(item) for item in attr.values]
+        items = [attribute_value(item) for item in attr.values]
         return tuple(items) if kind == "TUPLE" else items
     if kind in ("UMONAD", "IOMONAD"):
         return _MONAD

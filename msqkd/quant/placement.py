@@ -87,7 +87,6 @@ class _Placement:
         self._values()
         self._weights()
         self._stored_weights()
-        self._warn_of_surrounded()
         self._warn_of_stored()
         self._warn_of_files()
         self._warn_of_idle_rules()
@@ -548,25 +547,6 @@ class _Placement:
         weight = self.graph.shape(node.inputs[1])
         return group > 1 and not (weight[1] == 1 and weight[0] == group)
 
-    def _warn_of_surrounded(self) -> None:
-        """A converter goes by the parameters of values: it may take a float operation between such values for int8."""
-        if all(support.float_output for support in self.target.ops.values()):
-            return  # its int8 operations are written out: nothing goes by the parameters of values
-        kept_float = {*self.target.float_reasons, *self.target.float_defects}
-        for node in self.graph.nodes:
-            if self._is_int8(node) or not (node.op in self.target.ops or node.op in kept_float):
-                continue
-            if node.body is not None:
-                continue  # what lies between its operations has no parameters
-            around = [*self.graph.tensor_inputs(node), *node.outputs]
-            if all(value in self.plan.activations for value in around):
-                precision = self.verdicts[node.name][0]
-                how = precision if precision in STORING else "in float"
-                self._warn(
-                    f"{node.name} ({node.op}) is planned {how}, but every value around it is quantised: "
-                    "a converter that goes by the parameters of values may compute it in int8 all the same"
-                )
-
     def _warn_of_files(self) -> None:
         """The converter would make of some int8 operations what the runtime refuses, and refuses others itself."""
         concerned: dict[str, list[str]] = {}
@@ -577,7 +557,7 @@ class _Placement:
         for op, names in concerned.items():
             self._warn(
                 f"{op} ({len(names)} of them, first {names[0]}) is int8 in .ms files only: in the file for the "
-                "converter it is float, and so is what reads it"
+                "converter it is float"
             )
         unknown = [n for n in self.graph.nodes if n.op in ("MaxPool", "AvgPool") and self._is_unknown_to_converter(n)]
         if unknown:

@@ -162,7 +162,7 @@ LITE_ARM = Target(
         "ResizeNearestNeighborV2": _NEAREST,
     },
     fused_forms={"HSigmoid": FusedForm(HARD_SIGMOID, (0.0, 1.0))},
-    rescaling=Int8Op("MulFusion", RESCALED, file_only=True),
+    rescaling=Int8Op("MulFusion", RESCALED),
     rescaled=("Mul", "Muls", "Div", "Divs", "RealDiv"),
     float_reasons={
         "HSigmoid": "it follows no int8 convolution or dense layer",

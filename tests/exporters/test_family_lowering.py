@@ -307,12 +307,11 @@ def test_the_marked_file_of_a_gated_network_answers_as_promised(tmp_path: Path) 
 def test_the_marked_file_leaves_to_float_what_the_converter_cannot_write(tmp_path: Path) -> None:
     graph, plan, _ = planned("Vision")
     file = export_lite(graph, plan, tmp_path / "marked.mindir")
-    marked, values, weights = read_marked(file)
+    marked, values, weights, _ = read_marked(file)
     norms = [node for node in marked.nodes if node.op == "LayerNorm"]
-    scaled = [node for node in marked.nodes if node.op in ("Mul", "Muls")]
     assert norms
-    assert scaled
-    assert not any(node.output in values or (node.name, 1) in weights for node in [*norms, *scaled])
+    assert not any((node.name, 1) in weights for node in norms)
+    assert any(output in values for node in norms for output in node.outputs), "their readers have the parameters"
     assert any(node.output in values for node in marked.nodes if node.op == "Softmax")
 
 
@@ -341,11 +340,24 @@ def test_the_marked_file_is_the_network_of_its_own_plan(name: str, tmp_path: Pat
         assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_what_reads_a_float_value_in_the_marked_file_is_float_in_its_plan() -> None:
+def test_what_reads_a_float_value_in_the_marked_file_stays_int8_in_its_plan() -> None:
     graph, plan, _ = planned("Normalised")
     own = converter_plan(graph, plan)
     assert {node.name: node.precision for node in own.nodes if node.name in ("norm", "last", "head", "up")} == {
-        "norm": "float", "last": "weight-only", "head": "weight-only", "up": "int8"
+        "norm": "float", "last": "int8", "head": "int8", "up": "int8"
     }  # fmt: skip
-    assert graph.node("norm").output not in own.activations
-    assert plan.node("norm").precision == plan.node("last").precision == "int8", "the plan itself stays as it is"
+    assert graph.node("norm").output in own.activations
+    assert plan.node("norm").precision == "int8", "the plan itself stays as it is"
+
+
+def test_a_product_with_a_number_is_int8_in_the_marked_file(tmp_path: Path) -> None:
+    graph, plan, _ = planned("Vision")
+    file = export_lite(graph, plan, tmp_path / "marked.mindir")
+    marked, values, weights, _ = read_marked(file)
+    scaled = [node for node in marked.nodes if node.op == "Mul" and (node.name, 1) in weights]
+    assert scaled
+    for node in scaled:
+        factor = marked.params[node.inputs[1]].data
+        assert factor.shape == (1,)
+        assert float(weights[node.name, 1].scale) == factor[0], "the integer of the number is 1"
+        assert node.output in values

@@ -19,6 +19,7 @@ from msqkd.errors import ExportError
 from msqkd.exporters.ms import layout
 from msqkd.exporters.ms.check import check_structure
 from msqkd.files import PathLike
+from msqkd.graph.ir import unique_name
 from msqkd.integer.program import Format, Program, Step, Tensor, TensorQuant
 
 _SCALARS = {
@@ -157,20 +158,28 @@ def _program(graph: dict[str, Any]) -> Program:
     if len(parts) > 1:
         raise _FileError(f"has {len(parts)} subgraphs; allowed is 1")
     tensors = [_tensor(values) for values in graph.get("allTensors", [])]
-    names = [tensor.name for tensor in tensors]
+    names = _distinct([tensor.name for tensor in tensors])
     nodes = graph.get("nodes", [])
+    titles = _distinct([node.get("name", "") for node in nodes])
     order = parts[0].get("nodeIndices", []) if parts else range(len(nodes))
     program = Program(
         graph.get("name", ""),
         inputs=_pick(names, graph.get("inputIndex", []), "tensors"),
         outputs=_pick(names, graph.get("outputIndex", []), "tensors"),
-        steps=[_step(node, names) for node in _pick(nodes, order, "nodes")],
+        steps=[_step(node, title, names) for node, title in _pick(list(zip(nodes, titles)), order, "nodes")],
     )
-    for tensor in tensors:
-        if tensor.name in program.tensors:
-            raise ExportError(f"two tensors are called {tensor.name!r}")
+    for tensor, name in zip(tensors, names):
+        tensor.name = name
         program.add(tensor)
     return program
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Number the names that occur twice, as in files of the vendor's converter: the runtime goes by index."""
+    found: dict[str, None] = {}
+    for name in names:
+        found[unique_name(name, found)] = None
+    return list(found)
 
 
 def _pick(items: Sequence[Any], indices: Sequence[int], what: str) -> list[Any]:
@@ -180,8 +189,7 @@ def _pick(items: Sequence[Any], indices: Sequence[int], what: str) -> list[Any]:
     return [items[index] for index in indices]
 
 
-def _step(node: dict[str, Any], names: Sequence[str]) -> Step:
-    name = node.get("name", "")
+def _step(node: dict[str, Any], name: str, names: Sequence[str]) -> Step:
     op, attrs = node.get("primitive", {}).get("value", (None, {}))
     if op is None:
         raise ExportError(f"the node {name!r} has no primitive")

@@ -1,0 +1,157 @@
+"""What MindSpore Lite's own converter makes of marked MindIR files, network by network.
+
+    MSLITE_HOME=FOLDER python bench/converter.py [--only NAME ...] [--samples 4] [--keep FOLDER] [--json]
+
+Every network of `converter_networks`, or those named with --only (mindcv's too, for images of 64 × 64), gets random
+weights and is quantized after training. The vendor's converter
+converts its marked MindIR; the vendor's runtime computes that file and msqkd's own `.ms` file. Shown are the nodes that
+are int8 here and there, and the share of output values that differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GLOG_v", "4")
+
+import mindspore as ms
+import numpy as np
+from converter_networks import INTEGERS, NETWORKS
+from mindspore import nn
+
+import msqkd
+from msqkd.deploy.vendor_runtime import convert_command, first_error, run_ms, run_vendor, vendor_python
+from msqkd.errors import MsqkdError
+from msqkd.exporters.ms.read import read_ms
+from msqkd.integer.program import Format, Program
+
+_CONFIG = msqkd.QuantConfig(msqkd.WeightQuantizer(per_channel=True), act_observer="minmax")
+_MOVES = (
+    "QuantDTypeCast", "Transpose", "Reshape", "Squeeze", "ExpandDims", "Split", "SliceFusion", "StridedSlice", "Stack",
+)  # fmt: skip
+_ALIKE = {"MatMulFusion": "Conv2DFusion", "SubFusion": "AddFusion"}
+"""A dense layer is a 1×1 convolution in the file for the converter, a sum with a constant a difference."""
+
+
+def randomised(net: nn.Cell, seed: int = 3) -> nn.Cell:
+    """Give every parameter random values of a size that keeps the activations about 1."""
+    rng = np.random.default_rng(seed)
+    for parameter in net.get_parameters():
+        name, shape = parameter.name, parameter.shape
+        if "moving_variance" in name:
+            data = rng.uniform(0.5, 2, shape)
+        elif "moving_mean" in name:
+            data = rng.normal(size=shape) * 0.3
+        elif "gamma" in name:
+            data = rng.uniform(0.5, 1.5, shape)
+        elif "beta" in name or "bias" in name:
+            data = rng.normal(size=shape) * 0.2
+        else:
+            data = rng.normal(size=shape) / np.sqrt(max(1, int(np.prod(shape[1:]))))
+        parameter.set_data(ms.Tensor(data.astype(np.float32)))
+    net.set_train(False)
+    return net
+
+
+def compare(name: str, python: Path, folder: Path, samples: int) -> dict[str, Any]:
+    """Quantize, convert and compute one network; returns a row of the table."""
+    make, shape = NETWORKS[name] if name in NETWORKS else (partial(_zoo_network, name), (3, 64, 64))
+    rng = np.random.default_rng(0)
+    if name in INTEGERS:
+        data = rng.integers(0, 20, (8, *shape)).astype(np.int32)
+    else:
+        data = rng.normal(size=(8, *shape)).astype(np.float32)
+    quantised = msqkd.quantize(msqkd.create_ptq_network(randomised(make()), _CONFIG, [data]))
+    marked = msqkd.export(quantised, shape, folder / name, "MINDIR")
+    ours = msqkd.export(quantised, shape, folder / f"{name}_ours", "MS")
+    theirs = folder / f"{name}_theirs.ms"
+    done = run_vendor(convert_command(python, marked, theirs.with_suffix("")))
+    (folder / f"{name}.log").write_text(done.stdout)
+    if done.returncode or not theirs.is_file():
+        return {"network": name, "converts": False, "why": first_error(done.stdout)}
+    programs = [read_ms(file) for file in (ours, theirs)]
+    nodes = [counted(program) for program in programs]
+    program = programs[0]
+    picture = program.tensors[program.inputs[0]].format == Format.NHWC and len(shape) == 3
+    fed = data[:samples].transpose(0, 2, 3, 1) if picture else data[:samples]
+    outputs = [run_ms(python, file, [np.ascontiguousarray(fed)[:, None]]) for file in (ours, theirs)]
+    values = sum(array.size for array in outputs[0])
+    different = sum(int((one.reshape(-1) != other.reshape(-1)).sum()) for one, other in zip(*outputs))
+    span = max(float(np.ptp(array)) for array in outputs[0])
+    largest = max(float(np.abs(one.reshape(-1) - other.reshape(-1)).max()) for one, other in zip(*outputs))
+    ours_int8, theirs_int8 = (Counter(found[True]) for found in nodes)
+    equal = nodes[0][False] == nodes[1][False] and not ours_int8 - theirs_int8
+    row = {"network": name, "converts": True, "nodes_equal": equal, "values": values}
+    row |= {"differing_values": different, "largest_difference": largest / span if span else largest}
+    if not equal:
+        row["nodes"] = [{("int8" if kind else "float"): ops for kind, ops in found.items()} for found in nodes]
+    return row
+
+
+def _zoo_network(name: str) -> nn.Cell:
+    """Make a network of mindcv without its weights."""
+    import mindcv
+
+    return mindcv.create_model(name, num_classes=10, pretrained=False)
+
+
+def counted(program: Program) -> dict[bool, dict[str, int]]:
+    """Count the operations that compute, those in int8 (True) and those in float; moves are left out."""
+    steps = [(step.quantized, _ALIKE.get(step.op, step.op)) for step in program.steps if step.op not in _MOVES]
+    return {
+        kind: dict(sorted(Counter(op for quantized, op in steps if quantized == kind).items()))
+        for kind in (True, False)
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=list(NETWORKS), help="names of networks")
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--keep", type=Path, help="folder that keeps the files")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    python = vendor_python()
+    if python is None:
+        sys.exit("MindSpore Lite's package is not at hand: set MSLITE_HOME to the folder of its environment")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = args.keep or Path(place)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in args.only:
+            try:
+                row = compare(name, python, folder, args.samples)
+            except MsqkdError as error:
+                row = {"network": name, "converts": None, "why": str(error).splitlines()[0]}
+            except Exception:
+                row = {"network": name, "converts": None, "why": traceback.format_exc().strip()[-300:]}
+            rows.append(row)
+            if not args.json:
+                print(line(row), flush=True)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+
+
+def line(row: dict[str, Any]) -> str:
+    """Format one row of the table."""
+    if not row["converts"]:
+        return f"| {row['network']} | {'no' if row['converts'] is False else 'not compared'} | {row['why'][:300]} | |"
+    nodes = "as planned" if row["nodes_equal"] else f"ours {row['nodes'][0]}, theirs {row['nodes'][1]}"
+    values = f"{row['differing_values']} of {row['values']} differ"
+    if row["differing_values"]:
+        values += f", by {row['largest_difference']:.2%} of the range"
+    return f"| {row['network']} | yes | {nodes} | {values} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""MindSpore Lite's own Python package, in an interpreter of its own: its converter and its runtime.
+
+The package of 2.0.0 is for CPython 3.7, so nothing of it can be imported here. The folder of a virtual environment that
+holds it stands for it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+
+from msqkd.errors import ExportError, MissingDependencyError
+from msqkd.files import PathLike
+
+HOME_VARIABLE = "MSLITE_HOME"
+"""Environment variable with the folder that holds the virtual environment, itself or as ``x86``."""
+
+_DEFAULT_HOME = "~/.cache/mslite-2.0.0"
+_PYTHON = ("bin/python", "x86/bin/python")
+_ERRORS = "3"  # the least of its messages that say why something was refused
+_CONVERT = """
+import sys
+import mindspore_lite as lite
+converter = lite.Converter()
+converter.save_type = lite.ModelType.MINDIR_LITE
+converter.convert(lite.FmkType.MINDIR, sys.argv[1], sys.argv[2], config_file=sys.argv[3])
+"""
+_PREDICT = """
+import sys
+import mindspore_lite as lite
+import numpy as np
+path, given, out = sys.argv[1:4]
+arrays = np.load(given)
+context = lite.Context()
+context.target = ["cpu"]
+context.cpu.thread_num = 1
+model = lite.Model()
+model.build_from_file(path, lite.ModelType.MINDIR_LITE, context)
+inputs, rows = model.get_inputs(), []
+for number in range(len(arrays["i0"])):
+    for index, tensor in enumerate(inputs):
+        sample = arrays["i%d" % index][number]
+        tensor.set_data_from_numpy(np.ascontiguousarray(sample).reshape(tensor.shape))
+    rows.append([output.get_data_to_numpy().copy() for output in model.predict(inputs)])
+np.savez(out, **{"o%d" % j: np.stack([row[j] for row in rows]) for j in range(len(rows[0]))})
+"""
+
+
+def vendor_python(home: Optional[PathLike] = None) -> Optional[Path]:
+    """Return the interpreter of the environment in `home`, by default ``$MSLITE_HOME``; None where there is none."""
+    folder = Path(home or os.environ.get(HOME_VARIABLE) or _DEFAULT_HOME).expanduser()
+    return next((folder / name for name in _PYTHON if is_vendor_python(folder / name)), None)
+
+
+def is_vendor_python(program: Path) -> bool:
+    """Return True if a program is the interpreter of a virtual environment with the package."""
+    packages = program.parent.parent.glob("lib/python*/site-packages/mindspore_lite")
+    return program.is_file() and program.parent.name == "bin" and any(packages)
+
+
+def convert_command(python: Path, model: PathLike, output: PathLike, config: Optional[PathLike] = None) -> list[str]:
+    """Return the command line that converts a MindIR as ``converter_lite --fmk=MINDIR`` does."""
+    return [str(python), "-c", _CONVERT, str(model), str(output), str(config or "")]
+
+
+def run_ms(python: Path, file: PathLike, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Compute a ``.ms`` file in the vendor's runtime with one thread.
+
+    Args:
+        python: from `vendor_python`.
+        file: the ``.ms`` file.
+        inputs: one array (n, ...) an input, as the file takes them: pictures are (n, H, W, C).
+
+    Returns:
+        One array (n, ...) an output.
+
+    Raises:
+        ExportError: the runtime refuses the file or fails; with the first line of its log that says so.
+        MissingDependencyError: the interpreter cannot be started.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        given, out = Path(place) / "in.npz", Path(place) / "out.npz"
+        np.savez(given, **{f"i{index}": array for index, array in enumerate(inputs)})
+        done = run_vendor([str(python), "-c", _PREDICT, str(file), str(given), str(out)])
+        if done.returncode:
+            raise ExportError(f"MindSpore Lite does not run {Path(file).name}: {first_error(done.stdout)}")
+        found = np.load(out)
+        return [found[f"o{index}"] for index in range(len(found.files))]
+
+
+def run_vendor(
+    command: Sequence[str], environment: Optional[Mapping[str, str]] = None, folder: Optional[Path] = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program of the vendor's; its output and its messages are one text.
+
+    Args:
+        command: the program and its arguments.
+        environment: of the program; by default this one's without the libraries of MindSpore.
+        folder: where it is started.
+
+    Raises:
+        MissingDependencyError: the program cannot be started.
+    """
+    if environment is None:
+        hidden = ("LD_LIBRARY_PATH", "PYTHONPATH")
+        environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"GLOG_v": _ERRORS}
+    try:
+        return subprocess.run(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise MissingDependencyError(f"{command[0]} cannot be started on this machine: {error.strerror}") from error
+
+
+def first_error(log: str) -> str:
+    """Return the first line of a log that tells of an error, else the last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    marked = [line for line in lines if "ERROR" in line or "Error" in line]
+    return (marked or lines or ["it was silent"])[0 if marked else -1]

@@ -1,0 +1,130 @@
+"""FakeQuantParam markers, and what keeps MindSpore Lite's converter from reading more into them than the plan says.
+
+The converter computes an operation in int8 where its inputs and its output have a marker. A ``Depend`` between an
+operation that is planned float and its marker keeps it float: the readers of the value get the parameters, the
+operation does not. The converter deletes it once it has read the markers.
+
+A convolution or addition takes the parameters of its result from what reads it, once its bias and activation are in its
+kernel. At an output nobody reads it: there the operation has a marker of its own, with the attribute `TWIN`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from mindspore import nn
+
+from msqkd.exporters.mindir_form import replace_messages, set_attribute
+from msqkd.graph.ir import unique_name
+from msqkd.quant.qparams import QParams
+
+MARKER = "FakeQuantParam"
+_REFERENCE = "REF::"
+
+BEHIND_FLOAT = "behind_float"
+"""Attribute of a marker behind a value that is computed in float."""
+
+TWIN = "twin"
+"""Attribute of a marker that repeats the one behind the bias or activation of its operation."""
+
+_IN_KERNEL = ("BiasAdd", "ReLU", "ReLU6")
+
+
+class Marker(nn.Cell):
+    """The marker of a value or weight.
+
+    Args:
+        qparams: its parameters.
+        behind_float: whether the value is computed in float.
+    """
+
+    def __init__(self, qparams: QParams, behind_float: bool = False) -> None:
+        super().__init__()
+        from mindspore.common.dtype import QuantDtype
+        from mindspore.ops.operations._quant_ops import FakeQuantParam
+
+        scale = [float(s) for s in np.atleast_1d(qparams.scale)]
+        zero_point = [int(z) for z in np.atleast_1d(qparams.zero_point)]
+        self.mark = FakeQuantParam.linear_quant_param(QuantDtype.INT8, scale, zero_point, len(scale) > 1)
+        if behind_float:
+            self.mark.add_prim_attr(BEHIND_FLOAT, True)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        """Mark `x`."""
+        return self.mark(x)
+
+
+def guard_markers(model: Any) -> None:
+    """Put a ``Depend`` or a twin where a ``ModelProto`` with markers needs one, in place.
+
+    Every node has a primitive of its own.
+    """
+    _Guard(model).run()
+
+
+class _Guard:
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.primitives = {primitive.name: primitive for primitive in model.primitives}
+        self.producers = {node.output[0]: node for node in model.graph.node}
+        self.twins: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """Rewrite the nodes."""
+        outputs = {info.name for info in self.model.graph.output}
+        tuples = [node for node in self.model.graph.node if self._op(node) == "MakeTuple"]
+        outputs.update(name for node in reversed(tuples) if node.output[0] in outputs for name in node.input)
+        nodes: list[Any] = []
+        for node in self.model.graph.node:
+            if self._op(node) != MARKER:
+                nodes.append(node)
+                continue
+            primitive = self._primitive(node)
+            if any(attribute.name == BEHIND_FLOAT for attribute in primitive.attribute):
+                source = node.input[0]
+                nodes.append(self._added("Depend", node, [source, source], f"{source}_depend"))
+                node.input[0] = nodes[-1].output[0]
+            kept = [item for item in primitive.attribute if item.name != "kwargs"]
+            replace_messages(primitive.attribute, kept)
+            nodes.append(node)
+            if node.output[0] in outputs:
+                self._twin(node)
+        replace_messages(self.model.graph.node, [item for node in nodes for item in (node, *self._behind(node))])
+
+    def _primitive(self, node: Any) -> Any:
+        return self.primitives.get(node.op_type[len(_REFERENCE) :])
+
+    def _op(self, node: Any) -> str:
+        primitive = self._primitive(node)
+        return primitive.op_type if primitive is not None else ""
+
+    def _added(self, op: str, like: Any, source: list[str], output: str) -> Any:
+        """Make a node with a primitive of its own and the type of the node `like`."""
+        name = unique_name(op, self.primitives)
+        self.primitives[name] = primitive = self.model.primitives.add(name=name, op_type=op)
+        primitive.prim_type = primitive.PRIMITIVE
+        node = type(like)()
+        node.CopyFrom(like)
+        node.name, node.op_type = output, f"{_REFERENCE}{name}"
+        node.input[:], node.output[:] = source, [output]
+        return node
+
+    def _twin(self, marker: Any) -> None:
+        """Repeat `marker` behind the operation whose bias or activation it stands behind."""
+        last = self.producers.get(marker.input[0])
+        root = last
+        while root is not None and self._op(root) in _IN_KERNEL:
+            root = self.producers.get(root.input[0])
+        if root is None or root is last or self._op(root) not in ("Conv2D", "Add"):
+            return
+        twin = self._added(MARKER, marker, [f"{root.output[0]}_twin"], root.output[0])
+        primitive = self._primitive(twin)
+        primitive.attribute.extend(self._primitive(marker).attribute)
+        set_attribute(primitive.attribute.add(name=TWIN), True)
+        root.output[0] = twin.input[0]
+        self.twins[root.output[0]] = twin
+
+    def _behind(self, node: Any) -> list[Any]:
+        twin = self.twins.get(node.output[0])
+        return [twin] if twin is not None else []
