@@ -10,6 +10,7 @@ from typing import Any, Callable, Optional
 from msqkd.errors import ExportError, did_you_mean
 from msqkd.files import PathLike
 from msqkd.graph.ir import Graph
+from msqkd.graph.norms import depends_on_batch
 from msqkd.quant.plan import QuantPlan
 
 LITE, PORTABLE, ASCEND, ONNX = "lite_mindir", "portable_mindir", "ascend_mindir", "onnx"
@@ -35,6 +36,7 @@ class Format:
             operation.
         float16: whether it holds layers that compute in float16.
         wide: whether it rounds the inputs of dynamic layers, so that these may have 16 bits.
+        single: whether the file is made for batch 1.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Format:
     check: Optional[Callable[[Graph, QuantPlan], None]] = None
     float16: bool = False
     wide: bool = False
+    single: bool = False
 
 
 def _write_lite(graph: Graph, plan: QuantPlan, path: Path) -> Path:
@@ -127,7 +130,7 @@ def _load_ms(path: Path) -> Any:
 _FORMATS = (
     Format(
         LITE, "MINDIR", ".mindir", "for MindSpore Lite's converter: float weights with FakeQuantParam markers",
-        ("lite_arm",), _write_lite, _load_lite,
+        ("lite_arm",), _write_lite, _load_lite, single=True,
     ),
     Format(
         PORTABLE, "MINDIR_PORTABLE", ".mindir", "for any MindSpore: int8 weights and ordinary operations",
@@ -135,19 +138,19 @@ _FORMATS = (
     ),
     Format(
         MS, "MS", ".ms", "for MindSpore Lite on the device, without its converter: int8 throughout", ("lite_arm",),
-        _ms_writer("int8"), _load_ms, check=_ms_check("int8"),
+        _ms_writer("int8"), _load_ms, check=_ms_check("int8"), single=True,
     ),
     Format(
         MS_WEIGHT, "MS_WEIGHT", ".ms", "for MindSpore Lite on the device: weights stored as int8, float computation",
-        ("lite_arm",), _ms_writer("weight"), _load_ms, int8=False, check=_ms_check("weight"),
+        ("lite_arm",), _ms_writer("weight"), _load_ms, int8=False, check=_ms_check("weight"), single=True,
     ),
     Format(
         MS_FLOAT, "MS_FLOAT", ".ms", "for MindSpore Lite on the device: float32, for comparison", ("lite_arm",),
-        _ms_writer("float"), _load_ms, int8=False, check=_ms_check("float"),
+        _ms_writer("float"), _load_ms, int8=False, check=_ms_check("float"), single=True,
     ),
     Format(
         ASCEND, "MINDIR_ASCEND", ".mindir", "for Ascend NPUs: Quant and Dequant around int8 convolutions", ("ascend",),
-        _write_ascend, float16=True,
+        _write_ascend, float16=True, single=True,
     ),
     Format(
         ONNX, "ONNX", ".onnx", "for onnxruntime on x86 and ARM servers: QuantizeLinear and DequantizeLinear",
@@ -217,6 +220,20 @@ def check_precisions(form: Format, plan: QuantPlan) -> None:
         raise ExportError(
             f"{wide[0].node} has inputs of {wide[0].bits} bits, which {form.name} does not hold; "
             f"allowed: {', '.join(name for name, item in FORMATS.items() if item.wide)}"
+        )
+
+
+def check_batch(form: Format, graph: Graph) -> None:
+    """Refuse a format for batch 1 where the predictions of the network depend on the batch.
+
+    Raises:
+        ExportError: names the first layer that makes them depend on it.
+    """
+    node = next((node for node in graph.nodes if depends_on_batch(graph, node)), None)
+    if node is not None and form.single:
+        raise ExportError(
+            f"{node.name} (BatchNorm) normalizes by the statistics of each batch, and a file for batch 1 would not give "
+            "the measured predictions; leave use_batch_statistics at its default (the moving statistics)"
         )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from msqkd.exporters.lite_pools import write_padded_pools
 from msqkd.graph.ir import Graph, Node, TensorType, Value
+from msqkd.graph.passes.batch_statistics import spell_out_statistics
 from msqkd.quant.config import INT8
 from msqkd.quant.plan import ActivationQuant, NodePlan, QuantPlan, WeightQuant
 from msqkd.quant.uses import is_padded_pointwise, pooling_of
@@ -31,6 +32,7 @@ def lower_for_lite(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
     What it would write in a form the runtime refuses has no parameters there: the converter keeps it float.
     """
     graph, plan = lower_forms(graph, plan)
+    spell_out_statistics(graph)
     _keep_float(graph, plan)
     write_padded_pools(graph, plan)
     for node in graph.nodes:

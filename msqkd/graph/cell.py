@@ -18,6 +18,7 @@ import numpy as np
 
 from msqkd.errors import CaptureError
 from msqkd.graph.ir import Graph, Node, unique_name
+from msqkd.graph.norms import BATCH, RUNNING, statistics_of
 from msqkd.graph.ops import Argument, computed_settings, dtype_arguments, primitive
 from msqkd.graph.source import load_class
 from msqkd.platform import mindspore
@@ -217,14 +218,19 @@ class _Writer:
         from mindspore import ops
 
         epsilon, momentum = (self.graph.const(name) for name in node.inputs[6:8])
-        infer = self._attribute(f"infer_{node.name}", ops.BatchNorm(False, epsilon, momentum))
+        mode, operands = statistics_of(self.graph, node), ", ".join(args[:5])
+        # With momentum 0 the moving statistics stay as they are: an evaluation changes nothing.
+        still = ops.BatchNorm(True, epsilon, 0.0) if mode == BATCH else ops.BatchNorm(False, epsilon, momentum)
+        infer = f"{target} = self.{self._attribute(f'infer_{node.name}', still)}({operands})[0]"
+        if mode == RUNNING:
+            self.lines.append(infer)
+            return
         train = self._attribute(f"train_{node.name}", ops.BatchNorm(True, epsilon, momentum))
-        operands = ", ".join(args[:5])
         self.lines += [
             "if self.training and not self.batchnorm_frozen:",
             f"    {target} = self.{train}({operands})[0]",
             "else:",
-            f"    {target} = self.{infer}({operands})[0]",
+            f"    {infer}",
         ]
 
     def _argument(self, node: Node, index: int) -> str:

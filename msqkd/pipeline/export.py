@@ -12,7 +12,7 @@ import mindspore as ms
 from msqkd.analysis.parity import Device, batch_size, compare_execution, differing_values, integer_outputs
 from msqkd.data import Split, as_tuple, subset
 from msqkd.errors import ExportError
-from msqkd.exporters import ASCEND, FORMATS, LITE, MS, MS_FLOAT, ONNX, PORTABLE, Format, check_precisions, export
+from msqkd.exporters import ASCEND, FORMATS, LITE, MS, MS_FLOAT, ONNX, PORTABLE, Format, check_batch, check_precisions, export
 from msqkd.exporters.portable import write_float
 from msqkd.exporters.verify import compare
 from msqkd.files import sha256
@@ -84,6 +84,7 @@ def preflight(recipe: Recipe, graph: Graph, plan: QuantPlan) -> None:
     for form in (FORMATS[item] for item in recipe.export.formats):
         try:
             check_precisions(form, plan)
+            check_batch(form, graph)
             if form.check is not None:
                 form.check(graph, guessed)
         except ExportError as error:
