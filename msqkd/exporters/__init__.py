@@ -232,8 +232,8 @@ def check_batch(form: Format, graph: Graph) -> None:
     node = next((node for node in graph.nodes if depends_on_batch(graph, node)), None)
     if node is not None and form.single:
         raise ExportError(
-            f"{node.name} (BatchNorm) normalizes by the statistics of each batch, and a file for batch 1 would not give "
-            "the measured predictions; leave use_batch_statistics at its default (the moving statistics)"
+            f"{node.name} (BatchNorm) normalizes by the statistics of each batch, and a file for batch 1 would not "
+            "give the measured predictions; leave use_batch_statistics at its default (the moving statistics)"
         )
 
 

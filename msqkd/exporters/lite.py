@@ -19,6 +19,8 @@ from mindspore import nn
 
 from msqkd.errors import ExportError
 from msqkd.exporters.canonical import canonical_model, on_bytes
+from msqkd.exporters.device.freeze import freeze
+from msqkd.exporters.device.shapes import concrete_shapes
 from msqkd.exporters.lowering import lower_for_lite, own_weight
 from msqkd.exporters.mindir_file import write_cell
 from msqkd.files import PathLike
@@ -61,6 +63,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
         ExportError: the file breaks one of the converter's rules, or cannot be written.
     """
     lowered, plan = lower_for_lite(round_stored(graph, plan), plan)
+    freeze(lowered, concrete_shapes(lowered, batch_size))
     hooks = Hooks(values={}, edges={})
     grids = {
         (name, quant.index): quant.qparams(quant.held_in(lowered))
@@ -73,8 +76,11 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
     for value, activation in plan.activations.items():
         if activation.exact and value in lowered.outputs:
             continue  # a marker must feed a consumer; a reshape hands its input's parameters on
-        marker = _Marker(plan.group_of(value).qparams())
-        hooks.values[value] = marker  # type: ignore[index]
+        qparams = plan.group_of(value).qparams()
+        if value in lowered.params:
+            _mark_constant(lowered, value, qparams, hooks)
+        else:
+            hooks.values[value] = _Marker(qparams)  # type: ignore[index]
     inputs = []
     for name in lowered.inputs:
         kind = lowered.values[name].type
@@ -100,6 +106,16 @@ def _separate_weights(graph: Graph, grids: Mapping[tuple[str, int], QParams]) ->
         uses = [(n.name, i) for n in graph.consumers(weight) for i, read in enumerate(n.inputs) if read == weight]
         if not all(use in grids and _equal(grids[use], qparams) for use in uses):
             own_weight(graph, node, index)
+
+
+def _mark_constant(graph: Graph, value: str, qparams: QParams, hooks: Hooks) -> None:
+    """Mark a quantized value that is a constant in the file, as a token repeated for every sample, where it is read."""
+    for node in graph.consumers(value):
+        for index in [index for index, name in enumerate(node.inputs) if name == value]:
+            own_weight(graph, node, index)
+            held = graph.params[node.inputs[index]]
+            held.data = qparams.fake_quantize(held.data)
+            hooks.edges[node.name, index] = _Marker(qparams)  # type: ignore[index]
 
 
 def _equal(one: QParams, other: QParams) -> bool:
@@ -197,7 +213,7 @@ def read_marked(file: PathLike) -> tuple[Graph, dict[str, QParams], dict[tuple[s
 def _parameters(attrs: dict[str, Any], axis: Optional[int]) -> QParams:
     scale = np.float32(attrs["linear_quant_scale"])
     zero_point = np.int32(attrs["linear_quant_zero_point"])
-    low, high = quant_limits(8, narrow=axis is not None)
+    low, high = quant_limits(8, narrow=scale.size > 1)  # a constant among the values may have any of the integers
     if axis is None or scale.size == 1:
         return QParams(scale.reshape(()), zero_point.reshape(()), low, high)
     return QParams(scale, zero_point, low, high, axis)

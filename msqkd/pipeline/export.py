@@ -12,7 +12,19 @@ import mindspore as ms
 from msqkd.analysis.parity import Device, batch_size, compare_execution, differing_values, integer_outputs
 from msqkd.data import Split, as_tuple, subset
 from msqkd.errors import ExportError
-from msqkd.exporters import ASCEND, FORMATS, LITE, MS, MS_FLOAT, ONNX, PORTABLE, Format, check_batch, check_precisions, export
+from msqkd.exporters import (
+    ASCEND,
+    FORMATS,
+    LITE,
+    MS,
+    MS_FLOAT,
+    ONNX,
+    PORTABLE,
+    Format,
+    check_batch,
+    check_precisions,
+    export,
+)
 from msqkd.exporters.portable import write_float
 from msqkd.exporters.verify import compare
 from msqkd.files import sha256

@@ -38,8 +38,8 @@ def deployment_graph(graph: Graph) -> Graph:
     """The form that is planned, calibrated and exported: BatchNorm folded, what the network spells out as one node.
 
     It is a part of the training form "fold": what is trained only goes last, so that a plan fits both. Weights that are
-    computed from parameters are parameters here. The deployment form of a deployment form is a copy of it: what has gone
-    with an auxiliary head must not open the way for another rewrite, behind the back of the plan.
+    computed from parameters are parameters here. The deployment form of a deployment form is a copy of it: without its
+    auxiliary heads a network could be rewritten further, and its plan would not fit any more.
     """
     return _deployed(training_graph(graph, "fold"))
 

@@ -9,8 +9,9 @@ training forms keep that weight the one that is quantised:
   is divided by g again and normalised with the batch's statistics (as in the "conv, rescale, normalise" scheme of
   Krishnamoorthi, arXiv:1806.08342, §3.2.2).
 
-All three keep the names of nodes and of the values between layers, so a plan made on the folded graph fits each. Several
-BatchNorms in a row are folded together. One that uses the statistics of its batch in evaluation too is never folded.
+All three keep the names of nodes and of the values between layers, so a plan made on the folded graph fits each.
+Several BatchNorms in a row are folded together. One that uses the statistics of its batch in evaluation too is never
+folded.
 """
 
 from __future__ import annotations
