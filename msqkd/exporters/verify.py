@@ -51,9 +51,7 @@ def load_lite(file: Path) -> Callable[..., Any]:
     cell = to_cell(graph, hooks)
     if kept is None:
         return cell  # type: ignore[no-any-return]
-    warnings.warn(
-        f"{file.name}: checked in batches of {batch}, the size in the file, since {kept}", stacklevel=2
-    )
+    warnings.warn(f"{file.name}: checked in batches of {batch}, the size in the file, since {kept}", stacklevel=2)
     return partial(_in_batches, cell, batch)
 
 

@@ -92,7 +92,7 @@ def input_types(model: Any) -> list[TensorType]:
 
 def network_class(model: Any) -> str:
     """The class name of the exported network; empty where the file does not say (msqkd's own files)."""
-    found = re.match(r"\d.*_([A-Za-z0-9]+)_construct_\d+$", model.graph.name)
+    found = re.match(r"\d.*_([^\W_]+)_construct_\d+$", model.graph.name)
     return found[1] if found else ""
 
 

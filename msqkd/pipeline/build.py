@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import mindspore as ms
@@ -146,6 +146,39 @@ def load_network(section: ModelSection | TeacherSection, where: str) -> tuple[An
             report = load_checkpoint(net, section.checkpoint, name_map=section.name_map)
     net.set_train(False)
     return net, report
+
+
+def random_weights(
+    section: ModelSection | TeacherSection, weights: Mapping[str, np.ndarray], where: str
+) -> Optional[str]:
+    """Find weights that a factory without a checkpoint leaves random: they differ from one call to the next.
+
+    Args:
+        section: the network's section.
+        weights: what the first call gave, by parameter name.
+        where: the section's key, for messages.
+
+    Returns:
+        None, or a warning if some of the weights are random.
+
+    Raises:
+        ModelError: all are.
+    """
+    if section.source != "python" or section.checkpoint is not None:
+        return None
+    again = {item.name: item.asnumpy() for item in build_network(section, where).get_parameters()}
+    compared = [name for name, array in weights.items() if array.ndim > 1 and name in again]
+    random = [name for name in compared if not np.array_equal(weights[name], again[name])]
+    if not random:
+        return None
+    found = f"'{section.target}' gives random weights: '{random[0]}' differs between two calls"
+    cure = f"give the file of its weights here or with --set {where}.checkpoint=FILE, or load them in the factory"
+    if len(random) == len(compared):
+        raise ModelError(
+            f"{where}.checkpoint: is missing, and {found}; {cure}"
+            + (", or train them in a pretrain section" if where == "model" else "")
+        )
+    return f"{where}: {found} ({len(random)} of {len(compared)} weights do); {cure}"
 
 
 def load_bundle(recipe: Recipe) -> DataBundle:
