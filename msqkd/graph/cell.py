@@ -20,6 +20,7 @@ from msqkd.graph.ir import Graph, Node, unique_name
 from msqkd.graph.norms import BATCH, RUNNING, statistics_of
 from msqkd.graph.ops import Argument, computed_settings, dtype_arguments, dtype_name, primitive, scalar_type
 from msqkd.graph.source import load_class
+from msqkd.graph.steps import gathers_of
 from msqkd.platform import mindspore
 
 # Arithmetic on the sizes of a tensor, which are Python numbers where `construct` is run by Python
@@ -159,6 +160,8 @@ class _Writer:
         if node.op in _SCALAR_OPERATORS:
             self.lines.append(f"{target} = {args[0]} {_SCALAR_OPERATORS[node.op]} {args[1]}")
             return
+        if node.op == "StridedSlice" and self._with_gathers(node, target, args):
+            return
         targets = ", ".join(self._local(output) for output in node.outputs)
         if node.unpack and len(node.outputs) == 1:
             targets += ","
@@ -195,6 +198,27 @@ class _Writer:
         if len(args) == 3:
             bias_add = self._attribute("bias_" + node.name, ops.BiasAdd())
             self.lines.append(f"{target} = self.{bias_add}({target}, {args[2]})")
+
+    def _with_gathers(self, node: Node, target: str, args: list[str]) -> bool:
+        """Write a slice whose gradient needs another form in training (see `msqkd.graph.steps`)."""
+        from mindspore import ops
+
+        found = gathers_of(self.graph, node)
+        if found is None:
+            return False
+        gathers, (begin, end, strides, *masks) = found
+        text = args[0]
+        for axis, positions in gathers:
+            held = self._attribute(f"positions_{node.name}_{axis}", self.ms.Tensor(positions))
+            text = f"self.{self._attribute('gather_' + node.name, ops.Gather())}({text}, self.{held}, {axis})"
+        rest = self._attribute("rest_" + node.name, ops.StridedSlice(*masks))
+        self.lines += [
+            "if self.training:",
+            f"    {target} = self.{rest}({text}, {begin!r}, {end!r}, {strides!r})",
+            "else:",
+            f"    {target} = {self._call(node, args)}",
+        ]
+        return True
 
     def _dtype(self, node: Node, value: str) -> str:
         name = dtype_name(self.graph, node, value)

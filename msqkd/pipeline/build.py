@@ -15,6 +15,7 @@ from msqkd.distill.losses import hard_loss
 from msqkd.errors import DataError, ModelError, did_you_mean
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import read_parameters, to_cell
+from msqkd.graph.gradients import gradient_error
 from msqkd.graph.ir import Graph
 from msqkd.graph.load import load_mindir, mindir_inputs
 from msqkd.models import build_model, default_input_shape
@@ -247,10 +248,10 @@ def training_loss(settings: TrainSection, graph: Graph, where: str) -> nn.Cell:
 
 
 def try_loss(settings: TrainSection, graph: Graph, train: Split, where: str) -> None:
-    """Compute the loss against the labels once, so that a wrong one is refused before any training.
+    """Compute the loss against the labels and its gradient once, so that a wrong one is refused before any training.
 
     Raises:
-        ModelError: it fails, or gives anything but a scalar.
+        ModelError: it fails, gives anything but a scalar, or has no gradient.
     """
     inputs, labels = train.batch(np.arange(min(_TRIED, len(train))))
     found = to_cell(graph)(*map(ms.Tensor, as_tuple(inputs)))
@@ -276,6 +277,10 @@ def try_loss(settings: TrainSection, graph: Graph, train: Split, where: str) -> 
             else f"a {type(value).__name__}"
         )
         raise ModelError(f"{place} gives {what}; a scalar of type float32 is needed")
+    trained = [index for index, output in enumerate(outputs) if output.is_floating_point()]
+    error = gradient_error(training_loss(settings, graph, where), given, trained) if trained else None
+    if error is not None:
+        raise ModelError(f"{place} has no gradient: {reason_of(error)}{place_of(error)}")
 
 
 def calibration_split(recipe: Recipe, train: Split) -> Split:
