@@ -27,6 +27,7 @@ from msqkd.exporters.device.shapes import concrete_shapes
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.graph.islands import run_island
+from msqkd.graph.norms import batch_dependence
 from msqkd.integer import registry
 from msqkd.integer.program import Program, Tensor
 from msqkd.integer.simulator import Simulator
@@ -327,7 +328,12 @@ def compare_execution(
 
 
 def batch_size(graph: Graph, wanted: int) -> int:
-    """How many samples a batch of `compare_execution` may have, at most `wanted`, to hold its values in 256 MiB."""
+    """How many samples a batch of `compare_execution` may have, at most `wanted`, to hold its values in 256 MiB.
+
+    The device computes with batch 1: so does the comparison where predictions depend on the batch.
+    """
+    if batch_dependence(graph) is not None:
+        return 1
     try:
         shapes = concrete_shapes(graph, 1)
     except ExportError:  # a size that MindSpore alone knows: counted as if it were that of the batch

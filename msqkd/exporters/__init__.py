@@ -10,7 +10,7 @@ from typing import Any, Callable, Optional
 from msqkd.errors import ExportError, did_you_mean
 from msqkd.files import PathLike
 from msqkd.graph.ir import Graph
-from msqkd.graph.norms import depends_on_batch
+from msqkd.graph.norms import batch_dependence
 from msqkd.quant.plan import QuantPlan
 
 LITE, PORTABLE, ASCEND, ONNX = "lite_mindir", "portable_mindir", "ascend_mindir", "onnx"
@@ -229,11 +229,12 @@ def check_batch(form: Format, graph: Graph) -> None:
     Raises:
         ExportError: names the first layer that makes them depend on it.
     """
-    node = next((node for node in graph.nodes if depends_on_batch(graph, node)), None)
-    if node is not None and form.single:
+    found = batch_dependence(graph) if form.single else None
+    if found is not None:
+        node, how = found
         raise ExportError(
-            f"{node.name} (BatchNorm) normalizes by the statistics of each batch, and a file for batch 1 would not "
-            "give the measured predictions; leave use_batch_statistics at its default (the moving statistics)"
+            f"{node.name} ({node.op}) {how}, and a file for batch 1 would not give the measured predictions; let the "
+            "network compute every sample by itself (BatchNorm: leave use_batch_statistics at its default)"
         )
 
 

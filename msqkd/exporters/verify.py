@@ -50,7 +50,7 @@ def load_lite(file: Path) -> Callable[..., Any]:
     hooks = Hooks(values={name: _fixed(name, qparams) for name, qparams in values.items()})
     cell = to_cell(graph, hooks)
     if kept is None:
-        return cell  # type: ignore[no-any-return]
+        return cell
     warnings.warn(f"{file.name}: checked in batches of {batch}, the size in the file, since {kept}", stacklevel=2)
     return partial(_in_batches, cell, batch)
 

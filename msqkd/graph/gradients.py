@@ -68,9 +68,9 @@ def untrainable(graph: Graph, level: str = "O0") -> Optional[str]:
     )
     seen.update(zip(graph.inputs, _samples(graph)))
     for node in nodes:
-        reason = _failure(graph, node, seen, level)
-        if reason is not None:
-            return _sentence(graph, node, reason, _INSTEAD.get(node.op, "write it with other operations"))
+        failure = _failure(graph, node, seen, level)
+        if failure is not None:
+            return _sentence(graph, node, failure, _INSTEAD.get(node.op, "write it with other operations"))
     return None
 
 

@@ -1,8 +1,8 @@
-"""Statistics of BatchNorm nodes: what each of them normalizes by."""
+"""What each BatchNorm normalizes by, and whether a prediction depends on the other samples of its batch."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 from msqkd.graph.ir import Graph, Node
 
@@ -13,6 +13,9 @@ MOVING = (3, 4)
 """Positions of the moving mean and variance among the inputs of a BatchNorm."""
 
 _IS_TRAINING = 5
+_ON_SIZES = ("ScalarAdd", "ScalarSub", "ScalarMul", "ScalarDiv", "ScalarFloorDiv", "ScalarMod", "ScalarCast")
+_SHAPED = ("Reshape", "BroadcastTo", "Tile", "StridedSlice", "Slice", "Conv2DTranspose")
+_FILLED = ("Zeros", "Ones", "FillV2", "FillScalar")
 _MODE = "statistics"  # the attribute that `mark_running` sets
 
 
@@ -25,9 +28,37 @@ def statistics_of(graph: Graph, node: Node) -> str:
     return BATCH if by_batch else str(node.attrs.get(_MODE, TRAINING))
 
 
-def depends_on_batch(graph: Graph, node: Node) -> bool:
-    """Return True if the result for a sample depends on the other samples of its batch, in evaluation mode too."""
-    return node.op == "BatchNorm" and statistics_of(graph, node) == BATCH and graph.shape(node.inputs[0])[:1] != (1,)
+def batch_dependence(graph: Graph) -> Optional[tuple[Node, str]]:
+    """Find a node by which the predictions for a sample depend on its batch, in evaluation mode too.
+
+    Returns:
+        The node and a clause that says how, or None.
+    """
+    for node in graph.nodes:
+        by_batch = node.op == "BatchNorm" and statistics_of(graph, node) == BATCH
+        if by_batch and graph.shape(node.inputs[0])[:1] != (1,):
+            return node, "normalizes by the statistics of each batch (use_batch_statistics)"
+    counting = _counting(graph)
+    return None if counting is None else (counting, "computes with the number of samples in the batch")
+
+
+def _counting(graph: Graph) -> Optional[Node]:
+    """Find the first node that reads the batch size as a number, and not as a size of its result."""
+    sizes: set[str] = set()  # the batch size itself
+    numbers: set[str] = set()  # and what is computed from it
+    for node in graph.nodes:
+        if node.op == "Shape" and node.unpack:
+            shape = graph.shape(node.inputs[0])
+            sizes.update(output for output, size in zip(node.outputs, shape) if size < 0)
+        elif not (sizes | numbers).intersection(node.inputs):
+            continue
+        elif node.op in _ON_SIZES:
+            numbers.update(node.outputs)
+        elif node.op in _FILLED and not numbers.intersection(node.inputs):
+            continue
+        elif node.op not in _SHAPED:
+            return node
+    return None
 
 
 def mark_running(net: Any, graph: Graph) -> None:

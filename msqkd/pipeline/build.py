@@ -278,9 +278,9 @@ def try_loss(settings: TrainSection, graph: Graph, train: Split, where: str) -> 
         )
         raise ModelError(f"{place} gives {what}; a scalar of type float32 is needed")
     trained = [index for index, output in enumerate(outputs) if output.is_floating_point()]
-    error = gradient_error(training_loss(settings, graph, where), given, trained) if trained else None
-    if error is not None:
-        raise ModelError(f"{place} has no gradient: {reason_of(error)}{place_of(error)}")
+    failure = gradient_error(training_loss(settings, graph, where), given, trained) if trained else None
+    if failure is not None:
+        raise ModelError(f"{place} has no gradient: {reason_of(failure)}{place_of(failure)}")
 
 
 def calibration_split(recipe: Recipe, train: Split) -> Split:

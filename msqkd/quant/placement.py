@@ -9,7 +9,7 @@ from typing import Optional
 from msqkd.errors import PlanError
 from msqkd.graph.half import HALF_OPS, float_inputs
 from msqkd.graph.ir import Graph, Node
-from msqkd.graph.norms import depends_on_batch
+from msqkd.graph.norms import batch_dependence
 from msqkd.graph.passes.padded_pools import NON_NEGATIVE
 from msqkd.quant import uses
 from msqkd.quant.config import (
@@ -87,7 +87,7 @@ class _Placement:
         self._warn_of_surrounded()
         self._warn_of_stored()
         self._warn_of_files()
-        self._warn_of_batch_statistics()
+        self._warn_of_batch()
         self._warn_of_idle_rules()
         for node in self.graph.nodes:
             precision, reason = self.verdicts[node.name]
@@ -581,15 +581,14 @@ class _Placement:
                 "converter does not know: it will not take the file made for it; a .ms file needs no converter"
             )
 
-    def _warn_of_batch_statistics(self) -> None:
-        """Warn that predictions depend on the other samples of a batch."""
-        names = [node.name for node in self.graph.nodes if depends_on_batch(self.graph, node)]
-        if names:
+    def _warn_of_batch(self) -> None:
+        """Warn that the predictions for a sample depend on its batch."""
+        found = batch_dependence(self.graph)
+        if found is not None:
+            node, how = found
             self._warn(
-                f"{names[0]} (BatchNorm, {len(names)} such) normalizes by the statistics of each batch in evaluation "
-                "too: the predictions for a sample depend on the others of its batch, and a file for batch 1 gives "
-                "other predictions than a larger batch; leave use_batch_statistics at its default to use the moving "
-                "statistics"
+                f"{node.name} ({node.op}) {how}: the predictions for a sample depend on its batch, and a file for "
+                "batch 1 gives other predictions than a larger batch"
             )
 
     def _is_unknown_to_converter(self, node: Node) -> bool:
