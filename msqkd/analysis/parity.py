@@ -129,8 +129,11 @@ def differing_values(
         inputs: in the graph's layout.
         machine: as in `Device`.
     """
+    simulators = [Simulator(program, machine, run_island) for program in (one, other)]
+    if not simulators[0].takes_batches:
+        inputs = [data[:1] for data in inputs]
     fed = _fed(one, inputs)
-    traces = (Simulator(program, machine, run_island).trace(*fed) for program in (one, other))
+    traces = (simulator.trace(*fed) for simulator in simulators)
     different = total = 0
     for (name, expected), (found_name, found) in zip(*traces):
         if name != found_name or expected.shape != found.shape:
@@ -363,8 +366,11 @@ class _Comparison:
         done = 0
         for batch in batches:
             arrays = _arrays(batch)
-            self._add(arrays)
-            done += len(arrays[0])
+            rows = len(arrays[0])
+            size = rows if self.device.simulator.takes_batches else 1
+            for start in range(0, rows, size):
+                self._add([array[start : start + size] for array in arrays])
+            done += rows
             if progress is not None:
                 progress(done)
         if not done:

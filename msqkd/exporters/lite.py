@@ -19,7 +19,6 @@ from mindspore import nn
 
 from msqkd.errors import ExportError
 from msqkd.exporters.canonical import canonical_model, on_bytes
-from msqkd.exporters.device.freeze import freeze
 from msqkd.exporters.device.shapes import concrete_shapes
 from msqkd.exporters.lowering import lower_for_lite, own_weight
 from msqkd.exporters.mindir_file import write_cell
@@ -63,7 +62,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
         ExportError: the file breaks one of the converter's rules, or cannot be written.
     """
     lowered, plan = lower_for_lite(round_stored(graph, plan), plan)
-    freeze(lowered, concrete_shapes(lowered, batch_size))
+    _repeat_constants(lowered, plan, batch_size)
     hooks = Hooks(values={}, edges={})
     grids = {
         (name, quant.index): quant.qparams(quant.held_in(lowered))
@@ -106,6 +105,23 @@ def _separate_weights(graph: Graph, grids: Mapping[tuple[str, int], QParams]) ->
         uses = [(n.name, i) for n in graph.consumers(weight) for i, read in enumerate(n.inputs) if read == weight]
         if not all(use in grids and _equal(grids[use], qparams) for use in uses):
             own_weight(graph, node, index)
+
+
+def _repeat_constants(graph: Graph, plan: QuantPlan, batch: int) -> None:
+    """Make quantized parameters that are repeated for every sample parameters of their own, in place: for one sample
+    the compiler drops the repetition, and a marker would stand behind the original."""
+    shapes = concrete_shapes(graph, batch)
+    for node in [
+        node for node in graph.nodes if node.op in ("Tile", "BroadcastTo") and node.output in plan.activations
+    ]:
+        held = graph.params.get(node.inputs[0])
+        if held is not None:
+            whole = shapes[node.output]
+            data = held.data.reshape((1,) * (len(whole) - held.data.ndim) + held.data.shape)
+            repeats = [size // own for size, own in zip(whole, data.shape)]
+            graph.nodes.remove(node)
+            graph.add_param(node.output, np.tile(data, repeats), trainable=False)
+    graph.prune()
 
 
 def _mark_constant(graph: Graph, value: str, qparams: QParams, hooks: Hooks) -> None:
