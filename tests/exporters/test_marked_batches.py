@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from mindspore import nn, ops
 
+from msqkd.analysis.parity import compare_execution
 from msqkd.api import create_ptq_network, export, quantize
-from msqkd.exporters.verify import load_lite
+from msqkd.exporters.verify import load_lite, load_ms
 from msqkd.quant.config import QuantConfig
 from msqkd.quant.qat import QuantCell
 
@@ -78,3 +79,20 @@ def test_a_batch_that_cannot_be_opened_stays(tmp_path: Path) -> None:
         found = load_lite(Path(export(cell, (6, 8), str(tmp_path / "net"), "MINDIR")))
     expected = np.concatenate([cell(ms.Tensor(X[row : row + 1])).asnumpy() for row in range(3)])
     np.testing.assert_allclose(found(ms.Tensor(X)).asnumpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [Attention, Token])
+def test_a_ms_file_computes_every_sample_as_alone(make: type, tmp_path: Path) -> None:
+    found = load_ms(Path(export(quantised(make()), (6, 8), str(tmp_path / "net"), "MS")))
+    alone = np.concatenate([found(ms.Tensor(X[row : row + 1])).asnumpy() for row in range(3)])
+    np.testing.assert_array_equal(found(ms.Tensor(X)).asnumpy(), alone)
+
+
+def test_the_comparison_of_executions_computes_such_samples_alone() -> None:
+    graph, plan = quantised(Attention()).sync()
+    together = compare_execution(graph, plan, [X])
+    alone = compare_execution(graph, plan, [X[row : row + 1] for row in range(3)])
+    assert together.samples == alone.samples == 3
+    assert [(item.value, item.histogram) for item in together.values] == [
+        (item.value, item.histogram) for item in alone.values
+    ]
