@@ -24,8 +24,8 @@ KNOWN = frozenset({
     "Abs", "AdaptiveAvgPool2D", "AdaptiveMaxPool2D", "Add", "AddExt", "Adds", "ArgMaxWithValue", "AvgPool",
     "BatchMatMul", "BatchNorm", "BiasAdd", "BroadcastTo", "Cast", "ClampScalar", "Concat", "Conv2D", "Dense", "Div",
     "Divs", "Elu", "Erf", "Exp", "ExpandDims", "Gather", "GeLU", "GroupNorm", "HSigmoid", "HSwish", "LayerNorm", "Log",
-    "LogSoftmax", "MaskedFill", "MatMul", "MatMulExt", "MaxPool", "Maximum", "Minimum", "Mish", "Mul", "Muls", "Neg",
-    "PReLU", "PadV3", "Pow", "ReLU", "ReLU6", "RealDiv", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin",
+    "LogSoftmax", "MaskedFill", "MatMul", "MatMulExt", "MaxPool", "Maximum", "Minimum", "Mish", "Mul", "Muls", "Neg", "Pad",
+    "PReLU", "Pad", "PadV3", "Pow", "ReLU", "ReLU6", "RealDiv", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin",
     "ReduceSum", "Reshape", "ResizeBilinearV2", "Rsqrt", "Select", "Shape", "SiLU", "Sigmoid", "Softmax", "Softplus",
     "Split", "Sqrt", "Square", "Squeeze", "Stack", "StridedSlice", "Sub", "SubExt", "Subs", "Tanh", "Tile",
     "TrainingDropout", "Transpose", "Unstack",
@@ -44,7 +44,7 @@ def untrainable(graph: Graph, level: str = "O0") -> Optional[str]:
 
     Args:
         graph: a network as it is trained.
-        level: how much of it computes in float16 (see `msqkd.graph.half`); above O0 every operation is tried.
+        level: how much of it computes in float16 (see `msqkd.graph.half`).
 
     Returns:
         None, or a sentence that names the operation, the reason, and a form that can be trained.
@@ -54,7 +54,7 @@ def untrainable(graph: Graph, level: str = "O0") -> Optional[str]:
         if node.op == "StridedSlice" and not has_gradient(graph, node):
             reason = "MindSpore computes the gradient of a slice with such steps wrongly"
             return _sentence(graph, node, reason, "take the values with ops.gather and literal positions")
-    nodes = list(_tried(graph, reached, level))
+    nodes = list(_tried(graph, reached))
     if not nodes:
         return None
     wanted = dict.fromkeys(
@@ -110,12 +110,12 @@ def _reached(graph: Graph) -> Iterator[Node]:
             yield node
 
 
-def _tried(graph: Graph, reached: Sequence[Node], level: str) -> Iterator[Node]:
+def _tried(graph: Graph, reached: Sequence[Node]) -> Iterator[Node]:
     """The nodes of `reached` whose gradient is to be computed, one of each kind."""
     kinds: set[str] = set()
     for node in reached:
         parts = node.body.nodes if node.body is not None else [node]
-        if level == "O0" and all(part.op in KNOWN for part in parts):
+        if all(part.op in KNOWN for part in parts):
             continue
         literals = [graph.const(name) if graph.values[name].kind == "const" else None for name in node.inputs]
         ranks = [len(graph.shape(name)) for name in node.inputs]
