@@ -24,7 +24,7 @@ KNOWN = frozenset({
     "Abs", "AdaptiveAvgPool2D", "AdaptiveMaxPool2D", "Add", "AddExt", "Adds", "ArgMaxWithValue", "AvgPool",
     "BatchMatMul", "BatchNorm", "BiasAdd", "BroadcastTo", "Cast", "ClampScalar", "Concat", "Conv2D", "Dense", "Div",
     "Divs", "Elu", "Erf", "Exp", "ExpandDims", "Gather", "GeLU", "GroupNorm", "HSigmoid", "HSwish", "LayerNorm", "Log",
-    "LogSoftmax", "MaskedFill", "MatMul", "MatMulExt", "MaxPool", "Maximum", "Minimum", "Mish", "Mul", "Muls", "Neg", "Pad",
+    "LogSoftmax", "MaskedFill", "MatMul", "MatMulExt", "MaxPool", "Maximum", "Minimum", "Mish", "Mul", "Muls", "Neg",
     "PReLU", "Pad", "PadV3", "Pow", "ReLU", "ReLU6", "RealDiv", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin",
     "ReduceSum", "Reshape", "ResizeBilinearV2", "Rsqrt", "Select", "Shape", "SiLU", "Sigmoid", "Softmax", "Softplus",
     "Split", "Sqrt", "Square", "Squeeze", "Stack", "StridedSlice", "Sub", "SubExt", "Subs", "Tanh", "Tile",
