@@ -17,6 +17,7 @@ from msqkd.exporters import export as _export_formats
 from msqkd.files import PathLike
 from msqkd.graph.batches import check_shapes
 from msqkd.graph.capture import capture, sample_shapes
+from msqkd.graph.gradients import untrainable
 from msqkd.graph.ir import Graph
 from msqkd.graph.load import load_mindir
 from msqkd.graph.passes.fold_batchnorm import BATCHNORM_MODES
@@ -38,7 +39,7 @@ from msqkd.quant.ptq import (
     keep_trained,
     samples_of,
 )
-from msqkd.quant.qat import QuantCell, deployment_graph, needed_before_training, quantize_cell
+from msqkd.quant.qat import QuantCell, deployment_graph, needed_before_training, quantize_cell, training_graph
 from msqkd.quant.schedule import DIRECT, QatSchedule
 
 _CONFIG = "_msqkd_quant_config"
@@ -170,8 +171,9 @@ def prepare_qat(
         schedule: what of it is in force at which step (`msqkd.quant.schedule`).
 
     Raises:
-        PlanError: a rule matches nothing, ranges are needed and `calib_dataset` is not given, or a dropout has no
-            place in the form that is trained (a MindIR file has none at all).
+        PlanError: a rule matches nothing, ranges are needed and `calib_dataset` is not given, the backend cannot
+            compute the gradient of an operation, or a dropout has no place in the form that is trained (a MindIR file
+            has none at all).
     """
     if dropout and isinstance(net, _PATHS):
         raise PlanError(f"dropout: {net} was exported without it; give the network's cell")
@@ -182,6 +184,9 @@ def prepare_qat(
             f"batchnorm is '{batchnorm}'; allowed: {', '.join(BATCHNORM_MODES)}"
             f"{did_you_mean(batchnorm, BATCHNORM_MODES)}"
         )
+    reason = untrainable(training_graph(graph, batchnorm))
+    if reason is not None:
+        raise PlanError(reason)
     early = needed_before_training(plan)
     if calib_dataset is not None:
         plan = calibrate(deployment_graph(graph), plan, calib_dataset)

@@ -27,6 +27,7 @@ from msqkd.exporters.device.shapes import concrete_shapes
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.graph.islands import run_island
+from msqkd.graph.norms import batch_dependence
 from msqkd.integer import registry
 from msqkd.integer.program import Program, Tensor
 from msqkd.integer.simulator import Simulator
@@ -126,8 +127,11 @@ def differing_values(
         inputs: in the graph's layout.
         machine: as in `Device`.
     """
+    simulators = [Simulator(program, machine, run_island) for program in (one, other)]
+    if not simulators[0].takes_batches:
+        inputs = [data[:1] for data in inputs]
     fed = _fed(one, inputs)
-    traces = (Simulator(program, machine, run_island).trace(*fed) for program in (one, other))
+    traces = (simulator.trace(*fed) for simulator in simulators)
     different = total = 0
     for (name, expected), (found_name, found) in zip(*traces):
         if name != found_name or expected.shape != found.shape:
@@ -350,7 +354,12 @@ def compare_execution(
 
 
 def batch_size(graph: Graph, wanted: int) -> int:
-    """How many samples a batch of `compare_execution` may have, at most `wanted`, to hold its values in 256 MiB."""
+    """How many samples a batch of `compare_execution` may have, at most `wanted`, to hold its values in 256 MiB.
+
+    The device computes with batch 1: so does the comparison where predictions depend on the batch.
+    """
+    if batch_dependence(graph) is not None:
+        return 1
     try:
         shapes = concrete_shapes(graph, 1)
     except ExportError:  # a size that MindSpore alone knows: counted as if it were that of the batch
@@ -381,8 +390,11 @@ class _Comparison:
         done = 0
         for batch in batches:
             arrays = _arrays(batch)
-            self._add(arrays)
-            done += len(arrays[0])
+            rows = len(arrays[0])
+            size = rows if self.device.simulator.takes_batches else 1
+            for start in range(0, rows, size):
+                self._add([array[start : start + size] for array in arrays])
+            done += rows
             if progress is not None:
                 progress(done)
         if not done:

@@ -28,7 +28,14 @@ from msqkd.environment import versions
 from msqkd.errors import ExportError, MsqkdError, RecipeError
 from msqkd.exporters import FORMATS, LITE, MS, MS_FLOAT, MS_WEIGHT, export
 from msqkd.files import PathLike, sha256, write_json
-from msqkd.pipeline.build import build_network, calibration_split, capture_network, load_bundle, plan_graph
+from msqkd.pipeline.build import (
+    build_network,
+    calibration_split,
+    capture_network,
+    load_bundle,
+    plan_graph,
+    random_weights,
+)
 from msqkd.pipeline.export import Exported, calibration_parity, check_integers
 from msqkd.pipeline.run import reopen
 from msqkd.pipeline.rundir import RunDirectory
@@ -141,6 +148,9 @@ def _calibrated(recipe: Recipe, reporter: Reporter) -> Exported:
     bundle = load_bundle(recipe)
     reporter.say(bundle.describe())
     captured = capture_network(recipe, build_network(recipe.model, "model"))
+    warning = random_weights(recipe.model, {name: param.data for name, param in captured.params.items()}, "model")
+    if warning is not None:
+        reporter.warn(warning)
     graph = deployment_graph(captured)
     samples, section = calibration_split(recipe, bundle.train), recipe.calibration
     size = min(section.batch_size, len(samples))

@@ -13,6 +13,7 @@ from msqkd.exporters.mindir_file import write_cell
 from msqkd.files import PathLike, write_text
 from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph
+from msqkd.graph.passes.batch_statistics import spell_out_statistics
 
 OUTPUT = "vendor_ptq"
 """Name of the file that the script has the converter write, without its suffix."""
@@ -61,6 +62,8 @@ def write_vendor_ptq(graph: Graph, samples: Any, folder: PathLike, per_channel: 
     bins = f"calibration/{name}"
     config = ptq_config(calibration={name: bins}, calibrate_size=len(samples), per_channel=per_channel)
     write_calibration_bins(samples, folder / bins, "NHWC")
+    graph = graph.copy()
+    spell_out_statistics(graph)
     model = write_cell(to_cell(graph), [fixed_input(graph, name, 1)], folder / _MODEL)
     line = shlex.join(command(_MODEL, OUTPUT, _CONFIG))
     write_text(folder / _CONFIG, config)

@@ -10,6 +10,7 @@ from typing import Any, Callable, Optional
 from msqkd.errors import ExportError, did_you_mean
 from msqkd.files import PathLike
 from msqkd.graph.ir import Graph
+from msqkd.graph.norms import batch_dependence
 from msqkd.quant.plan import QuantPlan
 
 LITE, PORTABLE, ASCEND, ONNX = "lite_mindir", "portable_mindir", "ascend_mindir", "onnx"
@@ -40,6 +41,7 @@ class Format:
         float16: whether it holds layers that compute in float16.
         wide: whether it rounds the inputs of dynamic layers, so that these may have 16 bits.
         planned: (graph, plan) -> the plan of the network that the file holds, with which it is compared.
+        single: whether the file is made for batch 1.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Format:
     float16: bool = False
     wide: bool = False
     planned: Callable[[Graph, QuantPlan], QuantPlan] = _as_it_is
+    single: bool = False
 
 
 def _write_lite(graph: Graph, plan: QuantPlan, path: Path) -> Path:
@@ -139,7 +142,7 @@ def _load_ms(path: Path) -> Any:
 _FORMATS = (
     Format(
         LITE, "MINDIR", ".mindir", "for MindSpore Lite's converter: float weights with FakeQuantParam markers",
-        ("lite_arm",), _write_lite, _load_lite, planned=_plan_of_lite,
+        ("lite_arm",), _write_lite, _load_lite, planned=_plan_of_lite, single=True,
     ),
     Format(
         PORTABLE, "MINDIR_PORTABLE", ".mindir", "for any MindSpore: int8 weights and ordinary operations",
@@ -147,19 +150,19 @@ _FORMATS = (
     ),
     Format(
         MS, "MS", ".ms", "for MindSpore Lite on the device, without its converter: int8 throughout", ("lite_arm",),
-        _ms_writer("int8"), _load_ms, check=_ms_check("int8"),
+        _ms_writer("int8"), _load_ms, check=_ms_check("int8"), single=True,
     ),
     Format(
         MS_WEIGHT, "MS_WEIGHT", ".ms", "for MindSpore Lite on the device: weights stored as int8, float computation",
-        ("lite_arm",), _ms_writer("weight"), _load_ms, int8=False, check=_ms_check("weight"),
+        ("lite_arm",), _ms_writer("weight"), _load_ms, int8=False, check=_ms_check("weight"), single=True,
     ),
     Format(
         MS_FLOAT, "MS_FLOAT", ".ms", "for MindSpore Lite on the device: float32, for comparison", ("lite_arm",),
-        _ms_writer("float"), _load_ms, int8=False, check=_ms_check("float"),
+        _ms_writer("float"), _load_ms, int8=False, check=_ms_check("float"), single=True,
     ),
     Format(
         ASCEND, "MINDIR_ASCEND", ".mindir", "for Ascend NPUs: Quant and Dequant around int8 convolutions", ("ascend",),
-        _write_ascend, float16=True,
+        _write_ascend, float16=True, single=True,
     ),
     Format(
         ONNX, "ONNX", ".onnx", "for onnxruntime on x86 and ARM servers: QuantizeLinear and DequantizeLinear",
@@ -229,6 +232,21 @@ def check_precisions(form: Format, plan: QuantPlan) -> None:
         raise ExportError(
             f"{wide[0].node} has inputs of {wide[0].bits} bits, which {form.name} does not hold; "
             f"allowed: {', '.join(name for name, item in FORMATS.items() if item.wide)}"
+        )
+
+
+def check_batch(form: Format, graph: Graph) -> None:
+    """Refuse a format for batch 1 where the predictions of the network depend on the batch.
+
+    Raises:
+        ExportError: names the first layer that makes them depend on it.
+    """
+    found = batch_dependence(graph) if form.single else None
+    if found is not None:
+        node, how = found
+        raise ExportError(
+            f"{node.name} ({node.op}) {how}, and a file for batch 1 would not give the measured predictions; let the "
+            "network compute every sample by itself (BatchNorm: leave use_batch_statistics at its default)"
         )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from msqkd.exporters.lite_pools import write_padded_pools
 from msqkd.graph.ir import Graph, Node, TensorType, Value
+from msqkd.graph.passes.batch_statistics import spell_out_statistics
 from msqkd.quant.config import FLOAT_PRECISION, INT8
 from msqkd.quant.plan import ActivationQuant, NodePlan, QuantPlan, WeightQuant
 from msqkd.quant.uses import conv_windows, is_padded_pointwise, pooling_of, rescale_factor
@@ -31,6 +32,7 @@ def lower_for_lite(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
     """A copy of graph and plan in the forms MindSpore Lite's converter keeps int8, as `converter_plan` has it."""
     graph, plan = lower_forms(graph, converter_plan(graph, plan))
     _rescale_by_weight(graph, plan)
+    spell_out_statistics(graph)
     write_padded_pools(graph, plan)
     for node in graph.nodes:
         if node.op in _IMPORTED:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -15,7 +17,7 @@ from msqkd.errors import ExportError
 from msqkd.exporters.lite import read_marked
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
-from msqkd.graph.passes.free_batch import free_shapes
+from msqkd.graph.passes.free_batch import free_batch
 from msqkd.integer.program import Format, Tensor
 from msqkd.integer.registry import ARM64
 from msqkd.quant.bounds import distance
@@ -24,6 +26,7 @@ from msqkd.quant.plan import Group
 from msqkd.quant.qparams import QParams
 from msqkd.targets import SHARED, Int8Op
 from msqkd.targets.lite_arm import LITE_ARM
+from msqkd.train.evaluate import filled
 
 
 def load_portable(file: Path) -> Callable[..., Any]:
@@ -31,8 +34,11 @@ def load_portable(file: Path) -> Callable[..., Any]:
     return nn.GraphCell(ms.load(str(file)))
 
 
-def load_lite(file: Path) -> Any:
-    """The marked MindIR as a cell that rounds where the markers say, for batches of any size.
+def load_lite(file: Path) -> Callable[..., Any]:
+    """Read a marked MindIR as a callable that rounds where the markers say, for batches of any size.
+
+    The file has one batch size. It is opened where random batches show that every sample is computed for itself (see
+    `msqkd.graph.passes.free_batch`). Otherwise the samples are computed in batches of the file's own size.
 
     A value that is computed in float is rounded for its int8 readers alone, as the converter has it.
 
@@ -40,12 +46,13 @@ def load_lite(file: Path) -> Any:
         ExportError: a weight in the file is not on its grid.
     """
     graph, values, weights, floats = read_marked(file)
-    free_shapes(graph, graph.shape(graph.inputs[0])[0])
+    batch = graph.shape(graph.inputs[0])[0]
     for (node, index), qparams in weights.items():
         name = graph.node(node).inputs[index]
         data = graph.params[name].data
         if not np.array_equal(qparams.fake_quantize(data), data):
             raise ExportError(f"{file.name}: weight '{name}' is not on the grid of its marker")
+    kept = free_batch(graph)
     int8 = _int8_nodes(graph, values.keys(), floats)
     rounded: dict[str, FakeQuantActivation] = {}
     edges: dict[tuple[str, int], FakeQuantActivation] = {}
@@ -57,7 +64,35 @@ def load_lite(file: Path) -> Any:
             edges.update(dict.fromkeys(places, _fixed(name, qparams)))
         else:
             rounded[name] = _fixed(name, qparams)
-    return to_cell(graph, Hooks(values=rounded, edges=edges))
+    cell = to_cell(graph, Hooks(values=rounded, edges=edges))
+    if kept is None:
+        return cell
+    warnings.warn(f"{file.name}: checked in batches of {batch}, the size in the file, since {kept}", stacklevel=2)
+    return partial(_in_batches, cell, batch)
+
+
+def _in_batches(cell: Any, size: int, *inputs: Any) -> Any:
+    """Compute any number of samples with a cell for batches of `size`; the last batch is filled up and cut.
+
+    Args:
+        cell: the network.
+        size: its batch size.
+        inputs: Tensors (N, ...); one of another length than the first has no batch and is passed on as it is.
+
+    Returns:
+        The output, or a tuple of them, as Tensors with the rows of all samples.
+    """
+    arrays = [tensor.asnumpy() for tensor in inputs]
+    count = len(arrays[0])
+    parts: list[list[np.ndarray]] = []
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
+        fed = [filled(array[rows], size) if len(array) == count else array for array in arrays]
+        found = cell(*map(ms.Tensor, fed))
+        outputs = [output.asnumpy() for output in (found if isinstance(found, tuple) else (found,))]
+        parts.append([output[: len(output) // size * (rows.stop - rows.start)] for output in outputs])
+    joined = tuple(ms.Tensor(np.concatenate(column)) for column in zip(*parts))
+    return joined if len(joined) > 1 else joined[0]
 
 
 def _int8_nodes(graph: Graph, marked: Collection[str], floats: Collection[str]) -> set[str]:

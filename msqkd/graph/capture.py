@@ -15,6 +15,7 @@ from msqkd.errors import CaptureError
 from msqkd.graph.arguments import flatten, is_structured
 from msqkd.graph.ir import Graph
 from msqkd.graph.mindir import read_model
+from msqkd.graph.norms import mark_running
 from msqkd.graph.passes.canonicalize import canonicalize
 from msqkd.graph.passes.open_batch import BatchError, open_batch
 from msqkd.graph.source import branching_lines, load_class
@@ -66,6 +67,7 @@ def capture(
         prepare(graph)
     _refuse_dropout(graph)
     canonicalize(graph)
+    mark_running(net, graph)
     _take_parameters(net, graph)
     graph.check()
     return graph

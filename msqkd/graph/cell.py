@@ -14,20 +14,16 @@ from typing import Any, Optional
 
 import numpy as np
 
-from msqkd.errors import CaptureError
 from msqkd.graph.ir import Graph, Node, identifier_of, unique_name
-from msqkd.graph.ops import Argument, computed_settings, dtype_arguments, primitive
+from msqkd.graph.norms import BATCH, RUNNING, statistics_of
+from msqkd.graph.ops import Argument, computed_settings, dtype_arguments, dtype_name, primitive, scalar_type
 from msqkd.graph.source import load_class
+from msqkd.graph.steps import gathers_of
 from msqkd.platform import mindspore
 
 # Arithmetic on the sizes of a tensor, which are Python numbers where `construct` is run by Python
 _SCALAR_OPERATORS = {
     "ScalarAdd": "+", "ScalarSub": "-", "ScalarMul": "*", "ScalarDiv": "/", "ScalarFloorDiv": "//", "ScalarMod": "%",
-}  # fmt: skip
-# The numbers MindSpore's compiler writes for dtypes given as arguments
-_DTYPE_NUMBERS = {
-    30: "bool", 32: "int8", 33: "int16", 34: "int32", 35: "int64", 37: "uint8", 38: "uint16", 39: "uint32",
-    40: "uint64", 42: "float16", 43: "float32", 44: "float64",
 }  # fmt: skip
 
 
@@ -153,11 +149,17 @@ class _Writer:
         if node.op == "BatchNorm":
             self._batch_norm(node, target, args)
             return
-        if node.op == "Cast":
-            self._cast(node, target, args)
+        if node.op in ("Cast", "ScalarToTensor"):
+            instance = self._attribute("op", node.name, getattr(self.ms.ops, node.op)())
+            self.lines.append(f"{target} = self.{instance}({args[0]}, {self._dtype(node, node.inputs[1])})")
+            return
+        if node.op == "ScalarCast":
+            self.lines.append(f"{target} = {scalar_type(self.graph, node).__name__}({args[0]})")
             return
         if node.op in _SCALAR_OPERATORS:
             self.lines.append(f"{target} = {args[0]} {_SCALAR_OPERATORS[node.op]} {args[1]}")
+            return
+        if node.op == "StridedSlice" and self._with_gathers(node, target, args):
             return
         targets = ", ".join(self._local(output) for output in node.outputs)
         if node.unpack and len(node.outputs) == 1:
@@ -196,19 +198,29 @@ class _Writer:
             bias_add = self._attribute("bias", node.name, ops.BiasAdd())
             self.lines.append(f"{target} = self.{bias_add}({target}, {args[2]})")
 
-    def _cast(self, node: Node, target: str, args: list[str]) -> None:
+    def _with_gathers(self, node: Node, target: str, args: list[str]) -> bool:
+        """Write a slice whose gradient needs another form in training (see `msqkd.graph.steps`)."""
         from mindspore import ops
 
-        cast = self._attribute("op", node.name, ops.Cast())
-        self.lines.append(f"{target} = self.{cast}({args[0]}, {self._dtype(node, node.inputs[1])})")
+        found = gathers_of(self.graph, node)
+        if found is None:
+            return False
+        gathers, (begin, end, strides, *masks) = found
+        text = args[0]
+        for axis, positions in gathers:
+            held = self._attribute(f"positions{axis}", node.name, self.ms.Tensor(positions))
+            text = f"self.{self._attribute('gather', node.name, ops.Gather())}({text}, self.{held}, {axis})"
+        rest = self._attribute("rest", node.name, ops.StridedSlice(*masks))
+        self.lines += [
+            "if self.training:",
+            f"    {target} = self.{rest}({text}, {begin!r}, {end!r}, {strides!r})",
+            "else:",
+            f"    {target} = {self._call(node, args)}",
+        ]
+        return True
 
     def _dtype(self, node: Node, value: str) -> str:
-        wanted = self.graph.const(value)
-        name = wanted if isinstance(wanted, str) else _DTYPE_NUMBERS.get(wanted)
-        if name is None:
-            raise CaptureError(
-                f"{self.graph.name}: '{node.name}' casts to a data type msqkd does not know (number {wanted})"
-            )
+        name = dtype_name(self.graph, node, value)
         dtype = getattr(self.ms, "bool_" if name == "bool" else name)
         return "self." + self._attribute("dtype", node.name, dtype)
 
@@ -216,14 +228,19 @@ class _Writer:
         from mindspore import ops
 
         epsilon, momentum = (self.graph.const(name) for name in node.inputs[6:8])
-        infer = self._attribute("infer", node.name, ops.BatchNorm(False, epsilon, momentum))
+        mode, operands = statistics_of(self.graph, node), ", ".join(args[:5])
+        # With momentum 0 the moving statistics stay as they are: an evaluation changes nothing.
+        still = ops.BatchNorm(True, epsilon, 0.0) if mode == BATCH else ops.BatchNorm(False, epsilon, momentum)
+        infer = f"{target} = self.{self._attribute('infer', node.name, still)}({operands})[0]"
+        if mode == RUNNING:
+            self.lines.append(infer)
+            return
         train = self._attribute("train", node.name, ops.BatchNorm(True, epsilon, momentum))
-        operands = ", ".join(args[:5])
         self.lines += [
             "if self.training and not self.batchnorm_frozen:",
             f"    {target} = self.{train}({operands})[0]",
             "else:",
-            f"    {target} = self.{infer}({operands})[0]",
+            f"    {infer}",
         ]
 
     def _argument(self, node: Node, index: int) -> str:
@@ -255,13 +272,17 @@ class _Writer:
 
     def _literal(self, name: str, const: Any) -> str:
         """Source text where Python's spelling reads back as the same, else an attribute."""
-        if isinstance(const, np.ndarray):
-            const = self.ms.Tensor(const)
-        elif not isinstance(const, float) or math.isfinite(const):
+        if _reads_back(const):
             return repr(const)
         if ("const", name) not in self.names:
-            self.attributes[self._identifier("const", name)] = const
+            self.attributes[self._identifier("const", name)] = self._with_tensors(const)
         return "self." + self._identifier("const", name)
+
+    def _with_tensors(self, const: Any) -> Any:
+        """Convert the arrays in a literal to Tensors."""
+        if isinstance(const, np.ndarray):
+            return self.ms.Tensor(const)
+        return type(const)(map(self._with_tensors, const)) if isinstance(const, (tuple, list)) else const
 
     def _attribute(self, kind: str, name: str, value: Any, hint: str = "") -> str:
         """The attribute that holds something of the node or value `name`, called ``kind_name`` or as `hint` says."""
@@ -288,6 +309,15 @@ class _Writer:
             self.taken.add(identifier)
             self.names[kind, name] = identifier
         return self.names[kind, name]
+
+
+def _reads_back(const: Any) -> bool:
+    """Return True if Python reads ``repr(const)`` back as the same value."""
+    if isinstance(const, (tuple, list)):
+        return all(map(_reads_back, const))
+    if isinstance(const, float):
+        return math.isfinite(const)
+    return const is None or isinstance(const, (bool, int, str))
 
 
 def _tuple(items: list[str]) -> str:

@@ -104,6 +104,7 @@ class Graph:
         values: every value by name.
         params: every parameter by its original name.
         deployed: numbers of the outputs that are deployed, where others are trained only; None deploys all.
+        settled: True if this is the deployment form: a plan may name its nodes, so that it is rewritten no further.
     """
 
     def __init__(self, name: str) -> None:
@@ -114,6 +115,7 @@ class Graph:
         self.values: dict[str, Value] = {}
         self.params: dict[str, Parameter] = {}
         self.deployed: Optional[tuple[int, ...]] = None
+        self.settled = False
 
     # -- building -------------------------------------------------------------------------------------------------
     def add_value(self, value: Value) -> str:
@@ -208,7 +210,7 @@ class Graph:
         ]
         twin.values = dict(self.values)
         twin.params = {name: replace(param) for name, param in self.params.items()}
-        twin.deployed = self.deployed
+        twin.deployed, twin.settled = self.deployed, self.settled
         return twin
 
     def body_of(self, name: str, run: Sequence[Node], argument: str) -> Graph:

@@ -12,8 +12,9 @@ from typing import Any
 
 from msqkd.errors import CaptureError, did_you_mean
 from msqkd.files import PathLike
-from msqkd.graph.ir import Graph, Node, TensorType
+from msqkd.graph.ir import Graph, TensorType
 from msqkd.graph.mindir import input_types, network_class, outer_scope, read_model, scope_types
+from msqkd.graph.norms import BATCH, MOVING, statistics_of
 from msqkd.graph.passes.canonicalize import canonicalize
 from msqkd.graph.passes.free_batch import free_batch
 from msqkd.platform import mindspore
@@ -23,8 +24,6 @@ SUFFIX = ".mindir"
 _ENCRYPTED = (0x7F3A5ED8).to_bytes(4, "little")  # how an encrypted file begins
 _LAYER_CLASSES = {"Conv2D": "Conv2d", "Dense": "Dense", "MatMul": "Dense", "BatchNorm": "BatchNorm2d"}
 _UPDATES = ("Apply", "Assign")
-_STATISTICS = (3, 4)  # the moving mean and variance among BatchNorm's inputs
-_IS_TRAINING = 5
 _EXPORT_CALL = "mindspore.export(net, mindspore.Tensor(shape=[None, ...], dtype=mindspore.float32), ...)"
 
 
@@ -147,7 +146,7 @@ def _refuse_other_graphs(graph: Graph, path: Path) -> None:
             raise CaptureError(
                 f"{path} is quantised already: '{node.name}' is a {node.op}; give the MindIR of the float network"
             )
-        if node.op == "BatchNorm" and _is_training(graph, node):
+        if node.op == "BatchNorm" and statistics_of(graph, node) == BATCH:
             raise CaptureError(
                 f"{path} was exported in training mode: '{node.name}' (BatchNorm) normalises by each batch; leave "
                 "use_batch_statistics at its default, call net.set_train(False) and export it again"
@@ -158,12 +157,6 @@ def _refuse_other_graphs(graph: Graph, path: Path) -> None:
                 f"{path} is quantised already: parameter '{name}' is {param.data.dtype}; give the MindIR of the float "
                 "network"
             )
-
-
-def _is_training(graph: Graph, node: Node) -> bool:
-    if len(node.inputs) > _IS_TRAINING:
-        return bool(graph.const(node.inputs[_IS_TRAINING]))
-    return bool(node.attrs.get("is_training", False))
 
 
 # -- what the compiler did not write ----------------------------------------------------------------------------------
@@ -189,7 +182,7 @@ def _paths_from_parameters(graph: Graph) -> None:
 def _mark_trainable(graph: Graph) -> None:
     for node in graph.nodes:
         if node.op == "BatchNorm":
-            for index in _STATISTICS:
+            for index in MOVING:
                 if node.inputs[index] in graph.params:
                     graph.params[node.inputs[index]].trainable = False
     for param in graph.params.values():

@@ -92,7 +92,7 @@ def input_types(model: Any) -> list[TensorType]:
 
 def network_class(model: Any) -> str:
     """The class name of the exported network; empty where the file does not say (msqkd's own files)."""
-    found = re.match(r"\d.*_([A-Za-z0-9]+)_construct_\d+$", model.graph.name)
+    found = re.match(r"\d.*_([^\W_]+)_construct_\d+$", model.graph.name)
     return found[1] if found else ""
 
 
@@ -198,6 +198,11 @@ class _Reader:
     def _constant(self, out: str, value: Any) -> None:
         if value is _MONAD:
             self.monads.add(out)
+        elif isinstance(value, (tuple, list)) and _holds_array(value):
+            # A sequence of tensors, which an operation takes as one argument.
+            self.tuples[out] = [f"{out}[{index}]" for index in range(len(value))]
+            for name, item in zip(self.tuples[out], value):
+                self._constant(name, item)
         else:
             self.alias[out] = self.graph.add_const(value, _constant_name(out))
 
@@ -288,6 +293,11 @@ class _Reader:
             )
         self.overwritten[operand] = place
         return _INPLACE[op]
+
+
+def _holds_array(value: Any) -> bool:
+    """Return True for an array, and for a sequence with an array anywhere in it."""
+    return any(map(_holds_array, value)) if isinstance(value, (tuple, list)) else isinstance(value, np.ndarray)
 
 
 class _Monad:

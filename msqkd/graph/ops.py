@@ -6,9 +6,35 @@ import inspect
 from functools import cache
 from typing import Any, Optional, Union
 
+from msqkd.errors import CaptureError
 from msqkd.graph.ir import Graph, Node
 
 Argument = Union[int, tuple[int, ...]]
+
+# The numbers MindSpore's compiler writes for dtypes given as arguments
+_DTYPE_NUMBERS = {
+    30: "bool", 32: "int8", 33: "int16", 34: "int32", 35: "int64", 37: "uint8", 38: "uint16", 39: "uint32",
+    40: "uint64", 42: "float16", 43: "float32", 44: "float64",
+}  # fmt: skip
+
+
+def dtype_name(graph: Graph, node: Node, value: str) -> str:
+    """Return the name of a dtype that `node` reads as the literal `value`.
+
+    Raises:
+        CaptureError: msqkd does not know its number.
+    """
+    wanted = graph.const(value)
+    name = wanted if isinstance(wanted, str) else _DTYPE_NUMBERS.get(wanted)
+    if name is None:
+        raise CaptureError(f"{graph.name}: '{node.name}' casts to a data type msqkd does not know (number {wanted})")
+    return name
+
+
+def scalar_type(graph: Graph, node: Node) -> type:
+    """Return the Python type that a ``ScalarCast`` gives."""
+    name = dtype_name(graph, node, node.inputs[1])
+    return bool if name == "bool" else float if name.startswith("float") else int
 
 
 @cache

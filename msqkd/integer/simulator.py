@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Callable, Optional
 
 import numpy as np
@@ -11,14 +12,15 @@ from msqkd.errors import SimulationError
 from msqkd.integer.program import ISLAND, Program, Step, Tensor
 from msqkd.integer.registry import FLOAT32, INT8, MACHINES, ONNXRUNTIME, X86, Call, Kernel, Operand, find_kernel
 
+_ITEMS = 2  # of a batch by which a program is tried
 RunIsland = Callable[[Any, Sequence[np.ndarray]], Sequence[np.ndarray]]
 
 
 class Simulator:
     """Executes a program, step by step, as its runtime would.
 
-    A program made for batch 1 takes batches of any size: every item is then computed as a run of its own. One made for
-    a larger batch takes that batch only.
+    A program made for batch 1 takes batches of any size: every item is then computed as a run of its own; in `trace`
+    only where `takes_batches`. One made for a larger batch takes that batch only.
 
     Args:
         program: what to run.
@@ -59,9 +61,43 @@ class Simulator:
         Raises:
             SimulationError: an input of another shape or dtype, or a value the runtime cannot compute.
         """
+        if self.program.batch == 1 and len(inputs) and len(inputs[0]) > 1 and not self.takes_batches:
+            rows = [self.run(*(data[row : row + 1] for data in inputs)) for row in range(len(inputs[0]))]
+            return [np.concatenate(parts) for parts in zip(*rows)]
         kept = dict.fromkeys(self.program.outputs)
         found = {name: data for name, data in self.trace(*inputs) if name in kept}
         return [found[name] for name in self.program.outputs]
+
+    @cached_property
+    def takes_batches(self) -> bool:
+        """True if the steps of a program for batch 1 compute every item of a batch as they compute it alone.
+
+        They do where the batch leads in every tensor. Elsewhere, as behind a transposition that puts time first, random
+        items tell.
+        """
+        computed = [tensor.shape for tensor in self.program.tensors.values() if tensor.data is None]
+        if all(shape[:1] in ((1,), ()) for shape in computed):
+            return True
+        random = np.random.default_rng(0)
+        fed = []
+        for tensor in (self.program.tensors[name] for name in self.program.inputs):
+            shape = (_ITEMS, *tensor.shape[1:])
+            drawn = random.normal(size=shape) if tensor.dtype.startswith("float") else random.integers(0, 2, shape)
+            fed.append(drawn.astype(tensor.dtype))
+
+        def outputs(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+            found = {name: data for name, data in self.trace(*arrays) if name in self.program.outputs}
+            return [found[name] for name in self.program.outputs]
+
+        alone = [outputs([array[item : item + 1] for array in fed]) for item in range(_ITEMS)]
+        try:
+            together = outputs(fed)
+        except SimulationError:
+            return False
+        return all(
+            one.shape == other.shape and np.allclose(one, other, rtol=1e-5, atol=1e-6)
+            for one, other in zip(together, (np.concatenate(parts) for parts in zip(*alone)))
+        )
 
     def trace(self, *inputs: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor that is fed or computed, by name, in the order of computation."""

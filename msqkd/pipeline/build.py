@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import mindspore as ms
@@ -15,6 +15,7 @@ from msqkd.distill.losses import hard_loss
 from msqkd.errors import DataError, ModelError, did_you_mean
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import read_parameters, to_cell
+from msqkd.graph.gradients import gradient_error
 from msqkd.graph.ir import Graph
 from msqkd.graph.load import load_mindir, mindir_inputs
 from msqkd.models import build_model, default_input_shape
@@ -148,6 +149,39 @@ def load_network(section: ModelSection | TeacherSection, where: str) -> tuple[An
     return net, report
 
 
+def random_weights(
+    section: ModelSection | TeacherSection, weights: Mapping[str, np.ndarray], where: str
+) -> Optional[str]:
+    """Find weights that a factory without a checkpoint leaves random: they differ from one call to the next.
+
+    Args:
+        section: the network's section.
+        weights: what the first call gave, by parameter name.
+        where: the section's key, for messages.
+
+    Returns:
+        None, or a warning if some of the weights are random.
+
+    Raises:
+        ModelError: all are.
+    """
+    if section.source != "python" or section.checkpoint is not None:
+        return None
+    again = {item.name: item.asnumpy() for item in build_network(section, where).get_parameters()}
+    compared = [name for name, array in weights.items() if array.ndim > 1 and name in again]
+    random = [name for name in compared if not np.array_equal(weights[name], again[name])]
+    if not random:
+        return None
+    found = f"'{section.target}' gives random weights: '{random[0]}' differs between two calls"
+    cure = f"give the file of its weights here or with --set {where}.checkpoint=FILE, or load them in the factory"
+    if len(random) == len(compared):
+        raise ModelError(
+            f"{where}.checkpoint: is missing, and {found}; {cure}"
+            + (", or train them in a pretrain section" if where == "model" else "")
+        )
+    return f"{where}: {found} ({len(random)} of {len(compared)} weights do); {cure}"
+
+
 def load_bundle(recipe: Recipe) -> DataBundle:
     """The recipe's data, fitted to the network's inputs."""
     data, specs = recipe.data, input_specs(recipe)
@@ -214,10 +248,10 @@ def training_loss(settings: TrainSection, graph: Graph, where: str) -> nn.Cell:
 
 
 def try_loss(settings: TrainSection, graph: Graph, train: Split, where: str) -> None:
-    """Compute the loss against the labels once, so that a wrong one is refused before any training.
+    """Compute the loss against the labels and its gradient once, so that a wrong one is refused before any training.
 
     Raises:
-        ModelError: it fails, or gives anything but a scalar.
+        ModelError: it fails, gives anything but a scalar, or has no gradient.
     """
     inputs, labels = train.batch(np.arange(min(_TRIED, len(train))))
     found = to_cell(graph)(*map(ms.Tensor, as_tuple(inputs)))
@@ -243,6 +277,10 @@ def try_loss(settings: TrainSection, graph: Graph, train: Split, where: str) -> 
             else f"a {type(value).__name__}"
         )
         raise ModelError(f"{place} gives {what}; a scalar of type float32 is needed")
+    trained = [index for index, output in enumerate(outputs) if output.is_floating_point()]
+    failure = gradient_error(training_loss(settings, graph, where), given, trained) if trained else None
+    if failure is not None:
+        raise ModelError(f"{place} has no gradient: {reason_of(failure)}{place_of(failure)}")
 
 
 def calibration_split(recipe: Recipe, train: Split, beside: Optional[int] = None) -> Split:

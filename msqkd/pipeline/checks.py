@@ -7,14 +7,15 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 
-from msqkd.errors import PlanError
+from msqkd.errors import ModelError, PlanError
+from msqkd.graph.gradients import untrainable
 from msqkd.graph.ir import Graph
 from msqkd.pipeline.build import (
     plan_recipe,
     try_loss,
 )  # fmt: skip
 from msqkd.pipeline.export import preflight
-from msqkd.pipeline.objects import Objects
+from msqkd.pipeline.objects import ROLES, Objects
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qat import (
     deployment_graph,
@@ -50,6 +51,7 @@ def check_run(objects: Objects) -> tuple[Graph, Graph, QuantPlan]:
         with_dropout(training_graph(captured, objects.recipe.quantization.batchnorm), places)
     preflight(objects.recipe, graph, plan)
     _check_trainings(objects, captured)
+    _check_gradients(objects, captured)
     _try_losses(objects, captured)
     if objects.trainings and objects.teaching is not None:
         objects.teaching.check(captured, objects.bundle.train.batch(np.arange(1))[0])
@@ -72,6 +74,20 @@ def _check_trainings(objects: Objects, graph: Graph) -> None:
         if section.amp_level != "O0" and ms.get_context("device_target") == "CPU":
             text = f"{where}.amp_level: {section.amp_level} computes in float16, which saves no time on CPU"
             objects.reporter.warn(text)
+
+
+def _check_gradients(objects: Objects, captured: Graph) -> None:
+    """Refuse a training whose backward pass the backend cannot compute.
+
+    Raises:
+        ModelError: names the operation and a form that can be trained.
+    """
+    mode = objects.recipe.quantization.batchnorm
+    for where, section in _sections(objects).items():
+        quantised = where == "train" and all(ROLES[role][1] for role in objects.trainings)
+        reason = untrainable(training_graph(captured, mode) if quantised else captured, section.amp_level)
+        if reason is not None:
+            raise ModelError(f"{where}: {reason}")
 
 
 def _try_losses(objects: Objects, graph: Graph) -> None:

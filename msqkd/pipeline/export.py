@@ -15,7 +15,19 @@ from msqkd.analysis.parity import Device, batch_size, compare_execution, differi
 from msqkd.analysis.report import plain
 from msqkd.data import Split, as_tuple, draw
 from msqkd.errors import ExportError, MsqkdError
-from msqkd.exporters import ASCEND, FORMATS, LITE, MS, MS_FLOAT, ONNX, PORTABLE, Format, check_precisions, export
+from msqkd.exporters import (
+    ASCEND,
+    FORMATS,
+    LITE,
+    MS,
+    MS_FLOAT,
+    ONNX,
+    PORTABLE,
+    Format,
+    check_batch,
+    check_precisions,
+    export,
+)
 from msqkd.exporters.portable import write_float
 from msqkd.files import sha256
 from msqkd.graph.cell import to_cell
@@ -88,6 +100,7 @@ def preflight(recipe: Recipe, graph: Graph, plan: QuantPlan) -> None:
     for form in (FORMATS[item] for item in recipe.export.formats):
         try:
             check_precisions(form, plan)
+            check_batch(form, graph)
             if form.check is not None:
                 form.check(graph, guessed)
         except Exception as error:

@@ -31,6 +31,7 @@ from msqkd.pipeline.build import (
     metric_of,
     plan_graph,
     qat_schedule,
+    random_weights,
 )  # fmt: skip
 from msqkd.pipeline.export import Exported
 from msqkd.pipeline.rundir import RunDirectory
@@ -125,11 +126,16 @@ class Objects:
             section = recipe.model.model_copy(update={"checkpoint": None})
             net = build_network(section, "model")
             load_checkpoint(net, str(self.folder.file("float.ckpt")))
+            graph = capture_network(recipe, net)
         else:
             net, report = load_network(recipe.model, "model")
             if report is not None:
                 self.loaded["model"] = report
-        graph = capture_network(recipe, net)
+            graph = capture_network(recipe, net)
+            weights = {name: param.data for name, param in graph.params.items()}
+            warning = random_weights(recipe.model, weights, "model")
+            if warning is not None:
+                self.reporter.warn(warning)
         self.check_network(graph)
         return graph
 

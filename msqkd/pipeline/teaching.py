@@ -18,7 +18,7 @@ from msqkd.errors import CaptureError, ModelError
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import Hooks, read_parameters, to_cell
 from msqkd.graph.ir import Graph
-from msqkd.pipeline.build import example_input, load_network, training_loss
+from msqkd.pipeline.build import example_input, load_network, random_weights, training_loss
 from msqkd.recipe import DistillationSection, Recipe
 from msqkd.train.step import OnFirst
 from msqkd.user_code import reason_of
@@ -132,6 +132,7 @@ class Teaching:
                 net, report = load_network(section, place)
                 if report is not None:
                     self.loaded[place] = report
+                random_weights(section, {item.name: item.asnumpy() for item in net.get_parameters()}, place)
             made.append(net)
         return made
 

@@ -9,6 +9,7 @@ from typing import Optional
 from msqkd.errors import PlanError
 from msqkd.graph.half import HALF_OPS, float_inputs
 from msqkd.graph.ir import Graph, Node
+from msqkd.graph.norms import batch_dependence
 from msqkd.graph.passes.computed_weights import computed_from_constants
 from msqkd.graph.passes.padded_pools import NON_NEGATIVE
 from msqkd.quant import uses
@@ -89,6 +90,7 @@ class _Placement:
         self._stored_weights()
         self._warn_of_stored()
         self._warn_of_files()
+        self._warn_of_batch()
         self._warn_of_idle_rules()
         for node in self.graph.nodes:
             precision, reason = self.verdicts[node.name]
@@ -564,6 +566,16 @@ class _Placement:
             self._warn(
                 f"{unknown[0].name} ({unknown[0].op}, {len(unknown)} such) pads in a way that MindSpore Lite's "
                 "converter does not know: it will not take the file made for it; a .ms file needs no converter"
+            )
+
+    def _warn_of_batch(self) -> None:
+        """Warn that the predictions for a sample depend on its batch."""
+        found = batch_dependence(self.graph)
+        if found is not None:
+            node, how = found
+            self._warn(
+                f"{node.name} ({node.op}) {how}: the predictions for a sample depend on its batch, and a file for "
+                "batch 1 gives other predictions than a larger batch"
             )
 
     def _is_unknown_to_converter(self, node: Node) -> bool:

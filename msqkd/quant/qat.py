@@ -41,22 +41,30 @@ def deployment_graph(graph: Graph) -> Graph:
     """The form that is planned, calibrated and exported: BatchNorm folded, what the network spells out as one node.
 
     It is a part of the training form "fold": what is trained only goes last, so that a plan fits both. Weights that are
-    computed from parameters are parameters here.
+    computed from parameters are parameters here. The deployment form of a deployment form is a copy of it: without its
+    auxiliary heads a network could be rewritten further, and its plan would not fit any more.
     """
     return _deployed(training_graph(graph, "fold"))
 
 
 def _deployed(folded: Graph) -> Graph:
-    return settle_weights(folded.deployed_part())
+    if folded.settled:
+        return folded
+    result = settle_weights(folded.deployed_part())
+    result = result.copy() if result is folded else result
+    result.settled = True
+    return result
 
 
 def training_graph(graph: Graph, batchnorm: str) -> Graph:
     """The form of a captured graph that is trained, with BatchNorm in mode fold, freeze or live.
 
     Patterns come first: the folding of BatchNorm then meets the same neighbours in every mode, and what it computes on
-    parameters is never taken for one.
+    parameters is never taken for one. A graph in deployment form is only copied.
     """
     result = graph.copy()
+    if result.settled:
+        return result
     find_patterns(result)
     shortcut_to_conv(result)
     return fold_batchnorm(result, batchnorm)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 from msqkd.graph.ir import Graph, Node
+from msqkd.graph.norms import BATCH, statistics_of
 from msqkd.graph.passes.padded_pools import NON_NEGATIVE
 from msqkd.targets import limits
 from msqkd.targets.limits import Windows
@@ -349,7 +350,7 @@ def _concat(graph: Graph, node: Node) -> Optional[str]:
 
 
 def _batch_norm(graph: Graph, node: Node) -> Optional[str]:
-    if graph.const(node.inputs[5]) or any(graph.values[name].kind != "param" for name in node.inputs[1:5]):
+    if statistics_of(graph, node) == BATCH or any(graph.values[name].kind != "param" for name in node.inputs[1:5]):
         return "it takes its statistics from the batch"
     return None
 

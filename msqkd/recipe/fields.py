@@ -120,7 +120,7 @@ def distinct(value: list[Any]) -> list[Any]:
 Text = Annotated[str, Field(min_length=1), Allowed("a text that is not empty")]
 Factory = Annotated[
     str,
-    Field(pattern=r"^[^:\s][^:]*:[A-Za-z_]\w*$"),
+    Field(pattern=r"^[^:\s][^:]*:[^\W\d]\w*$"),
     Allowed("a text like 'package.module:factory' or 'folder/file.py:factory'"),
 ]
 PathPattern = Annotated[

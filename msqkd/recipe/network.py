@@ -44,8 +44,8 @@ class _Network(Section):
 
     @property
     def has_weights(self) -> bool:
-        """Whether the source itself brings trained weights, by a download or in its file."""
-        return self.downloads or self.source == "mindir"
+        """Return True if the source itself can bring trained weights: by a download, in its file, or in its factory."""
+        return self.downloads or self.source in ("mindir", "python")
 
     def _conflicts(self) -> Iterator[Problem]:
         if self.source == "python":

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
+from msqkd.checkpoints import read_checkpoint
+
 Command = Callable[..., tuple[int, str, str]]
 Write = Callable[..., Path]
 
@@ -135,6 +137,23 @@ class ThreeHeads(nn.Cell):
 
     def construct(self, main, aux1, aux2, labels):
         return self.loss(main, labels) + self.share * (self.loss(aux1, labels) + self.loss(aux2, labels))
+
+
+def loaded():
+    """A network with weights of its own, but for a head that is trained later."""
+    net = Branches()
+    for parameter in net.get_parameters():
+        if not parameter.name.startswith("aux2"):
+            data = np.random.default_rng(1).uniform(0.1, 0.9, parameter.shape)
+            parameter.set_data(ms.Tensor(data.astype(np.float32)))
+    return net
+
+
+class Shuffled(Branches):
+    """Holds an operation without a gradient."""
+
+    def construct(self, x):
+        return self.fc(ops.channel_shuffle(self.relu(self.bn(self.stem(x))), 2).mean((2, 3)))
 
 
 # -- wrong ones ---------------------------------------------------------------------------------------------------
@@ -284,6 +303,24 @@ def test_auxiliary_heads_are_trained_and_left_out(own: Write, msqkd: Command, tm
     assert "training only" in out
 
 
+LOADED = {
+    "model": {**BRANCHES["model"], "target": "own.py:loaded"},
+    "pretrain": None,
+    "train": {},
+}
+
+
+def test_a_factory_may_load_its_weights(own: Write, msqkd: Command, tmp_path: Path) -> None:
+    recipe = own(BRANCHES, **LOADED)
+    code, _, err = msqkd("calibrate", recipe, "-o", "out")
+    assert code == 0, err
+    text = " ".join(err.split())
+    assert "'own.py:loaded' gives random weights: 'aux2.weight' differs between two calls (1 of 6 weights" in text
+    held = read_checkpoint(str(tmp_path / "out" / "float.ckpt"))
+    expected = np.random.default_rng(1).uniform(0.1, 0.9, held["stem.weight"].shape).astype(np.float32)
+    np.testing.assert_array_equal(held["stem.weight"], expected)
+
+
 def refused(msqkd: Command, recipe: Path, verb: str = "run") -> str:
     """The sentence with which a run is refused."""
     code, _, err = msqkd(verb, recipe, "-o", "out")
@@ -350,6 +387,20 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         ENCODER,
         {"model": {**ENCODER["model"], "inputs": [ENCODER["model"]["inputs"][index] for index in (1, 0, 2)]}},
         "model.inputs[0].name: found 'mask', allowed: 'ids', since Encoder takes ids, mask, kinds",
+    ),
+    "a factory that loads nothing": (
+        BRANCHES,
+        {"pretrain": None},
+        "model.checkpoint: is missing, and 'own.py:Branches' gives random weights: 'stem.weight' differs between two",
+    ),
+    "an operation without a gradient": (
+        BRANCHES,
+        {
+            "model": {"source": "python", "target": "own.py:Shuffled", "input_shape": [1, 8, 8]},
+            "train": {"loss": None},
+            "export": {"formats": ["portable_mindir"]},
+        },
+        "'channel_shuffle' (ChannelShuffle) cannot be trained on CPU",
     ),
     "labels that are no classes": (
         ENCODER,

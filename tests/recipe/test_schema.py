@@ -384,3 +384,24 @@ def test_overridden_activation_settings_keep_the_percentile_with_its_observer() 
 )
 def test_path_pattern(pattern: str, path: str, matches: bool) -> None:
     assert bool(path_pattern(pattern).fullmatch(path)) is matches
+
+
+@pytest.mark.parametrize(
+    "target", ["nets.py:Réseau", "nets.py:网络", "网络.py:Net", "文件夹/网.py:建网_2", "包.模块:Σ"]
+)
+def test_a_factory_has_any_name_that_python_allows(minimal: dict[str, Any], target: str) -> None:
+    recipe = make_recipe(minimal, ["model.source=python", "model.name=null", f"model.target={target}"])
+    assert recipe.model.target == target
+
+
+@pytest.mark.parametrize("target", ["nets.py:2网", "nets.py:网-络", "nets.py:", "网络"])
+def test_what_is_no_name_in_python_is_no_factory(minimal: dict[str, Any], target: str) -> None:
+    overrides = ("model.source=python", "model.name=null", f"model.target='{target}'")
+    assert "allowed: a text like" in "".join(complaints(minimal, *overrides))
+
+
+def test_a_factory_may_bring_its_weights(minimal: dict[str, Any]) -> None:
+    overrides = ["model={source: python, target: 'nets.py:loaded', input_shape: [1, 8, 8]}", "pretrain=null"]
+    assert make_recipe(minimal, overrides).missing_weights() is None
+    teacher = "teacher={source: python, target: 'nets.py:loaded'}"
+    assert make_recipe(minimal, [*overrides, "distillation={}", teacher]).teachers[0].checkpoint is None

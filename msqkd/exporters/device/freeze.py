@@ -10,6 +10,7 @@ import numpy as np
 
 from msqkd.graph.ir import Graph, Node, Value
 from msqkd.graph.islands import cut, run_island
+from msqkd.graph.ops import scalar_type
 from msqkd.graph.passes.computed_weights import computed_from_constants
 from msqkd.quant.integers import on_grid
 from msqkd.quant.plan import WeightQuant
@@ -19,7 +20,7 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "ScalarFloorDiv": operator.floordiv, "ScalarMod": operator.mod,
 }  # fmt: skip
 _FILLED = {"ZerosLike": 0, "OnesLike": 1}
-FROZEN = ("Shape", *_ARITHMETIC, *_FILLED, "Zeros", "Ones")
+FROZEN = ("Shape", "ScalarCast", *_ARITHMETIC, *_FILLED, "Zeros", "Ones")
 """Operations that give numbers or constants once the batch is known."""
 
 
@@ -55,6 +56,8 @@ def _is_number(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]]) 
         numbers: list[Any] = list(shapes[node.inputs[0]])
     elif node.op in _ARITHMETIC and all(graph.values[name].kind == "const" for name in node.inputs):
         numbers = [_ARITHMETIC[node.op](*(graph.const(name) for name in node.inputs))]
+    elif node.op == "ScalarCast" and graph.values[node.inputs[0]].kind == "const":
+        numbers = [scalar_type(graph, node)(graph.const(node.inputs[0]))]
     else:
         return False
     for output, number in zip(node.outputs, numbers):

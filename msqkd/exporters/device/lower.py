@@ -19,8 +19,9 @@ from msqkd.exporters.device.shapes import Shape, concrete_shapes
 from msqkd.exporters.lowering import lower_forms, trim_taps
 from msqkd.graph.ir import Graph, Node, TensorType, Value, unique_name
 from msqkd.graph.islands import cut
+from msqkd.graph.passes.batch_statistics import spell_out_statistics
 from msqkd.integer.program import ISLAND, Format, Program, Step, Tensor, TensorQuant
-from msqkd.quant.config import INT8
+from msqkd.quant.config import FLOAT_PRECISION, INT8
 from msqkd.quant.integers import on_grid
 from msqkd.quant.plan import ActivationQuant, QuantPlan
 from msqkd.quant.qparams import QParams
@@ -64,6 +65,7 @@ class Lowering:
         self.original = set(graph.values)
         self.graph, self.plan = lower_forms(graph, plan) if kind == INT8_FILE else (graph.copy(), plan)
         self.program = Program(graph.name)
+        spelled_out = spell_out_statistics(self.graph)
         self.shapes = concrete_shapes(self.graph, batch)
         self.weights = self.plan.with_weight_observers(self.graph).weights if kind != FLOAT_FILE else {}
         freeze(self.graph, self.shapes, self.weights)
@@ -71,6 +73,7 @@ class Lowering:
             if node.op == "Conv2D" and node.inputs[1] in self.graph.params:
                 trim_taps(self.graph, node, self.weights)
         self.precision = {node.name: node.precision for node in self.plan.nodes}
+        self.precision.update(dict.fromkeys(spelled_out, FLOAT_PRECISION))
         self._plan_unread_parts()
         self.fused = {node.fused_into: node.name for node in self.plan.nodes if node.fused_into}
         self.columns: dict[str, Shape] = {}  # a flattened map, in its own layout -> its (C, H, W)

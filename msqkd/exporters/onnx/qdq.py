@@ -43,6 +43,7 @@ from msqkd.exporters.onnx.table import find
 from msqkd.exporters.onnx.writer import ModelWriter, write_model
 from msqkd.files import PathLike
 from msqkd.graph.ir import Graph, Node
+from msqkd.graph.passes.batch_statistics import spell_out_statistics
 from msqkd.quant.config import INT8
 from msqkd.quant.integers import bias_steps, scale_floor
 from msqkd.quant.plan import QuantPlan
@@ -104,6 +105,8 @@ def _export(graph: Graph, plan: QuantPlan, activations: str) -> _Export:
             f"activations are '{activations}'; allowed: {', '.join(_OFFSETS)}{did_you_mean(activations, _OFFSETS)}"
         )
     check_precisions(FORMATS[ONNX], plan)
+    graph = graph.copy()
+    spell_out_statistics(graph)
     return _Export(graph, plan, activations)
 
 

@@ -11,6 +11,7 @@
 * ``ops.matmul`` and ``@`` become what they compute: ``BatchMatMul``, ``MatMul``, or ``Dense`` where the second operand
   is the transpose of a parameter; a layer over more than two dimensions is one over rows, between two reshapes.
 * An argument that the compiler has turned into a number is the word again by which the operation is called.
+* A size that was made a tensor and a number again, as in ``ops.arange(x.shape[0])``, is the size itself.
 * ``Identity`` is gone, but where it makes an input of the network an output.
 * A reshape of a reshape is one, and none where it gives the shape it came from: ``nn.Conv1d`` is then a convolution
   with its BatchNorm beside it.
@@ -22,6 +23,7 @@ from dataclasses import replace
 from math import prod
 
 from msqkd.graph.ir import Graph, Node
+from msqkd.graph.ops import dtype_name
 from msqkd.graph.passes.products import products
 from msqkd.graph.passes.reshapes import merge_reshapes
 
@@ -41,6 +43,7 @@ _WORDS = {
 def canonicalize(graph: Graph) -> None:
     """Apply every canonical form, in place."""
     _drop_identities(graph)
+    _drop_round_trips(graph)
     products(graph)
     for node in graph.nodes:
         if node.op == "MatMul" and _is_dense(graph, node):
@@ -67,6 +70,19 @@ def _drop_identities(graph: Graph) -> None:
         source = node.inputs[0]
         if graph.values[source].kind == "node" or node.output not in graph.outputs:
             graph.replace_value(node.output, source)
+            graph.nodes.remove(node)
+
+
+def _drop_round_trips(graph: Graph) -> None:
+    """Let the readers of a ``TensorToScalar`` behind a ``ScalarToTensor`` of a size read the size."""
+    for node in [node for node in graph.nodes if node.op == "TensorToScalar"]:
+        source = graph.producer(node.inputs[0])
+        if (
+            source is not None
+            and source.op == "ScalarToTensor"
+            and "int" in dtype_name(graph, source, source.inputs[1])
+        ):
+            graph.replace_value(node.output, source.inputs[0])
             graph.nodes.remove(node)
 
 

@@ -10,38 +10,42 @@ training forms keep that weight the one that is quantised:
   Krishnamoorthi, arXiv:1806.08342, §3.2.2).
 
 All three keep the names of nodes and of the values between layers, so a plan made on the folded graph fits each.
+Several BatchNorms in a row are folded together. One that uses the statistics of its batch in evaluation too is never
+folded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import numpy as np
 
 from msqkd.graph.ir import Graph, Node, TensorType, Value
+from msqkd.graph.norms import BATCH, statistics_of
 
 BATCHNORM_MODES = ("fold", "freeze", "live")
 _TINY = 1e-6  # smallest |g| a live layer divides by
 
 
 @dataclass
-class _Pair:
-    """A layer and what follows it: the BatchNorm, between two reshapes where the layer's output is not a map."""
+class _Run:
+    """A layer and the BatchNorms behind it.
+
+    Attributes:
+        layer: the convolution or dense layer.
+        norms: the BatchNorms, in order of execution.
+        tail: all nodes from the layer's reader to the last result: `norms`, and the reshapes around them where the
+            layer's output is not a map.
+    """
 
     layer: Node
-    norm: Node
-    tail: list[Node]  # from the layer's reader to the node that gives the result, the norm among them
-
-    @property
-    def statistics(self) -> tuple[str, str, str, str]:
-        """Names of gamma, beta, mean and variance."""
-        gamma, beta, mean, variance = self.norm.inputs[1:5]
-        return gamma, beta, mean, variance
+    norms: list[Node] = field(default_factory=list)
+    tail: list[Node] = field(default_factory=list)
 
 
 def fold_batchnorm(graph: Graph, mode: str = "fold") -> Graph:
-    """A copy of `graph` with every BatchNorm that follows a convolution or dense layer brought to `mode`.
+    """Copy `graph` and bring every BatchNorm that follows a convolution or dense layer to `mode`.
 
     BatchNorm elsewhere is left as it is.
 
@@ -53,42 +57,60 @@ def fold_batchnorm(graph: Graph, mode: str = "fold") -> Graph:
     result = graph.copy()
     apply = {"fold": _fold, "freeze": _freeze, "live": _live}[mode]
     # All are found before the first is rewritten, so that every mode finds the same ones.
-    for pair in [_match(result, node) for node in result.nodes if node.op == "BatchNorm"]:
-        if pair is not None:
-            apply(result, pair)
+    for run in [_match(result, node) for node in result.nodes if node.op in ("Conv2D", "Dense")]:
+        if run.norms:
+            apply(result, run)
     result.prune()
     result.check()
     return result
 
 
-def _match(graph: Graph, norm: Node) -> Optional[_Pair]:
-    pair = _pair(graph, norm)
-    if pair is None or pair.layer.op not in ("Conv2D", "Dense"):
+def _match(graph: Graph, layer: Node) -> _Run:
+    """Find the BatchNorms that can be folded into `layer`."""
+    run = _Run(layer)
+    own = all(graph.values[p].kind == "param" and len(graph.consumers(p)) == 1 for p in layer.inputs[1:])
+    while own:
+        last = run.tail[-1] if run.tail else layer
+        found = _next_norm(graph, last)
+        if found is None or not _can_fold(graph, found[0]):
+            break
+        norm, nodes = found
+        run.norms.append(norm)
+        run.tail += nodes
+    return run
+
+
+def _can_fold(graph: Graph, norm: Node) -> bool:
+    return statistics_of(graph, norm) != BATCH and all(name in graph.params for name in norm.inputs[1:5])
+
+
+def _next_norm(graph: Graph, before: Node) -> Optional[tuple[Node, list[Node]]]:
+    """Return the BatchNorm that is the only reader of `before`, and the nodes from there to its result."""
+    reader = _only_reader(graph, before)
+    if reader is None or reader.inputs[0] != before.output:
         return None
-    chain = [pair.layer, *pair.tail]
-    alone = all(graph.consumers(n.output) == [m] and n.output not in graph.outputs for n, m in zip(chain, chain[1:]))
-    own = all(graph.values[p].kind == "param" and len(graph.consumers(p)) == 1 for p in pair.layer.inputs[1:])
-    known = all(name in graph.params for name in pair.statistics)
-    return pair if alone and own and known else None
-
-
-def _pair(graph: Graph, norm: Node) -> Optional[_Pair]:
-    source = graph.producer(norm.inputs[0])
-    if source is None or source.op != "Reshape":
-        return _Pair(source, norm, [norm]) if source is not None else None
+    if reader.op == "BatchNorm":
+        return reader, [reader]
+    if reader.op != "Reshape":
+        return None
     # nn.BatchNorm1d normalises (N, C) as (N, C, 1, 1)
-    layer, readers = graph.producer(source.inputs[0]), graph.consumers(norm.output)
-    if layer is None or len(readers) != 1 or readers[0].op != "Reshape":
+    shape, norm = graph.shape(before.output), _only_reader(graph, reader)
+    back = _only_reader(graph, norm) if norm is not None and norm.op == "BatchNorm" else None
+    if norm is None or back is None or back.op != "Reshape" or len(shape) != 2:
         return None
-    shape = graph.shape(layer.output)
-    back = len(shape) == 2 and graph.shape(norm.output) == (*shape, 1, 1) and graph.shape(readers[0].output) == shape
-    return _Pair(layer, norm, [source, norm, readers[0]]) if back else None
+    same = graph.shape(norm.output) == (*shape, 1, 1) and graph.shape(back.output) == shape
+    return (norm, [reader, norm, back]) if same else None
 
 
-def _replace_tail(graph: Graph, pair: _Pair) -> None:
-    """Let the layer give what the tail gave."""
-    pair.layer.outputs = pair.tail[-1].outputs[:1]
-    for node in pair.tail:
+def _only_reader(graph: Graph, node: Node) -> Optional[Node]:
+    readers = graph.consumers(node.output)
+    return readers[0] if len(readers) == 1 and node.output not in graph.outputs else None
+
+
+def _replace_tail(graph: Graph, run: _Run) -> None:
+    """Let the layer give the result of the tail."""
+    run.layer.outputs = run.tail[-1].outputs[:1]
+    for node in run.tail:
         graph.nodes.remove(node)
 
 
@@ -100,25 +122,26 @@ def _column(rank: int) -> tuple[int, ...]:
     return (-1,) + (1,) * (rank - 1)
 
 
-def _fold(graph: Graph, pair: _Pair) -> None:
+def _fold(graph: Graph, run: _Run) -> None:
     """Fold in the weight's own precision, operation for operation as `_freeze` computes."""
-    layer = pair.layer
-    gamma, beta, mean, _ = (graph.params[name].data for name in pair.statistics)
-    g = gamma * _inverse_deviation(graph, pair)
+    layer = run.layer
     weight = graph.params[layer.inputs[1]]
-    weight.data = weight.data * g.reshape(_column(weight.data.ndim))
-    if len(layer.inputs) == 3:
-        old = graph.params[layer.inputs[2]]
-        old.data = beta - g * (mean - old.data)
-    else:
-        layer.inputs.append(graph.add_param(graph.unique_value(bias_name(layer.inputs[1])), beta - g * mean))
-    _replace_tail(graph, pair)
+    for norm in run.norms:
+        gamma, beta, mean = (graph.params[name].data for name in norm.inputs[1:4])
+        g = gamma * _inverse_deviation(graph, norm)
+        weight.data = weight.data * g.reshape(_column(weight.data.ndim))
+        if len(layer.inputs) == 3:
+            old = graph.params[layer.inputs[2]]
+            old.data = beta - g * (mean - old.data)
+        else:
+            layer.inputs.append(graph.add_param(graph.unique_value(bias_name(layer.inputs[1])), beta - g * mean))
+    _replace_tail(graph, run)
 
 
-def _inverse_deviation(graph: Graph, pair: _Pair) -> np.ndarray:
+def _inverse_deviation(graph: Graph, norm: Node) -> np.ndarray:
     """1 / sqrt(variance + eps), rounded once to the precision of the variance."""
-    variance = graph.params[pair.statistics[3]].data
-    return (1.0 / np.sqrt(variance.astype(np.float64) + _epsilon(graph, pair.norm))).astype(variance.dtype)
+    variance = graph.params[norm.inputs[4]].data
+    return (1.0 / np.sqrt(variance.astype(np.float64) + _epsilon(graph, norm))).astype(variance.dtype)
 
 
 def bias_name(weight: str) -> str:
@@ -148,39 +171,47 @@ def _safe(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _freeze(graph: Graph, pair: _Pair) -> None:
-    layer, norm = pair.layer, pair.norm
-    gamma, beta, mean, _ = pair.statistics
-    emit = _Emit(graph, layer, norm)
-    g = emit("Mul", gamma, _inverse_deviation(graph, pair), hint="g")
+def _freeze(graph: Graph, run: _Run) -> None:
+    layer = run.layer
     rank = len(graph.shape(layer.inputs[1]))
-    weight = emit("Mul", layer.inputs[1], emit("Reshape", g, _column(rank), hint="g_column"), hint="weight")
-    offset = graph.params[mean].data
-    centre = emit("Sub", offset, layer.inputs[2], hint="centre") if len(layer.inputs) == 3 else offset
-    bias = emit("Sub", beta, emit("Mul", g, centre, hint="g_mean"), hint="bias")
-    layer.inputs = [layer.inputs[0], weight, bias]
-    _replace_tail(graph, pair)
+    for norm in run.norms:
+        gamma, beta, mean = norm.inputs[1:4]
+        emit = _Emit(graph, layer, norm)
+        g = emit("Mul", gamma, _inverse_deviation(graph, norm), hint="g")
+        weight = emit("Mul", layer.inputs[1], emit("Reshape", g, _column(rank), hint="g_column"), hint="weight")
+        offset = graph.params[mean].data
+        centre = emit("Sub", offset, layer.inputs[2], hint="centre") if len(layer.inputs) == 3 else offset
+        bias = emit("Sub", beta, emit("Mul", g, centre, hint="g_mean"), hint="bias")
+        layer.inputs = [layer.inputs[0], weight, bias]
+    _replace_tail(graph, run)
 
 
-def _live(graph: Graph, pair: _Pair) -> None:
-    layer, norm = pair.layer, pair.norm
-    gamma, _, _, variance = pair.statistics
-    emit = _Emit(graph, layer, norm)
-    root = emit("Rsqrt", emit("Add", variance, np.float32(_epsilon(graph, norm)).reshape(1), hint="v"), hint="inverse")
-    g = emit("Mul", gamma, root, hint="g")
+def _live(graph: Graph, run: _Run) -> None:
+    layer = run.layer
+    rank = len(graph.shape(layer.inputs[1]))
+    emit = _Emit(graph, layer, run.norms[0])
+    g = _running_factor(graph, run.norms[0], emit)
+    for norm in run.norms[1:]:
+        g = emit("Mul", g, _running_factor(graph, norm, _Emit(graph, layer, norm)), hint="g_product")
     negative = emit("Less", g, np.zeros(1, np.float32), hint="negative")
     sign = emit("Select", negative, np.array([-1], np.float32), np.array([1], np.float32), hint="sign")
     size = emit("Maximum", emit("Abs", g, hint="size"), np.array([_TINY], np.float32), hint="floor")
     g = emit("Mul", sign, size, hint="g_safe")
-    rank = len(graph.shape(layer.inputs[1]))
     weight = emit("Mul", layer.inputs[1], emit("Reshape", g, _column(rank), hint="g_column"), hint="weight")
     bias = layer.inputs[2:]
     layer.inputs = [layer.inputs[0], weight]
-    reader = pair.tail[0]
-    after = _Emit(graph, reader, norm)
+    reader = run.tail[0]
+    after = _Emit(graph, reader, run.norms[0])
     channels = (1, -1, 1, 1) if layer.op == "Conv2D" else (1, -1)
     rescale = after("Reciprocal", after("Reshape", g, channels, hint="g_row"), hint="rescale")
     raw = after("Mul", layer.output, rescale, hint="raw")
     if bias:
         raw = after("Add", raw, after("Reshape", bias[0], channels, hint="bias_row"), hint="biased")
     reader.inputs[0] = raw
+
+
+def _running_factor(graph: Graph, norm: Node, emit: _Emit) -> str:
+    """Return the value gamma / sqrt(moving variance + eps) of a BatchNorm."""
+    epsilon = np.float32(_epsilon(graph, norm)).reshape(1)
+    root = emit("Rsqrt", emit("Add", norm.inputs[4], epsilon, hint="v"), hint="inverse")
+    return emit("Mul", norm.inputs[1], root, hint="g")

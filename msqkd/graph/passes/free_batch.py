@@ -59,7 +59,9 @@ def free_shapes(graph: Graph, batch: int) -> None:
             fed.update(node.outputs)
         if node.op == "Reshape" and not node.sequences and graph.values[node.inputs[1]].kind == "const":
             shape = graph.shape(node.output)
-            if shape and prod(shape) > 0 and shape[0] % batch == 0:
+            asked = graph.const(node.inputs[1])
+            fills = -1 in asked and asked[0] not in (-1, batch)  # the batch is behind another size, and filled in there
+            if shape and prod(shape) > 0 and shape[0] % batch == 0 and not fills:
                 node.inputs[1] = graph.add_const((-1, *shape[1:]), "shape")
         if node.op == "Conv2DTranspose" and not node.sequences and graph.const(node.inputs[2])[0] == batch:
             sizes = [batch_size(graph), *(graph.add_const(size, "size") for size in graph.const(node.inputs[2])[1:])]

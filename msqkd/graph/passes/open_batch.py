@@ -91,9 +91,11 @@ def _takes_whole_batch(graph: Graph, node: Node, batch: int) -> bool:
 def _open_array(graph: Graph, node: Node, name: str, twin: np.ndarray, batches: tuple[int, int]) -> str:
     """An array of equal samples, as ``zeros((batch, ...))`` gives it: one of them, repeated."""
     array = graph.const(name)
+    if not array.ndim:
+        return _open_number(graph, node, array, twin, batches)
     row = array[:1]
     repeated = array.shape[1:] == twin.shape[1:] and bool((array == row).all()) and bool((twin == row).all())
-    if not repeated or not array.ndim:
+    if not repeated:
         raise _fixed(graph, node)
     sizes = [_size(graph, node, *pair, batches) for pair in zip(array.shape, twin.shape)]
     kind = TensorType((-1, *array.shape[1:]), str(array.dtype))
@@ -103,6 +105,21 @@ def _open_array(graph: Graph, node: Node, name: str, twin: np.ndarray, batches: 
     repeat = Node(label, "BroadcastTo", [source, *sizes], [output], {}, node.cell_path, node.cell_types)
     repeat.sequences = ((1, len(sizes)),)
     graph.nodes.insert(graph.nodes.index(node), repeat)
+    return output
+
+
+def _open_number(graph: Graph, node: Node, array: np.ndarray, twin: np.ndarray, batches: tuple[int, int]) -> str:
+    """Make a tensor without dimensions that holds the batch size, as ``Tensor(x.shape[0])`` does, from that size."""
+    size, other = array.item(), twin.item()
+    if isinstance(size, bool) or size != int(size) or other != int(other):
+        raise _fixed(graph, node)
+    kind = TensorType((), str(array.dtype))
+    output = graph.add_value(Value(graph.unique_value("batch_tensor"), "node", kind))
+    inputs = [_size(graph, node, int(size), int(other), batches), graph.add_const(str(array.dtype), "dtype")]
+    label = graph.unique_node(".".join(filter(None, (node.cell_path, "batch_tensor"))))
+    graph.nodes.insert(
+        graph.nodes.index(node), Node(label, "ScalarToTensor", inputs, [output], {}, node.cell_path, node.cell_types)
+    )
     return output
 
 

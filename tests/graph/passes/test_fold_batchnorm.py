@@ -30,6 +30,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Cell], tuple[int, ...]]] = {
     "depthwise": (lambda: nn.SequentialCell(nn.Conv2d(4, 4, 3, group=4), nn.BatchNorm2d(4), nn.Flatten()), (4, 5, 5)),
     "multiplier": (conv_norm(group=4), (4, 5, 5)),
     "dense": (lambda: nn.SequentialCell(nn.Dense(6, 8), nn.BatchNorm1d(8), nn.ReLU()), (6,)),
+    "two_norms": (
+        lambda: nn.SequentialCell(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.Flatten()),
+        (4, 5, 5),
+    ),
     "dense_without_bias": (lambda: nn.SequentialCell(nn.Dense(6, 8, has_bias=False), nn.BatchNorm1d(8)), (6,)),
 }
 
@@ -90,7 +94,7 @@ def test_the_outputs_of_a_residual_network(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE], ids=["graph", "pynative"])
-@pytest.mark.parametrize("name", ["conv_with_bias", "depthwise", "dense"])
+@pytest.mark.parametrize("name", ["conv_with_bias", "depthwise", "dense", "two_norms"])
 def test_live_trains_like_the_network(name: str, mode: int) -> None:
     make, shape = LAYERS[name]
     net = make()
@@ -134,6 +138,7 @@ def test_a_channel_with_gamma_zero(mode: str) -> None:
 CONV = """
 self.conv, self.other = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
 self.norm, self.twin = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+self.by_batch = nn.BatchNorm2d(3, use_batch_statistics=True)
 """
 
 
@@ -148,9 +153,24 @@ self.norm, self.twin = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
         ("y = self.conv(x)\nreturn self.norm(y) + self.twin(y)", 2),
         ("return self.norm(self.conv(x)) + self.twin(self.conv(x * 2.0))", 2),
         ("return self.norm(self.conv(x)) + self.norm(self.other(x))", 0),
-        ("return self.twin(self.norm(self.conv(x)))", 1),
+        ("return self.twin(self.norm(self.conv(x)))", 0),
+        ("return self.norm(self.twin(self.norm(self.conv(x))))", 0),
+        ("y = self.norm(self.conv(x))\nreturn self.twin(y) + y", 1),
+        ("return self.twin(self.by_batch(self.norm(self.conv(x))))", 2),
     ],
-    ids=["add", "input", "two_readers", "output", "two_norms", "shared_weight", "shared_norm", "two_in_a_row"],
+    ids=[
+        "add",
+        "input",
+        "two_readers",
+        "output",
+        "two_norms",
+        "shared_weight",
+        "shared_norm",
+        "two_in_a_row",
+        "three_in_a_row",
+        "read_between",
+        "by_batch_between",
+    ],
 )
 def test_what_cannot_be_folded_stays(network: Network, construct: str, left: int, mode: str) -> None:
     net = network(construct, CONV)
