@@ -29,7 +29,7 @@ from msqkd.recipe.problems import Problem, show
 
 
 def _switch(value: Any) -> Any:
-    """YAML 1.1 reads on and off as true and false."""
+    """Take true and false for on and off, as which YAML 1.1 reads them."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
