@@ -28,6 +28,7 @@ from msqkd.quant.qat import quantize_cell
 from msqkd.recipe import Recipe
 from msqkd.train.evaluate import input_batches, output_arrays
 from msqkd.train.metric import Metric, Outputs, Scale
+from msqkd.words import of_hundred, shell_setting
 
 _DISAGREEMENT = 1.0  # percent of the samples for which a file may name another class, where equal is not to be had
 _RELATIVE_ERROR = 0.02  # likewise, of the outputs of a network that names no classes
@@ -107,7 +108,7 @@ def guessed_plan(plan: QuantPlan) -> QuantPlan:
 def _without(recipe: Recipe, name: str) -> str:
     """How a format is left out, as the end of a sentence."""
     others = ", ".join(other for other in recipe.export.formats if other != name)
-    return f"leave {name} out with --set export.formats=[{others or PORTABLE}]"
+    return f"leave {name} out with {shell_setting('export.formats', f'[{others or PORTABLE}]')}"
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def _refuse_another(form: Format, file: Path, result: dict[str, Any], samples: i
         wrong = different > max(samples * _DISAGREEMENT / 100, 2.5)
     if wrong:
         other = (
-            f"equal answers {result['agreement']:.2f} %"
+            f"equal answers {of_hundred(result['agreement'])} %"
             if "agreement" in result
             else f"relative error {result['relative_error']:.3g}"
         )
@@ -296,7 +297,7 @@ def deviation_words(parity: dict[str, Any]) -> str:
     """In a sentence, how far the device is from the fake-quantised network, and where the two part."""
     reached, scale = parity["accuracy"], Scale.of(parity["metric"])
     if reached["integer"] is None:
-        found = f"gives other answers than the fake-quantised network to {parity['deviation']:.2f} %"
+        found = f"gives other answers than the fake-quantised network to {of_hundred(parity['deviation'])} %"
     else:
         found = (
             f"reaches {scale.words(reached['integer'])}, the fake-quantised network "

@@ -29,6 +29,7 @@ from msqkd.quant.config import INT8, NONE
 from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.recipe import Recipe
 from msqkd.train.evaluate import input_batches
+from msqkd.words import percent
 
 _SQNR_SAMPLES = 256
 
@@ -138,13 +139,13 @@ class _Run(Stages):
             rows = training_only_rows(self.objects.captured)
             if parallel.is_first():
                 write_json(self.folder.file("plan.json"), {**self.objects.plan.to_dict(), "training_only": rows})
-            return {"int8_share": self.objects.plan.int8_share()}
+            return {"int8_share": self.objects.plan.int8_share(), "distillation": self._taught()}
 
         self.stage(
             "plan",
             f"Plan for {self.recipe.target}",
             work,
-            lambda r: f"{r['int8_share']:.0%} of the operations run in int8",
+            lambda r: f"{percent(r['int8_share'])} of the operations run in int8",
         )
         for node in self.objects.plan.nodes:
             if node.precision != INT8:
@@ -154,6 +155,13 @@ class _Run(Stages):
             self.reporter.say(f"trained only, not deployed: {', '.join(node.name for node in left_out)}")
         for warning in self.objects.plan.warnings:
             self.reporter.warn(warning)
+        for text in self._taught():
+            self.reporter.say(f"distillation: {text}")
+
+    def _taught(self) -> list[str]:
+        """What the soft loss compares, one sentence an output; nothing without distillation."""
+        teaching = self.objects.teaching if self.objects.trainings else None
+        return [] if teaching is None else teaching.words(self.objects.captured)
 
     def _ptq(self) -> None:
         def work() -> dict[str, Any]:

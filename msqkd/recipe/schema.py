@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from msqkd.distill.schedule import default_alpha, default_temperature
+from msqkd.distill.shapes import LEAST_SAMPLES
 from msqkd.exporters import FORMATS
 from msqkd.recipe.distillation import DistillationSection
 from msqkd.recipe.fields import (
@@ -325,6 +326,13 @@ class Recipe(Section):
             if feature.of >= count:
                 text = f"found {feature.of}, allowed: 0 to {count - 1}, the numbers of the teachers"
                 yield Problem(("distillation", "features", index, "of"), text)
+            least = LEAST_SAMPLES.get(feature.loss, 1)
+            if self.train.batch_size < least:
+                text = (
+                    f"found '{feature.loss}', which compares the samples of a batch and needs at least {least}, but "
+                    f"train.batch_size is {self.train.batch_size}"
+                )
+                yield Problem(("distillation", "features", index, "loss"), text)
         if distillation.combine == "best":
             where = ("distillation", "combine")
             if count == 1:

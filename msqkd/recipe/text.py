@@ -35,8 +35,6 @@ _CORE = (
 class _Loader(yaml.SafeLoader):
     """A safe loader that reads plain scalars by the core schema of YAML 1.2."""
 
-    yaml_implicit_resolvers: dict[Any, Any] = {}
-
     def construct_yaml_int(self, node: Any) -> int:
         """Octal numbers begin with 0o; underscores and colons have been refused by the pattern."""
         text = self.construct_scalar(node)
@@ -53,6 +51,7 @@ class _Loader(yaml.SafeLoader):
         return text
 
 
+_Loader.yaml_implicit_resolvers = {}  # instead of those of YAML 1.1
 for _tag, _pattern, _first in _CORE:
     _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list(_first))
 _Loader.add_constructor(_INT, _Loader.construct_yaml_int)

@@ -56,7 +56,8 @@ class TrainStep(nn.TrainOneStepCell):
 
     Each call is one step: quantisers begin to quantise when their delay is over (the step is compiled anew then), and
     a step whose loss or gradient is NaN or infinite changes no weight and returns NaN. The optimiser counts such a step
-    too, so that the learning rate of every step is that of the schedule. In GRAPH_MODE without data sinking. Where `Model.train` runs another step cell, `msqkd.train.callbacks.ActQuantDelay` begins the quantisation.
+    too, so that the learning rate of every step is that of the schedule. In GRAPH_MODE without data sinking. Where
+    `Model.train` runs another step cell, `msqkd.train.callbacks.ActQuantDelay` begins the quantisation.
 
     Args:
         network: computes the loss.

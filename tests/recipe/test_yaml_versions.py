@@ -40,7 +40,9 @@ def load(request: pytest.FixtureRequest, minimal: dict[str, Any], tmp_path: Path
         path = tmp_path / "r.yaml"
         names = key.split(".")
         lines = ["  " * depth + f"{name}:" for depth, name in enumerate(names)]
-        path.write_text(yaml.safe_dump({k: v for k, v in minimal.items() if k != names[0]}) + "\n".join(lines) + f" {text}")
+        path.write_text(
+            yaml.safe_dump({k: v for k, v in minimal.items() if k != names[0]}) + "\n".join(lines) + f" {text}"
+        )
         return load_recipe(path)
 
     return loaded
@@ -87,8 +89,8 @@ def test_what_both_mean_is_taken(load: Any) -> None:
     assert yaml.safe_load(dump_recipe(described))["description"] == "010"
 
 
-AWKWARD = ["yes", "No", "on", "off", "y", "010", "0o10", "0x1F", "1:30", "1_000", "1e5", "1e-4", ".5", "~", "null", "08",
-           "2024-01-01", "=", "<<", "true", "", " x", "a\u2028b", ".inf", "0b1"]  # fmt: skip
+AWKWARD = ["yes", "No", "on", "off", "y", "010", "0o10", "0x1F", "1:30", "1_000", "1e5", "1e-4", ".5", "~", "null",
+           "08", "2024-01-01", "=", "<<", "true", "", " x", "a\u2028b", ".inf", "0b1"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", AWKWARD)

@@ -1,4 +1,4 @@
-"""Every optimiser, with and without weight decay, against numpy in float64: the rate of a step is that of the schedule."""
+"""Every optimiser, with and without weight decay, against numpy in float64, step by step of the schedule."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ def test_the_schedule_goes_on_at_an_overflow_of_the_loss_scale() -> None:
     settings = TrainSection(epoch_size=STEPS, lr=0.01, weight_decay=0.0, amp_level="O1", loss_scale="dynamic")
     network = Squares()
     step = made(network, settings)
-    step.loss_scale.set_data(ms.Tensor(np.float32(2.0**124)))  # too large for these gradients, and halved at each overflow
+    step.loss_scale.set_data(
+        ms.Tensor(np.float32(2.0**124))
+    )  # too large for these gradients, and halved at each overflow
     reference = Reference(settings, (0.0, 0.0))
     applied = []
     for x, rate in zip(X[[0, 0, 0, 0]] * np.float32(8.0), learning_rates(settings, 1)):

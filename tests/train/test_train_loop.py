@@ -292,7 +292,9 @@ def test_a_batch_with_nan_is_skipped(tmp_path: Path) -> None:
     assert made.step.steps_done == 3 * PER_EPOCH
     assert all(np.isfinite(value).all() for value in everything(made).values())
     assert np.isfinite(history.loss).all()
-    assert int(made.step.optimizer.global_step.asnumpy()[0]) == 3 * PER_EPOCH, "a skipped step has its learning rate too"
+    assert int(made.step.optimizer.global_step.asnumpy()[0]) == 3 * PER_EPOCH, (
+        "a skipped step has its learning rate too"
+    )
 
 
 def test_a_line_of_the_log_that_falls_on_a_skipped_step_is_written(tmp_path: Path) -> None:
