@@ -8,6 +8,7 @@ from typing import Any, Optional
 import mindspore as ms
 
 from msqkd import parallel
+from msqkd.analysis.collapse import collapse_words, has_batchnorm
 from msqkd.analysis.distributions import add_outliers, distributions
 from msqkd.analysis.layers import layer_table
 from msqkd.analysis.refresh import completed
@@ -203,10 +204,10 @@ class _Run(Stages):
         untrained = self.folder.result(before)["accuracy"]
         if self.objects.metric.is_collapse(untrained, result["accuracy"]):
             scale = self.objects.metric.scale
+            folds = quantised and has_batchnorm(self.objects.captured)
             self.warnings.append(
                 f"{title}: {scale.words(result['accuracy'])} after training, {scale.show(untrained)} before: "
-                "the training diverged; lower train.lr, "
-                "or set quantization.batchnorm: freeze, which takes a larger one than folded weights do"
+                f"{collapse_words(result['history'], self.recipe, folds)}"
             )
             self.reporter.warn(self.warnings[-1])
 

@@ -271,7 +271,8 @@ class _Run:
             raise TrainingError(
                 f"{training.title}: the loss is {loss} at step {number} after {self.bad} skipped steps in a row; "
                 f"it first arises in {place}; "
-                "lower train.lr, set train.clip_grad, or look at the data of these steps"
+                f"lower train.lr, {'' if training.settings.clip_grad else 'set train.clip_grad, '}"
+                "or look at the data of these steps"
             )
         return loss
 
@@ -280,6 +281,8 @@ class _Run:
         pending = self.history.pending
         if np.isfinite(loss):
             pending.append(loss)
+            if self.history.first_loss is None and not self.history.loss:
+                self.history.first_loss = loss
         interval = self.training.settings.log_interval
         if pending and ((number + 1) % interval == 0 or number + 1 == len(self.rates)):
             self.history.loss.append((number + 1, float(np.mean(pending))))

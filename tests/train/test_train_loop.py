@@ -116,7 +116,7 @@ def test_history_of_a_training(whole: tuple[dict[str, np.ndarray], dict[str, Any
     assert history["skipped_steps"] == 0
     assert set(history) == {
         "loss", "learning_rate", "accuracy", "skipped_steps", "overflow_steps", "start_of_activation_quantisation",
-        "best_epoch",
+        "first_loss", "best_epoch",
     }  # fmt: skip
     assert history["loss"][-1][1] < history["loss"][0][1]
 
