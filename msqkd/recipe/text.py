@@ -32,14 +32,26 @@ _CORE = (
 """What a plain scalar is besides a text: tag, pattern, and first characters (YAML 1.2.2, section 10.3.2)."""
 
 
+def _checked(text: str, *tags: str) -> str:
+    """`text`, which a tag such as ``!!int`` may have called a number that it is not in YAML 1.2."""
+    if not any(re.fullmatch(pattern, text) for tag, pattern, _ in _CORE if tag in tags):
+        raise ValueError(f"{text!r} is no number of YAML 1.2")
+    return text
+
+
 class _Loader(yaml.SafeLoader):
     """A safe loader that reads plain scalars by the core schema of YAML 1.2."""
 
     def construct_yaml_int(self, node: Any) -> int:
-        """Octal numbers begin with 0o; underscores and colons have been refused by the pattern."""
-        text = self.construct_scalar(node)
+        """Decimal numbers, octal ones that begin with 0o, and hexadecimal ones that begin with 0x."""
+        text = _checked(self.construct_scalar(node), _INT)
         sign, digits = (-1, text[1:]) if text[:1] == "-" else (1, text.removeprefix("+"))
         return sign * int(digits, {"0o": 8, "0x": 16}.get(digits[:2], 10))
+
+    def construct_yaml_float(self, node: Any) -> float:
+        """Decimal numbers, and .inf and .nan."""
+        text = _checked(self.construct_scalar(node), _FLOAT, _INT).lower()
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
     def construct_text(self, node: Any) -> str:
         """A text, marked where YAML 1.1 reads something else."""
@@ -55,6 +67,7 @@ _Loader.yaml_implicit_resolvers = {}  # instead of those of YAML 1.1
 for _tag, _pattern, _first in _CORE:
     _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list(_first))
 _Loader.add_constructor(_INT, _Loader.construct_yaml_int)
+_Loader.add_constructor(_FLOAT, _Loader.construct_yaml_float)
 _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
 
 

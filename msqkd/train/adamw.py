@@ -44,6 +44,8 @@ class AdamW(nn.Adam):
         `nn.Adam` calls this with the rate it has read. Reading it a second time is not safe: the compiler may move that
         beyond the count of the step, to the rate of the next one.
         """
-        if self.decays:
+        if self.decays and self.is_group_lr:
+            self.hyper_map(_decay, lr, self.shares, params, self.decayed)
+        elif self.decays:
             self.hyper_map(F.partial(_decay, lr), self.shares, params, self.decayed)
         return super()._apply_adam(params, beta1_power, beta2_power, moment1, moment2, lr, gradients)

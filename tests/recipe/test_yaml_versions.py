@@ -70,6 +70,12 @@ def test_what_the_versions_read_differently_is_no_number_and_no_boolean(
     assert f"found '{text.strip('[]')}', allowed: {allowed}; versions 1.1 and 1.2 of YAML" in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["!!int 010", "!!int 1_0", "!!int 1:30", "!!float 1:30", "!!float 1_0.5"])
+def test_a_tag_makes_no_number_of_it(minimal: dict[str, Any], text: str) -> None:
+    with pytest.raises(RecipeError, match=r"is no number of YAML 1\.2"):
+        make_recipe(minimal, [f"train.lr={text}"])
+
+
 @pytest.mark.parametrize("text", ["yes", "010", "{flag: off}", "[1:30]", "1_000"])
 def test_arguments_of_a_factory_are_not_guessed(minimal: dict[str, Any], text: str) -> None:
     with pytest.raises(RecipeError, match=r"versions 1\.1 and 1\.2 of YAML"):
