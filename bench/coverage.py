@@ -205,6 +205,7 @@ def quantise(graph: Any, arrays: list[Any], found: dict[str, Any]) -> None:
     from msqkd.quant.placement import make_plan
     from msqkd.quant.ptq import calibrate
     from msqkd.quant.qat import deployment_graph
+    from msqkd.words import percent
 
     begin = time.perf_counter()
     deployed = deployment_graph(graph)
@@ -212,7 +213,7 @@ def quantise(graph: Any, arrays: list[Any], found: dict[str, Any]) -> None:
     seconds = found["capture_s"] + time.perf_counter() - begin
     assert [node.name for node in plan.nodes] == [node.name for node in deployed.nodes], "the plan leaves nodes out"
     reasons = Counter(f"{node.op}: {node.reason}" for node in plan.nodes if node.precision == "float")
-    found["int8"], found["float"] = f"{plan.int8_share():.0%}", sum(reasons.values())
+    found["int8"], found["float"] = percent(plan.int8_share()), sum(reasons.values())
     found["reasons"] = dict(reasons.most_common())
     plan = calibrate(deployed, plan, [arrays[0] if len(arrays) == 1 else tuple(arrays)])
     missing = [group.name for group in plan.groups.values() if group.range is None]

@@ -16,15 +16,17 @@ from typing import Annotated, Any, Callable, Optional
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from msqkd.errors import MsqkdError, PlanError, did_you_mean
 from msqkd.platform import leave_quietly, without_kernel
+from msqkd.progress import Reporter, terminal
 from msqkd.version import __version__
+from msqkd.words import of_hundred, percent, shell_command
 
 app = typer.Typer(
     name="msqkd", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help texts have brackets, which are no markup
     help="From a trained MindSpore network to an INT8 model: quantisation-aware training, distillation, calibration, "
     "export.",
 )  # fmt: skip
@@ -88,7 +90,6 @@ def train(
     loaded = load_recipe(recipe, _overrides(settings, rest))
     folder = output or Path("runs") / loaded.name
     from msqkd.pipeline.run import train_recipe
-    from msqkd.progress import Reporter
 
     with _resumable(folder):
         result = train_recipe(loaded, folder, Reporter(), fresh)
@@ -97,9 +98,12 @@ def train(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    console = Console(highlight=False)
+    console = terminal()
     console.print(_accuracies(result))
-    console.print(f"checkpoints: {folder}; go on with: msqkd run {recipe}", markup=False, soft_wrap=True)
+    console.print(
+        f"checkpoints: {folder}; go on with: {shell_command('run', recipe, _overrides(settings, rest), output)}",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -141,7 +145,6 @@ def _chain(
     loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / (loaded.name if train else f"{loaded.name}_ptq")
     from msqkd.pipeline.run import run_recipe
-    from msqkd.progress import Reporter
 
     with _resumable(folder):
         return run_recipe(loaded, folder, Reporter(), fresh, train=train), folder
@@ -156,7 +159,7 @@ def _resumable(folder: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         text = f"\nstopped; everything so far is in {folder}: run the same command again to go on"
-        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+        terminal(stderr=True).print(text, soft_wrap=True)
         raise typer.Exit(130) from None
 
 
@@ -190,7 +193,7 @@ def _accuracies(result: dict[str, Any]) -> Table:
 
 
 def _summary(result: dict[str, Any], folder: Path) -> None:
-    console = Console(highlight=False)
+    console = terminal()
     console.print(_accuracies(result))
     sizes = result["size_bytes"]
     if sizes.get("int8") and sizes.get("float"):
@@ -214,9 +217,9 @@ def _deviation(parity: dict[str, Any], console: Console) -> None:
 
     text = deviation_words(parity)
     if parity["exceeded"]:
-        console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"warning: {text}", style="yellow", soft_wrap=True)
     else:
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 @app.command()
@@ -259,7 +262,7 @@ def _verified(result: dict[str, Any], folder: Path) -> None:
     title = f"{result['name']} on {result['target']}{machine}: {parity['samples']} test samples{unit}"
     table = Table(title=title, title_justify="left")
     table.add_column("execution")
-    same = {key: f"{value:.2f}" for key, value in parity["agreement"].items()}
+    same = {key: of_hundred(value) for key, value in parity["agreement"].items()}
     columns = ("equal answers to float", "to fake-quantised") if same else ()
     for column in (scale.name, *columns):
         table.add_column(column, justify="right")
@@ -272,7 +275,7 @@ def _verified(result: dict[str, Any], folder: Path) -> None:
         reached = parity["accuracy"][key]
         shares = [same.get(pair, "") for pair in pairs] if same else []
         table.add_row(name, "" if reached is None else scale.number(reached), *shares)
-    console = Console(highlight=False)
+    console = terminal()
     console.print(table)
     for entry in result["export"].values():
         if entry["file"] is None:
@@ -280,10 +283,10 @@ def _verified(result: dict[str, Any], folder: Path) -> None:
         words = "checksum as exported"
         if "compared_values" in entry:
             words += f"; {entry['differing_values']} of {entry['compared_values']:,} integers unlike the simulated"
-        console.print(f"{entry['file']}: {words}", markup=False, soft_wrap=True)
+        console.print(f"{entry['file']}: {words}", soft_wrap=True)
     _failures(result["export"], console)
     _deviation(parity, console)
-    console.print(f"report: {folder / 'verify.html'}", markup=False, soft_wrap=True)
+    console.print(f"report: {folder / 'verify.html'}", soft_wrap=True)
 
 
 @app.command()
@@ -315,11 +318,11 @@ def analyze(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+    console = terminal(width=160)
     console.print(analysis_table(result))
     for line in diagnosis_lines(result):
-        console.print(line, markup=False, soft_wrap=True)
-    console.print(f"report: {(output or folder) / REPORT}.html", markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
+    console.print(f"report: {(output or folder) / REPORT}.html", soft_wrap=True)
 
 
 def _calibrated(run: str, overrides: list[str], output: Optional[Path]) -> Path:
@@ -351,16 +354,15 @@ def teachers(
     folder = output or Path("runs") / f"{loaded.name}_teachers"
     from msqkd.analysis.teachers import teachers_table
     from msqkd.pipeline.teachers import compare_teachers
-    from msqkd.progress import Reporter
 
     with _resumable(folder):
         result = compare_teachers(loaded, folder, samples, Reporter(), fresh)
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+    console = terminal(width=160)
     console.print(teachers_table(result))
-    console.print(result["verdict"], markup=False, soft_wrap=True)
+    console.print(result["verdict"], soft_wrap=True)
 
 
 @app.command()
@@ -388,16 +390,15 @@ def tune(
     folder = output or Path("runs") / f"{loaded.name}_tune"
     from msqkd.analysis.tune_report import verdict
     from msqkd.pipeline.tune import TUNED, Goal, tune_recipe
-    from msqkd.progress import Reporter
 
     with _resumable(folder):
         result = tune_recipe(loaded, folder, Goal(max_drop, trials, minutes, samples), Reporter(), fresh)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
-        console = Console(highlight=False)
-        console.print(verdict(result), markup=False, soft_wrap=True)
-        console.print(f"recipe: {folder / TUNED}; story: {folder / 'tune.html'}", markup=False, soft_wrap=True)
+        console = terminal()
+        console.print(verdict(result), soft_wrap=True)
+        console.print(f"recipe: {folder / TUNED}; story: {folder / 'tune.html'}", soft_wrap=True)
     if not result["reached"]:
         raise typer.Exit(1)
 
@@ -435,7 +436,6 @@ def search(
     from msqkd.analysis.precisions import COSTS
     from msqkd.analysis.search_report import verdict
     from msqkd.pipeline.search import FOUND, Budget, search_recipe
-    from msqkd.progress import Reporter
 
     if by not in COSTS:
         raise PlanError(f"--by: found '{by}', allowed: {', '.join(COSTS)}{did_you_mean(by, COSTS)}")
@@ -444,9 +444,9 @@ def search(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    console = Console(highlight=False)
-    console.print(verdict(result), markup=False, soft_wrap=True)
-    console.print(f"recipe: {folder / FOUND}; the front: {folder / 'search.html'}", markup=False, soft_wrap=True)
+    console = terminal()
+    console.print(verdict(result), soft_wrap=True)
+    console.print(f"recipe: {folder / FOUND}; the front: {folder / 'search.html'}", soft_wrap=True)
 
 
 @app.command()
@@ -478,7 +478,7 @@ def bench(
             print(json.dumps(times.to_dict(), indent=2))
         else:
             print(times_table(times), end="")
-            Console(highlight=False).print(f"\ntimes: {run / LAYERS}", markup=False, soft_wrap=True)
+            terminal().print(f"\ntimes: {run / LAYERS}", soft_wrap=True)
         return
     results = bench_run(run, batches=batch or [1, 32], threads=threads, seconds=seconds)
     if as_json:
@@ -502,11 +502,18 @@ def plan(
     loaded = load_recipe(recipe, _overrides(settings, rest), require_weights=False)
     from msqkd.pipeline.build import plan_recipe
     from msqkd.pipeline.result import training_only_rows
+    from msqkd.pipeline.teaching import Teaching
     from msqkd.quant.qat import deployment_graph
 
     graph, made = plan_recipe(loaded)
+    told = Teaching(loaded, {}).words(graph) if loaded.distillation is not None else []
     if as_json:
-        data = {"recipe": loaded.name, **made.to_dict(), "training_only": training_only_rows(graph)}
+        data = {
+            "recipe": loaded.name,
+            **made.to_dict(),
+            "training_only": training_only_rows(graph),
+            "distillation": told,
+        }
         print(json.dumps(data, indent=2))
         return
     table = Table(title=f"{made.network} on {made.target}", title_justify="left")
@@ -519,17 +526,19 @@ def plan(
         output = outputs.get(node.name)
         group = made.group_of(output) if output in made.activations else None
         what = f"{group.bits} bit {'symmetric' if group.symmetric else 'asymmetric'}" if group else ""
-        table.add_row(node.name, node.op, node.precision, how, what, escape(node.rule), escape(node.reason))
+        table.add_row(node.name, node.op, node.precision, how, what, node.rule, node.reason)
     for row in training_only_rows(graph):
         table.add_row(row["name"], row["op"], "training only", "", "", "", "not deployed (model.outputs)")
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
+    console = terminal(width=200)
     console.print(table)
-    console.print(f"{made.int8_share():.0%} of {len(made.nodes)} operations run in int8")
+    console.print(f"{percent(made.int8_share())} of {len(made.nodes)} operations run in int8")
+    for text in told:
+        console.print(f"distillation: {text}", soft_wrap=True)
     for defect in made.avoided():
         text = f"avoided: {defect['what']}; {defect['instead']} ({', '.join(defect['nodes'])})"
-        console.print(text, markup=False)
+        console.print(text)
     for warning in made.warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+        console.print(f"warning: {warning}", style="yellow")
 
 
 @app.command()
@@ -554,7 +563,7 @@ def recipes(as_json: JsonOption = False) -> None:
     table.add_column("what it is")
     for item in found:
         table.add_row(item.name, item.description)
-    Console(highlight=False).print(table)
+    terminal().print(table)
 
 
 @app.command()
@@ -571,7 +580,7 @@ def doctor(as_json: JsonOption = False) -> None:
             table.add_column(column, overflow="fold")
         for finding in findings:
             table.add_row(finding.name, finding.status, finding.found, finding.cure)
-        Console(highlight=False).print(table)
+        terminal().print(table)
     if any(finding.status == PROBLEM for finding in findings):
         raise typer.Exit(1)
 
@@ -619,21 +628,19 @@ def guarded(command: Callable[[], Any]) -> int:
     try:
         command()
     except MsqkdError as error:
-        Console(stderr=True, highlight=False).print(f"msqkd: {_worker()}{error}", markup=False, soft_wrap=True)
+        terminal(stderr=True).print(f"msqkd: {_worker()}{error}", soft_wrap=True)
         return 2
     except OSError as error:  # a full disk, a folder that went away
         place = f"{error.filename}: " if error.filename else ""
-        Console(stderr=True, highlight=False).print(
-            f"msqkd: {place}{error.strerror or error}", markup=False, soft_wrap=True
-        )
+        terminal(stderr=True).print(f"msqkd: {place}{error.strerror or error}", soft_wrap=True)
         return 2
     except RuntimeError as error:
         operation = without_kernel(error)
         if operation is None:
             raise
-        Console(stderr=True, highlight=False).print(
+        terminal(stderr=True).print(
             f"msqkd: MindSpore has no kernel for {operation} on this device, so the network cannot be computed here; "
-            "write it with other operations in the network's construct", markup=False, soft_wrap=True,
+            "write it with other operations in the network's construct", soft_wrap=True,
         )  # fmt: skip
         return 2
     except KeyboardInterrupt:

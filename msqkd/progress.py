@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _PLAIN_SECONDS = 15.0  # between two plain lines of one task
+
+
+def terminal(stderr: bool = False, quiet: bool = False, width: Optional[int] = None) -> Console:
+    """Make a console that prints every text as it is: brackets and colons in names and paths are no markup.
+
+    Args:
+        stderr: Print to standard error instead of standard output.
+        quiet: Print nothing.
+        width: Columns where standard output is no terminal.
+    """
+    columns = None if width is None or sys.stdout.isatty() else width
+    return Console(stderr=stderr, quiet=quiet, width=columns, highlight=False, markup=False, emoji=False)
 
 
 class Reporter:
@@ -23,13 +36,13 @@ class Reporter:
     """
 
     def __init__(self, stages: int = 0, console: Optional[Console] = None, quiet: bool = False) -> None:
-        self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = console or terminal(stderr=True, quiet=quiet)
         self.stages, self.current = stages, 0
 
     def stage(self, title: str) -> None:
         """Begin the next stage."""
         self.current += 1
-        self.console.print(f"[bold]\\[{self.current}/{self.stages}] {title}[/bold]")
+        self.console.print(f"[{self.current}/{self.stages}] {title}", style="bold", markup=False)
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -46,13 +59,15 @@ class Reporter:
             yield _PlainTask(self, title, total, done)
             return
         columns = [
-            TextColumn("      {task.description}"),
+            TextColumn("      {task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         ]
-        with Progress(*columns, TextColumn("{task.fields[info]}"), console=self.console, transient=True) as progress:
+        with Progress(
+            *columns, TextColumn("{task.fields[info]}", markup=False), console=self.console, transient=True
+        ) as progress:
             yield _BarTask(progress, progress.add_task(title, total=total, completed=done, info=""))
 
 

@@ -154,7 +154,8 @@ class _Run:
         if place:
             steps = "step" if place["max_lsb"] == 1 else "steps"
             text += f" They part at '{place['layer']}' ({place['op']}), by up to {place['max_lsb']} {steps}."
-            if any(node["name"] == place["layer"] for node in self.plan.get("nodes") or []):
+            planned = {node["name"]: node.get("precision", INT8) for node in self.plan.get("nodes") or []}
+            if planned.get(place["layer"], "float") != "float":
                 text += " Look on the test set too; if it is as bad there, leave that layer float."
                 fragment = as_yaml(rule_of(place["layer"], precision="float"))
         return Advice("device", text, "msqkd verify RUN", fragment)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-from rich.markup import escape
 from rich.table import Table
 
 from msqkd.analysis import plots
@@ -15,6 +14,7 @@ from msqkd.analysis.sensitivity import KL
 from msqkd.analysis.statistics import OUTLIER_RATIO
 from msqkd.files import PathLike
 from msqkd.train.metric import Scale
+from msqkd.words import of_hundred
 
 REPORT = "analysis"
 """Name of the two files, without their suffixes."""
@@ -65,7 +65,7 @@ def analysis_table(result: Mapping[str, Any]) -> Table:
         cells += [plots.number(row["only_loss"]), plots.number(row["float_loss"])]
         if measured:
             cells += [scale.number(row["only_metric"]), scale.number(row["float_metric"])]
-        table.add_row(str(row["rank"]), escape(row["name"]), row["op"], *cells)
+        table.add_row(str(row["rank"]), row["name"], row["op"], *cells)
     return table
 
 
@@ -146,7 +146,7 @@ def _tiles(result: dict[str, Any], scale: Scale, loss: str) -> list[dict[str, st
         tiles.append({"value": scale.show(reached["quantised"]), "label": f"{scale.name}, quantised", "note": note})
     tiles.append({"value": plots.number(outputs["loss"]), "label": f"{loss}, everything quantised", "note": ""})
     if outputs["agreement"] is not None:
-        tiles.append({"value": f"{outputs['agreement']:.2f} %", "label": "equal answers", "note": ""})
+        tiles.append({"value": f"{of_hundred(outputs['agreement'])} %", "label": "equal answers", "note": ""})
     worst = min(result["layers"], key=lambda row: row["rank"])
     harm = f"{loss} {plots.number(worst['only_loss'])} alone"
     tiles.append({"value": worst["name"], "label": "does most harm", "note": harm})
@@ -192,7 +192,7 @@ def _outputs(result: dict[str, Any], scale: Scale, loss: str) -> list[tuple[str,
         both = f"{scale.show(reached['float'])} → {scale.show(reached['quantised'])}"
         rows.append((f"{scale.name}, nothing → everything quantised", both))
     if outputs["agreement"] is not None:
-        rows.append(("equal answers", f"{outputs['agreement']:.2f} %"))
+        rows.append(("equal answers", f"{of_hundred(outputs['agreement'])} %"))
         rows.append((loss, plots.number(outputs["loss"])))
     rows.append(("relative error", plots.number(outputs["relative_error"])))
     for i, one in enumerate(outputs["values"]):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
+from msqkd.recipe.text import write_yaml
 
 
 def rule_of(name: str, **settings: Any) -> dict[str, Any]:
@@ -17,4 +17,4 @@ def rule_of(name: str, **settings: Any) -> dict[str, Any]:
 
 def as_yaml(fragment: Mapping[str, Any]) -> str:
     """The fragment as it is written in a recipe."""
-    return yaml.safe_dump(dict(fragment), sort_keys=False, allow_unicode=True)
+    return write_yaml(dict(fragment))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -12,6 +12,7 @@ from msqkd.analysis.heatmap import heat_map
 from msqkd.files import PathLike, write_json, write_text
 from msqkd.quant.config import STORING
 from msqkd.train.metric import Scale
+from msqkd.words import of_hundred, percent
 
 API_VERSION = "msqkd/report/v1"
 VERIFY_API_VERSION = "msqkd/verify/v1"
@@ -148,7 +149,7 @@ def _view(result: dict[str, Any]) -> dict[str, Any]:
         "layers": _layers(layers),
         "distributions": _distributions(result.get("distributions") or []),
         "device": _device(parity, scale, result.get("avoided") or plan.get("avoided") or []),
-        "training": _training(result.get("training") or {}, scale),
+        "training": _training(result.get("training") or {}, scale, result.get("distillation") or []),
         "plan": _plan(plan, layers),
         "calibration": _calibration(result.get("calibration") or {}),
         "weights": _weights(result.get("checkpoints") or {}),
@@ -205,7 +206,7 @@ def _verdict(result: dict[str, Any]) -> list[str]:
     share = _share(result)
     if share is not None:
         target = f" on {result['target']}" if result.get("target") else ""
-        parts.append(f"{_percent(share)} of the operations run in int8{target}")
+        parts.append(f"{_share_words(share)} of the operations run in int8{target}")
     nodes = (result.get("plan") or {}).get("nodes") or []
     stored = sum(node.get("precision") in STORING for node in nodes)
     if stored:
@@ -232,8 +233,8 @@ def _deviation(parity: dict[str, Any], scale: Scale) -> str:
         exact = scale.show(reached["fake_quantised"])
         found = f"{scale.words(reached['integer'])} in the device's integers, {exact} fake-quantised"
     else:
-        same = _below((parity.get("agreement") or {}).get("integer_fake_quantised", 0.0))
-        found = f"{same:.2f} % equal answers in the device's integers and fake-quantised"
+        same = (parity.get("agreement") or {}).get("integer_fake_quantised", 0.0)
+        found = f"{of_hundred(same)} % equal answers in the device's integers and fake-quantised"
     bound, deviation = parity.get("max_deviation"), parity.get("deviation")
     if bound is None or deviation is None:
         return f"On {samples}: {found}."
@@ -261,7 +262,7 @@ def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
     if share is not None:
         int8 = sum(node.get("precision") == "int8" for node in nodes)
         note = f"{int8} of {len(nodes)} operations" if nodes else ""
-        tiles.append(_tile(_percent(share), "in int8", note))
+        tiles.append(_tile(_share_words(share), "in int8", note))
     noise = _noise(result.get("layers") or [])
     if noise:
         name, lowest = min(noise, key=lambda pair: pair[1])
@@ -445,7 +446,7 @@ def _device(parity: dict[str, Any], scale: Scale, avoided: list[dict[str, Any]])
         "machine": parity.get("machine"),
         "rows": _executions(parity, scale),
         "agreement": [
-            (words, f"{_below(parity['agreement'][key]):.2f} %")
+            (words, f"{of_hundred(parity['agreement'][key])} %")
             for key, words in _PAIRS.items()
             if (parity.get("agreement") or {}).get(key) is not None
         ],
@@ -532,7 +533,7 @@ def _value_row(name: str, value: dict[str, Any]) -> dict[str, str]:
         **row,
         "name": name,
         "op": value.get("op") or "",
-        "equal": "" if equal is None else f"{_below(100 * equal, 3):.3f} %",
+        "equal": "" if equal is None else f"{of_hundred(100 * equal, 3)} %",
         "max_lsb": "" if value.get("max_lsb") is None else f"{value['max_lsb']}",
         "error": "" if error is None else f"{error:.2g}",
         "scale": "" if value.get("scale") is None else f"{value['scale']:.3g}",
@@ -541,10 +542,14 @@ def _value_row(name: str, value: dict[str, Any]) -> dict[str, str]:
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
-def _training(trainings: dict[str, Any], scale: Scale) -> list[dict[str, Any]]:
+def _training(trainings: dict[str, Any], scale: Scale, taught: Sequence[str]) -> list[dict[str, Any]]:
     names = [*_TRAINING, *(name for name in trainings if name not in _TRAINING)]
     views = (_one_training(name, trainings.get(name) or {}, f"training{i}", scale) for i, name in enumerate(names))
-    return [view for view in views if view]
+    found = [view for view in views if view]
+    for view in found:
+        if view["distilled"]:
+            view["notes"] += [f"distillation: {text}" for text in taught]
+    return found
 
 
 def _one_training(name: str, training: dict[str, Any], mark: str, scale: Scale) -> Optional[dict[str, Any]]:
@@ -552,15 +557,15 @@ def _one_training(name: str, training: dict[str, Any], mark: str, scale: Scale) 
     curves, notes = [], []
     for key, axis in (("loss", "step"), ("learning_rate", "step"), ("accuracy", "epoch")):
         points = [(x, y) for x, y in training.get(key) or [] if x is not None and y is not None]
-        words, percent = key.replace("_", " "), key == "accuracy" and bool(scale.unit)
+        words, in_percent = key.replace("_", " "), key == "accuracy" and bool(scale.unit)
         words = scale.name if key == "accuracy" else words
         if len(points) > 1:
-            title = f"{words}, %" if percent else words
-            curves.append(plots.Curve(title, axis, points, percent, start if axis == "step" else None))
+            title = f"{words}, %" if in_percent else words
+            curves.append(plots.Curve(title, axis, points, in_percent, start if axis == "step" else None))
         elif points:
             x, y = points[0]
             when = "after" if axis == "epoch" else "at"
-            notes.append(f"{words} {y:.4g}{' %' if percent else ''} {when} {axis} {x}")
+            notes.append(f"{words} {y:.4g}{' %' if in_percent else ''} {when} {axis} {x}")
     if training.get("seconds") is not None:
         notes.append(_duration(training["seconds"]))
     skipped = training.get("skipped_steps") or 0
@@ -575,14 +580,15 @@ def _one_training(name: str, training: dict[str, Any], mark: str, scale: Scale) 
         notes.append(f"ended with the weights of epoch {training['best_epoch']}, the best on the test set")
     waited = training.get("data_share") or 0.0
     if waited >= _WAITED:
-        notes.append(f"{waited:.0%} of the steps' time was spent waiting for data")
+        notes.append(f"{percent(waited)} of the steps' time was spent waiting for data")
     if start is not None:
         line = " (dashed line)" if any(curve.marked is not None for curve in curves) else ""
         notes.append(f"activations are quantised from step {start} on{line}")
     if not curves and not notes:
         return None
     plot = inline(plots.training(curves, mark)) if curves else ""
-    return {"title": _TRAINING.get(name, name), "notes": notes, "plot": plot}
+    distilled = name.endswith("_kd")
+    return {"title": _TRAINING.get(name, name), "notes": notes, "plot": plot, "distilled": distilled}
 
 
 # -- plan --------------------------------------------------------------------------------------------------------------
@@ -704,7 +710,7 @@ def _files(exports: dict[str, Any], checksums: dict[str, Any], scale: Scale) -> 
                 "accuracy": "" if export.get("accuracy") is None else scale.show(export["accuracy"]),
                 "difference": "" if difference is None else f"{difference:.2g}",
                 "integers": "" if compared is None else f"{export.get('differing_values')} of {compared:,}",
-                "agreement": "" if agreement is None else f"{_below(agreement):.2f} %",
+                "agreement": "" if agreement is None else f"{of_hundred(agreement)} %",
                 "failed": export.get("failed") or "",
             }
         )
@@ -755,13 +761,8 @@ def _ratio(sizes: dict[str, Any], key: str) -> Optional[float]:
     return sizes[key] / sizes["float"] if sizes.get(key) is not None and sizes.get("float") else None
 
 
-def _below(percent: float, digits: int = 2) -> float:
-    """`percent` such that it prints as 100 only where it is."""
-    return percent if percent >= 100 else min(percent, 100 - 10**-digits)
-
-
-def _percent(share: float) -> str:
-    return f"{_below(100 * share, 1):.1f}".removesuffix(".0") + " %"
+def _share_words(share: float) -> str:
+    return percent(share).replace("%", " %")
 
 
 def _interval(low: Optional[float], high: Optional[float]) -> str:

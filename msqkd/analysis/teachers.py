@@ -9,6 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from msqkd.train.metric import Scale
+from msqkd.words import percent
 
 _SOFT = 0.05
 """Below this share of the largest possible entropy, a soft label says hardly more than its class."""
@@ -68,8 +69,8 @@ def remarks(row: Mapping[str, Any], scale: Scale, temperature: Optional[float]) 
         told = [f"answers no better ({gain:+.{scale.digits}f}{within})"]
     if temperature is not None and row["softness"] is not None and row["softness"] < _SOFT:
         told.append(
-            f"its answers to training samples have {row['softness']:.1%} of the largest entropy at the temperature "
-            f"{temperature:g}, hardly more than labels; a higher one shows more"
+            f"its answers to training samples have {percent(row['softness'])} of the largest entropy at the "
+            f"temperature {temperature:g}, hardly more than labels; a higher one shows more"
         )
     return told
 
@@ -94,7 +95,7 @@ def teachers_rows(result: Mapping[str, Any]) -> list[list[str]]:
     rows = [["network", student["what"], scale.number(student["test"]), "", scale.number(student["train"]), "",
              _millions(student["parameters"]), "", "", ""]]  # fmt: skip
     for row in result["teachers"]:
-        soft = "" if row["softness"] is None else f"{row['softness']:.1%}"
+        soft = "" if row["softness"] is None else percent(row["softness"])
         cost = "" if row["cost"] is None else f"{row['cost']:.2f}"
         rows.append([
             row["place"], row["what"], scale.number(row["test"]), f"{row['gain']:+.{scale.digits}f}",

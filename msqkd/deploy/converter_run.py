@@ -19,6 +19,7 @@ from msqkd.files import PathLike
 from msqkd.integer.program import Program
 from msqkd.integer.registry import ARM64
 from msqkd.integer.simulator import Simulator
+from msqkd.words import of_hundred
 
 PROGRAM = "converter_lite"
 _IN_PACKAGE = ("tools/converter/converter", "converter", ".")
@@ -150,8 +151,8 @@ class Comparison:
         named = f" (float: {', '.join(floats)})" if floats else ""
         return (
             f"int8 in {_share(self.theirs)} of its nodes{named}, {_share(self.ours)} in ours; on {self.samples} "
-            f"samples {self.equal:.2f} % of the output values are equal, {self.agreement:.2f} % of the answers; "
-            f"largest difference {self.max_difference:.3g}"
+            f"samples {of_hundred(self.equal)} % of the output values are equal, "
+            f"{of_hundred(self.agreement)} % of the answers; largest difference {self.max_difference:.3g}"
         )
 
     def to_dict(self) -> dict[str, Any]:

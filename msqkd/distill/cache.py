@@ -21,6 +21,7 @@ from mindspore import nn
 
 from msqkd.data import Arrays, Split, as_tuple
 from msqkd.data.base import Subset
+from msqkd.distill.shapes import class_axis
 from msqkd.errors import DataError, ModelError, PlanError
 from msqkd.files import PathLike, write_json
 from msqkd.train.evaluate import input_batches, output_arrays
@@ -40,8 +41,9 @@ def compress(logits: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray, np
     order = np.argsort(-logits, axis=-1, kind="stable")
     classes = order[..., :top_k]
     others = np.take_along_axis(logits, order[..., top_k:], -1).astype(np.float64)
-    peak = others[..., :1]
-    rest = np.log(np.exp(others - peak).mean(-1)) + peak[..., 0]
+    peak = np.maximum(others[..., :1], -np.finfo(np.float64).max)  # where all others are -inf, so is their mean
+    with np.errstate(divide="ignore"):
+        rest = np.log(np.exp(others - peak).mean(-1)) + peak[..., 0]
     return np.take_along_axis(logits, classes, -1), classes, rest.astype(logits.dtype)
 
 
@@ -59,33 +61,50 @@ class StoredOutput:
     Attributes:
         number: which output.
         shape: what a sample has of it: (rows, ...), one row where the output has the samples first.
-        top_k: keep so many of the last axis (`compress`); None keeps all.
+        top_k: keep so many of the classes (`compress`); None keeps all.
+        axis: of the classes in `shape`.
     """
 
     number: int
     shape: tuple[int, ...]
     top_k: Optional[int] = None
+    axis: int = -1
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.shape[self.axis]
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """`shape` without the classes."""
+        axis = self.axis % len(self.shape)
+        return (*self.shape[:axis], *self.shape[axis + 1 :])
 
     @property
     def fields(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """The fields of a sample's record."""
         if self.top_k is None:
             return [(f"output{self.number}", "<f4", self.shape)]
-        kept = (*self.shape[:-1], self.top_k)
-        index = "<u2" if self.shape[-1] <= 1 << 16 else "<i4"
+        kept = (*self.positions, self.top_k)
+        index = "<u2" if self.classes <= 1 << 16 else "<i4"
         names = [f"{name}{self.number}" for name in ("top", "classes", "rest")]
-        return [(names[0], "<f4", kept), (names[1], index, kept), (names[2], "<f4", self.shape[:-1])]
+        return [(names[0], "<f4", kept), (names[1], index, kept), (names[2], "<f4", self.positions)]
 
     def write(self, records: np.ndarray, answers: np.ndarray) -> None:
         """Put `answers`, float32 (n, *shape), into n records."""
-        parts = (answers,) if self.top_k is None else compress(answers, self.top_k)
+        place = self.axis % len(self.shape) + 1
+        parts = (answers,) if self.top_k is None else compress(np.moveaxis(answers, place, -1), self.top_k)
         for (name, _, _), part in zip(self.fields, parts):
             records[name] = part
 
     def read(self, records: np.ndarray) -> np.ndarray:
         """The answers float32 (n, *shape) of n records."""
         parts = [np.ascontiguousarray(records[name], dtype) for (name, _, _), dtype in zip(self.fields, _NATIVE)]
-        return parts[0] if self.top_k is None else expand(parts[0], parts[1], parts[2], self.shape[-1])
+        if self.top_k is None:
+            return parts[0]
+        logits = expand(parts[0], parts[1], parts[2], self.classes)
+        return np.ascontiguousarray(np.moveaxis(logits, -1, self.axis % len(self.shape) + 1))
 
 
 _NATIVE = (np.float32, np.int64, np.float32)
@@ -138,6 +157,7 @@ def cached_answers(
     outputs: Sequence[int] = (0,),
     batch_size: int = 256,
     top_k: Optional[int] = None,
+    axis: Optional[int] = None,
     origin: str = "",
     say: Callable[[str], None] = print,
     progress: Optional[Callable[[int], None]] = None,
@@ -154,6 +174,7 @@ def cached_answers(
         outputs: numbers of the outputs kept.
         batch_size: samples the teacher sees at a time.
         top_k: keep so many logits a row, and the probability of all others together (`compress`).
+        axis: Axis of the classes in the outputs, for `top_k`, as in `msqkd.distill.losses.DistillLoss`.
         origin: whatever else tells the teacher from others with the same weights.
         say: is told, in a sentence, why a file is made anew.
         progress: called with the number of samples done.
@@ -166,6 +187,7 @@ def cached_answers(
     identity = {
         "teacher": _weights(teacher, origin), "data": _fingerprint(split), "samples": len(split),
         "outputs": list(outputs), "dtype": "float32", "top_k": top_k,
+        "axis": None if top_k is None else "by rank" if axis is None else axis,
     }  # fmt: skip
     file = _File(Path(path), identity, min(batch_size, len(split)))
     try:
@@ -175,7 +197,7 @@ def cached_answers(
         while not file.complete:
             first = file.done
             found = _answers(teacher, split, np.arange(first, min(first + file.block, len(split))), batch_size, outputs)
-            file.append(found, top_k)
+            file.append(found, top_k, axis)
             if progress is not None:
                 progress(file.done)
         file.finish()
@@ -224,7 +246,10 @@ class _File:
         try:
             held = json.loads(self.about.read_text(encoding="utf-8"))
             identity, self.block, checksums = held["identity"], int(held["block"]), list(held["checksums"])
-            outputs = [StoredOutput(each["number"], tuple(each["shape"]), each["top_k"]) for each in held["outputs"]]
+            outputs = [
+                StoredOutput(each["number"], tuple(each["shape"]), each["top_k"], each.get("axis", -1))
+                for each in held["outputs"]
+            ]
             if held["schema"] != _SCHEMA or self.block < 1:
                 raise ValueError("another version")
             differing = [key for key in self.identity if identity.get(key) != self.identity[key]]
@@ -245,15 +270,18 @@ class _File:
             return "is damaged: answers are missing"
         return ""
 
-    def append(self, answers: Sequence[np.ndarray], top_k: Optional[int]) -> None:
+    def append(self, answers: Sequence[np.ndarray], top_k: Optional[int], axis: Optional[int]) -> None:
         """Write the next block; `answers` are float32 (n, rows, ...), one array an output."""
         if not self.outputs:
             numbers = self.identity["outputs"]
-            self.outputs = [StoredOutput(n, found.shape[1:], top_k) for n, found in zip(numbers, answers)]
+            self.outputs = [
+                StoredOutput(n, found.shape[1:], top_k, class_axis(found.ndim - 1, axis))
+                for n, found in zip(numbers, answers)
+            ]
             for output in self.outputs:
-                if top_k is not None and not 1 <= top_k < output.shape[-1]:
+                if top_k is not None and not 1 <= top_k < output.classes:
                     raise PlanError(
-                        f"top_k is {top_k}; allowed: 1 to {output.shape[-1] - 1}, less than the classes of output "
+                        f"top_k is {top_k}; allowed: 1 to {output.classes - 1}, less than the classes of output "
                         f"{output.number}"
                     )
         records = np.empty(len(answers[0]), self.dtype)
@@ -300,7 +328,7 @@ def _answers(
     results = []
     for number, found in zip(outputs, output_arrays(teacher, Subset(split, filled), batch_size, outputs)):
         rows = found.reshape((len(filled), -1, *found.shape[1:]))[:count].astype(np.float32)
-        finite = np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
+        finite = (np.isfinite(rows) | np.isneginf(rows)).all(axis=tuple(range(1, rows.ndim)))
         if not finite.all():
             sample = int(indices[np.flatnonzero(~finite)[0]])
             raise ModelError(f"the teacher's output {number} for sample {sample} of {split.name} is not finite")

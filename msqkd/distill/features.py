@@ -14,6 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
+from msqkd.distill.shapes import BY_CHANNEL, LEAST_SAMPLES
 from msqkd.errors import PlanError, did_you_mean
 
 FEATURE_LOSSES = ("mse", "attention", "similarity", "relational")
@@ -66,6 +67,8 @@ class SimilarityPreserving(nn.Cell):
     two matrices. The shapes of the values may differ.
     """
 
+    least_samples = LEAST_SAMPLES["similarity"]
+
     def construct(self, student, teacher):  # type: ignore[no-untyped-def]
         """Values of any shape with the batch first. Returns a scalar."""
         return ops.square(self._similarities(student) - self._similarities(teacher)).mean()
@@ -84,8 +87,10 @@ class Relational(nn.Cell):
     this is with a weight of 25. The shapes of the values may differ.
     """
 
+    least_samples = LEAST_SAMPLES["relational"]
+
     def construct(self, student, teacher):  # type: ignore[no-untyped-def]
-        """Values of any shape with the batch, at least 2, first. Returns a scalar."""
+        """Values of any shape with the batch first. Returns a scalar."""
         of_student, of_teacher = self._relations(student), self._relations(teacher)
         distance = self._huber(of_student[0] - of_teacher[0])
         return distance + 2.0 * self._huber(of_student[1] - of_teacher[1])
@@ -112,8 +117,19 @@ class Relational(nn.Cell):
         )
         inverse = other / ops.sqrt(squared)
         cosines = cosines * inverse.expand_dims(2) * inverse.expand_dims(0)
-        mean = distances.sum() / float(count * (count - 1))
+        mean = distances.sum() / float(max(count * (count - 1), 1))
         return distances / (mean + _TINY), cosines
+
+
+class _Exchanged(nn.Cell):
+    """A loss of tokens (N, T, C) for values (N, C, L), whose channels come first."""
+
+    def __init__(self, loss: nn.Cell) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def construct(self, student, teacher):  # type: ignore[no-untyped-def]
+        return self.loss(ops.swapaxes(student, 1, 2), ops.swapaxes(teacher, 1, 2))
 
 
 class _Pooled(nn.Cell):
@@ -131,7 +147,12 @@ class _Pooled(nn.Cell):
 
 
 def feature_loss(
-    name: str, student: Sequence[int], teacher: Sequence[int], where: str = "features", seed: int = 0
+    name: str,
+    student: Sequence[int],
+    teacher: Sequence[int],
+    where: str = "features",
+    seed: int = 0,
+    axis: Optional[int] = None,
 ) -> nn.Cell:
     """The loss by name for values of two shapes.
 
@@ -141,6 +162,8 @@ def feature_loss(
         teacher: that of the teacher's.
         where: the place in the user's recipe, for messages.
         seed: of the adapter's initial weights.
+        axis: Axis of the channels in values of three dimensions, for ``mse`` and ``attention``: 2 of tokens (N, T, C),
+            which is the default, or 1 of (N, C, L).
 
     Returns:
         A cell; of maps that differ in size the larger is averaged. ``mse`` between different channels has an adapter
@@ -153,7 +176,14 @@ def feature_loss(
         raise PlanError(
             f"{where}.loss is '{name}'; allowed: {', '.join(FEATURE_LOSSES)}{did_you_mean(name, FEATURE_LOSSES)}"
         )
-    if name in ("similarity", "relational"):
+    if axis is not None and not (name in BY_CHANNEL and len(student) == len(teacher) == 3 and axis in (1, 2)):
+        raise PlanError(
+            f"{where}.axis: found {axis}, allowed: 1 or 2, for {' and '.join(BY_CHANNEL)} of values of three dimensions"
+        )
+    if axis == 1:
+        turned = [(shape[0], shape[2], shape[1]) for shape in (student, teacher)]
+        return _Exchanged(feature_loss(name, turned[0], turned[1], where, seed))
+    if name in LEAST_SAMPLES:
         return SimilarityPreserving() if name == "similarity" else Relational()
     shapes = f"{_show(student)} in the student, {_show(teacher)} in the teacher"
     lowest = 2 if name == "mse" else 3

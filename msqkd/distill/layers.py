@@ -24,6 +24,7 @@ class Feature:
         loss: a name of `msqkd.distill.features.FEATURE_LOSSES`.
         weight: what the loss is multiplied by.
         of: which teacher, where there are several.
+        axis: of the channels in values of three dimensions (`feature_loss`).
     """
 
     student: str
@@ -31,6 +32,7 @@ class Feature:
     loss: str = "mse"
     weight: float = 1.0
     of: int = 0
+    axis: Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def link_features(
         mine = of_student.value(feature.student, f"{place}.student")
         other = taught.value(feature.teacher, f"{place}.teacher")
         shapes = student.shape(mine), taught.graph.shape(other)
-        loss = feature_loss(feature.loss, *shapes, where=place, seed=seed)
+        loss = feature_loss(feature.loss, *shapes, where=place, seed=seed, axis=feature.axis)
         losses.append(Link(loss, feature.weight, feature.of))
         seen.append(mine)
         watched[feature.of].append(other)

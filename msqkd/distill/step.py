@@ -10,7 +10,7 @@ from typing import Any, Optional, Union
 from mindspore import nn, ops
 
 from msqkd.distill.losses import DistillLoss
-from msqkd.errors import PlanError
+from msqkd.errors import PlanError, TrainingError
 from msqkd.train.step import LossScale, TrainStep, count_inputs
 
 
@@ -154,9 +154,21 @@ class DistillTrainOneStepCell(TrainStep):
             super().__init__(network, optimizer, clip_grad, accumulate, loss_scale)
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run one step on a batch and its labels; returns the loss (scalar Tensor)."""
-        if isinstance(self.network.loss, DistillLoss):
-            self.network.loss.set_step(self.steps_done)
+        """Run one step on a batch and its labels; returns the loss (scalar Tensor).
+
+        Raises:
+            TrainingError: A batch has too few samples for the losses between layers.
+        """
+        loss = self.network.loss
+        if isinstance(loss, DistillLoss):
+            samples = len(inputs[0]) // self.parts
+            if samples < loss.least_samples:
+                raise TrainingError(
+                    f"losses between layers compare the samples of a batch and need at least {loss.least_samples}; "
+                    f"found {samples}{f' in each of {self.parts} parts' if self.parts > 1 else ''}; use a "
+                    "larger batch, and leave out an incomplete last one"
+                )
+            loss.set_step(self.steps_done)
         with _flags_kept(self.network.teachers), _apart(self.network.teachers):
             for teacher in self.network.teachers:
                 if any(cell.training for _, cell in teacher.cells_and_names()):

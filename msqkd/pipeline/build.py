@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import mindspore as ms
 import numpy as np
@@ -247,21 +247,24 @@ def training_loss(settings: TrainSection, graph: Graph, where: str) -> nn.Cell:
     return loss
 
 
-def try_loss(settings: TrainSection, graph: Graph, train: Split, where: str) -> None:
-    """Compute the loss against the labels and its gradient once, so that a wrong one is refused before any training.
+def try_loss(make_loss: Callable[[], nn.Cell], graph: Graph, train: Split, place: str) -> None:
+    """Compute a loss against the labels and its gradient once, so that a wrong one is refused before any training.
+
+    Args:
+        make_loss: Makes the loss, called with all outputs of `graph`, then the labels.
+        graph: The captured network.
+        train: Split of which the first samples are used.
+        place: Key and name of the loss, for messages.
 
     Raises:
-        ModelError: it fails, gives anything but a scalar, or has no gradient.
+        ModelError: The loss fails, gives anything but a scalar, or has no gradient.
     """
     inputs, labels = train.batch(np.arange(min(_TRIED, len(train))))
     found = to_cell(graph)(*map(ms.Tensor, as_tuple(inputs)))
     outputs = found if isinstance(found, tuple) else (found,)
     given = [*outputs, *map(ms.Tensor, as_tuple(labels))]
-    place = f"{where}.loss: " + (
-        "the cross-entropy of the first output" if settings.loss is None else f"'{settings.loss}'"
-    )
     try:
-        value = training_loss(settings, graph, where)(*given)
+        value = make_loss()(*given)
     except ModelError:
         raise
     except Exception as error:  # MindSpore raises whatever its compiler met
@@ -278,7 +281,7 @@ def try_loss(settings: TrainSection, graph: Graph, train: Split, where: str) -> 
         )
         raise ModelError(f"{place} gives {what}; a scalar of type float32 is needed")
     trained = [index for index, output in enumerate(outputs) if output.is_floating_point()]
-    failure = gradient_error(training_loss(settings, graph, where), given, trained) if trained else None
+    failure = gradient_error(make_loss(), given, trained) if trained else None
     if failure is not None:
         raise ModelError(f"{place} has no gradient: {reason_of(failure)}{place_of(failure)}")
 

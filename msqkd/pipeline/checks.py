@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import mindspore as ms
@@ -12,6 +13,7 @@ from msqkd.graph.gradients import untrainable
 from msqkd.graph.ir import Graph
 from msqkd.pipeline.build import (
     plan_recipe,
+    training_loss,
     try_loss,
 )  # fmt: skip
 from msqkd.pipeline.export import preflight
@@ -25,6 +27,7 @@ from msqkd.quant.qat import (
 from msqkd.recipe import TrainSection
 from msqkd.train.loop import steps_per_epoch
 from msqkd.train.optimizer import check_decay
+from msqkd.words import percent
 
 
 def check_run(objects: Objects) -> tuple[Graph, Graph, QuantPlan]:
@@ -92,21 +95,29 @@ def _check_gradients(objects: Objects, captured: Graph) -> None:
 
 def _try_losses(objects: Objects, graph: Graph) -> None:
     """Losses against the labels that may not fit are computed once, before anything is trained."""
-    recipe = objects.recipe
+    recipe, teaching = objects.recipe, objects.teaching
+    fits = objects.metric.is_accuracy and len(objects.output_shapes[0]) == 2  # labels are numbers of its classes then
     tried: list[Any] = []
     for where, section in _sections(objects).items():
-        if objects.metric.is_accuracy and section.loss is None:
+        if fits and section.loss is None:
             continue
         named = recipe.distillation is not None and recipe.distillation.hard_loss != "train_loss"
         unused = where == "train" and section.loss is None and named and objects.trainings == [objects.main]
         if not unused and (section.loss, section.loss_args) not in tried:
-            try_loss(section, graph, objects.bundle.train, where)
+            what = f"'{section.loss}'" if section.loss is not None else "the cross-entropy of the first output"
+            make = partial(training_loss, section, graph, where)
+            try_loss(make, graph, objects.bundle.train, f"{where}.loss: {what}")
             tried.append((section.loss, section.loss_args))
+    if teaching is not None and objects.trainings and not fits:
+        hard = teaching.named_hard_loss()
+        if hard is not None:
+            place = "distillation.hard_loss: the cross-entropy of the first output"
+            try_loss(lambda: hard, graph, objects.bundle.train, place)
 
 
 def _check_plan(objects: Objects, plan: QuantPlan) -> None:
     if not plan.weights and not plan.half_nodes():
-        share = f"int8 share {plan.int8_share():.0%}"
+        share = f"int8 share {percent(plan.int8_share())}"
         raise PlanError(f"no layer of {plan.network} can be quantised on {objects.recipe.target} ({share})")
     if not objects.trainings:
         return

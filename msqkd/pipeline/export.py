@@ -44,6 +44,7 @@ from msqkd.recipe import Recipe
 from msqkd.train.evaluate import input_batches, output_arrays
 from msqkd.train.metric import Metric, Outputs, Scale
 from msqkd.user_code import reason_of
+from msqkd.words import of_hundred, shell_setting
 
 _FEW_SAMPLES = 64  # computed by the kernels of a file that is in float, in numpy
 _ANY_RANGE = (0.0, 255.0)  # wide, and not symmetric: a zero point shows where none is allowed
@@ -129,7 +130,7 @@ def guessed_plan(plan: QuantPlan) -> QuantPlan:
 def _without(recipe: Recipe, name: str) -> str:
     """How a format is left out, as the end of a sentence."""
     others = ", ".join(other for other in recipe.export.formats if other != name)
-    return f"leave {name} out with --set export.formats=[{others or PORTABLE}]"
+    return f"leave {name} out with {shell_setting('export.formats', f'[{others or PORTABLE}]')}"
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------
@@ -414,7 +415,7 @@ def deviation_words(parity: dict[str, Any]) -> str:
         return f"the device could not be compared with the fake-quantised network: {parity['failed']}"
     reached, scale = parity["accuracy"], Scale.of(parity["metric"])
     if reached["integer"] is None:
-        found = f"gives other answers than the fake-quantised network to {parity['deviation']:.2f} %"
+        found = f"gives other answers than the fake-quantised network to {of_hundred(parity['deviation'])} %"
     else:
         found = (
             f"reaches {scale.words(reached['integer'])}, the fake-quantised network "

@@ -100,6 +100,7 @@ def assemble(
         "checkpoints": stages["float"].get("checkpoints", {}),
         "calibration": {key: calibration[key] for key in _CALIBRATION if key in calibration},
         "training": histories,
+        "distillation": stages["plan"].get("distillation", []),
         "layers": list(layers),
         "distributions": list(distributions),
         "plan": {**plan.to_dict(), "training_only": list(training_only)},

@@ -8,6 +8,7 @@ from typing import Any, Optional
 import mindspore as ms
 
 from msqkd import parallel
+from msqkd.analysis.collapse import collapse_words, has_batchnorm
 from msqkd.analysis.refresh import completed
 from msqkd.analysis.report import write_report
 from msqkd.files import write_json
@@ -28,6 +29,7 @@ from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.ptq import keep_trained
 from msqkd.recipe import Recipe
+from msqkd.words import percent
 
 
 def run_recipe(
@@ -141,13 +143,13 @@ class _Run(Stages):
             rows = training_only_rows(self.objects.captured)
             if parallel.is_first():
                 write_json(self.folder.file("plan.json"), {**self.objects.plan.to_dict(), "training_only": rows})
-            return {"int8_share": self.objects.plan.int8_share()}
+            return {"int8_share": self.objects.plan.int8_share(), "distillation": self._taught()}
 
         self.stage(
             "plan",
             f"Plan for {self.recipe.target}",
             work,
-            lambda r: f"{r['int8_share']:.0%} of the operations run in int8",
+            lambda r: f"{percent(r['int8_share'])} of the operations run in int8",
         )
         for node in self.objects.plan.nodes:
             if node.precision != INT8:
@@ -157,6 +159,13 @@ class _Run(Stages):
             self.reporter.say(f"trained only, not deployed: {', '.join(node.name for node in left_out)}")
         for warning in self.objects.plan.warnings:
             self.reporter.warn(warning)
+        for text in self._taught():
+            self.reporter.say(f"distillation: {text}")
+
+    def _taught(self) -> list[str]:
+        """What the soft loss compares, one sentence an output; nothing without distillation."""
+        teaching = self.objects.teaching if self.objects.trainings else None
+        return [] if teaching is None else teaching.words(self.objects.captured)
 
     def _ptq(self) -> None:
         def work() -> dict[str, Any]:
@@ -202,10 +211,10 @@ class _Run(Stages):
         untrained = self.folder.result(before)["accuracy"]
         if self.objects.metric.is_collapse(untrained, result["accuracy"]):
             scale = self.objects.metric.scale
+            folds = quantised and has_batchnorm(self.objects.captured)
             self.warnings.append(
                 f"{title}: {scale.words(result['accuracy'])} after training, {scale.show(untrained)} before: "
-                "the training diverged; lower train.lr, "
-                "or set quantization.batchnorm: freeze, which takes a larger one than folded weights do"
+                f"{collapse_words(result['history'], self.recipe, folds)}"
             )
             self.reporter.warn(self.warnings[-1])
 

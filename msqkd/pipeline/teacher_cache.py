@@ -14,6 +14,7 @@ from mindspore import nn
 from msqkd import parallel
 from msqkd.data import Split
 from msqkd.distill.cache import StoredOutput, TaughtSplit, cached_answers
+from msqkd.distill.shapes import class_axis
 from msqkd.distill.step import CachedTeachers
 from msqkd.errors import DataError, PlanError
 from msqkd.graph.ir import Graph
@@ -84,6 +85,7 @@ class TeacherCache:
                             outputs=self.section.outputs,
                             batch_size=self.recipe.data.eval_batch_size,
                             top_k=self.section.cache_top_k,
+                            axis=self.section.axis,
                             origin=json.dumps(section.model_dump(exclude={"weight"}), sort_keys=True),
                             say=self.reporter.warn,
                             progress=task.update,
@@ -96,12 +98,13 @@ class TeacherCache:
 
     def _stored(self, number: int, student: Graph) -> StoredOutput:
         shape, top_k = student.shape(student.outputs[number]), self.section.cache_top_k
-        if top_k is not None and not (len(shape) > 1 and top_k < shape[-1]):
+        axis = class_axis(len(shape), self.section.axis)
+        if top_k is not None and not (len(shape) > 1 and top_k < shape[axis]):
             raise PlanError(
-                f"distillation.cache_top_k: found {top_k}, allowed: less than the classes, {shape[-1]}, of output "
+                f"distillation.cache_top_k: found {top_k}, allowed: less than the classes, {shape[axis]}, of output "
                 f"{number}"
             )
-        return StoredOutput(number, (1, *(max(size, 1) for size in shape[1:])), top_k)
+        return StoredOutput(number, (1, *(max(size, 1) for size in shape[1:])), top_k, axis)
 
     def _against(self, outputs: Sequence[StoredOutput]) -> str:
         """Why answers are not kept."""

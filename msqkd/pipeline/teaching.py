@@ -14,6 +14,7 @@ from msqkd.data import Arrays, as_tuple
 from msqkd.distill.layers import Feature, Links, link_features
 from msqkd.distill.losses import DistillLoss, hard_loss
 from msqkd.distill.schedule import Schedule
+from msqkd.distill.shapes import check_outputs
 from msqkd.errors import CaptureError, ModelError
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import Hooks, read_parameters, to_cell
@@ -37,7 +38,7 @@ class Teaching:
         self.recipe, self.loaded = recipe, loaded
         self.section: DistillationSection = recipe.distillation
         self.features = [
-            Feature(item.student, item.teacher or item.student, item.loss, item.weight, item.of)
+            Feature(item.student, item.teacher or item.student, item.loss, item.weight, item.of, item.axis)
             for item in self.section.features
         ]
 
@@ -55,8 +56,9 @@ class Teaching:
 
         Raises:
             ModelError: a teacher cannot take the student's input, or answers something else than the student.
-            PlanError: layers that do not exist, or cannot be compared.
+            PlanError: layers that do not exist, or cannot be compared; a soft loss that cannot fit an output.
         """
+        self.words(student)
         for index, net in enumerate(self._others):
             if net is not None:
                 self._try(self._place(index), net, [ms.Tensor(array) for array in as_tuple(sample)], student)
@@ -69,6 +71,23 @@ class Teaching:
                     f"shape {shape}; (N, classes) is needed"
                 )
         self.links(student)
+
+    def words(self, student: Graph) -> list[str]:
+        """Say what the soft loss compares, one sentence an output.
+
+        Raises:
+            PlanError: The soft loss cannot fit an output.
+        """
+        shapes = {number: student.shape(student.outputs[number]) for number in self.section.outputs}
+        return check_outputs(shapes, self.section.soft_loss, self.section.axis, "distillation")
+
+    def named_hard_loss(self) -> Optional[nn.Cell]:
+        """The loss against the labels where the distillation names one; called with all outputs, then the labels."""
+        section = self.section
+        if section.hard_loss == "train_loss":
+            return None
+        named = hard_loss(section.hard_loss, section.label_smoothing or 0.0, section.axis)
+        return None if named is None else OnFirst(named)
 
     def cells(self, student: Graph) -> list[nn.Cell]:
         """The teachers, in evaluation mode; they give the values that features watch behind their outputs.
@@ -98,13 +117,8 @@ class Teaching:
             ModelError: as `msqkd.pipeline.build.training_loss`.
         """
         section, several = self.section, isinstance(self.recipe.teacher, list)
-        hard: Any = section.hard_loss
-        if hard == "train_loss":
-            hard = training_loss(self.recipe.train, student, "train")
-        elif hard == "label_smoothing":
-            smoothed = hard_loss(hard, section.label_smoothing or 0.0)
-            assert smoothed is not None
-            hard = OnFirst(smoothed)
+        own = section.hard_loss == "train_loss"
+        hard = training_loss(self.recipe.train, student, "train") if own else self.named_hard_loss()
         return DistillLoss(
             hard,
             section.soft_loss,
@@ -115,6 +129,7 @@ class Teaching:
             section.balance,
             [item.weight for item in self.recipe.teachers] if several else None,
             section.combine,
+            section.axis,
         )
 
     # -- the networks -----------------------------------------------------------------------------------------------

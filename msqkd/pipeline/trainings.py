@@ -71,7 +71,7 @@ def train(objects: Objects, role: str) -> dict[str, Any]:
         optimizer = _optimizer(objects, network, settings, network)
         step = TrainStep(WithLoss(network, training_loss(settings, graph, "train"), inputs), optimizer, **options)
     delay = min((g.delay for g in objects.plan.groups.values() if not g.fixed), default=None) if quantised else None
-    settled = max(objects.schedule.last_change(), *(step for step, _ in objects.plan.delays())) if quantised else 0
+    settled = max([objects.schedule.last_change(), *(step for step, _ in objects.plan.delays())]) if quantised else 0
     history = _fit(objects, role, title, network, step, settings, delay, train, settled)
     result: dict[str, Any] = {"history": history}
     if quantised:

@@ -245,12 +245,21 @@ def _relative_error(answers: np.ndarray, reference: np.ndarray) -> float:
 
 
 def divergence(answers: np.ndarray, reference: np.ndarray) -> float:
-    """Mean KL(softmax(reference) ‖ softmax(answers)) of logits (N, classes); the calibration loss, which needs no
-    labels."""
-    return float((np.exp(_log_softmax(reference)) * (_log_softmax(reference) - _log_softmax(answers))).sum(-1).mean())
+    """Mean KL(softmax(reference) ‖ softmax(answers)) of logits (N, classes), the calibration loss of classifiers.
+
+    A class whose logit is −inf in the reference adds nothing.
+
+    Raises:
+        ValueError: The outputs are not logits of shape (N, classes).
+    """
+    if reference.ndim != 2 or answers.shape != reference.shape:
+        raise ValueError(f"logits (N, classes) are needed, found {answers.shape} and {reference.shape}")
+    wanted, found = _log_softmax(reference), _log_softmax(answers)
+    possible = wanted > -np.inf
+    difference = np.where(possible, wanted, 0.0) - np.where(possible, found, 0.0)
+    return float((np.exp(wanted) * difference).sum(-1).mean())
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    flat = logits.reshape(len(logits), -1).astype(np.float64)
-    shifted = flat - flat.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import msqkd
+from msqkd.recipe.text import YamlSyntaxError, parse_yaml
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def list_builtin() -> list[BuiltinRecipe]:
 def _values(path: Path) -> dict[Any, Any]:
     """The mapping in a YAML file, empty for a file without one; loading the recipe says what is wrong with it."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        values = parse_yaml(path.read_text(encoding="utf-8")).value
+    except (OSError, ValueError, YamlSyntaxError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Optional
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from pydantic import (
     BeforeValidator,
     Field,
@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from msqkd.distill.schedule import default_temperature
+from msqkd.distill.shapes import BY_CHANNEL, OVER_CLASSES
 from msqkd.recipe.fields import (
     Fraction,
     Outputs,
@@ -29,7 +30,7 @@ from msqkd.recipe.problems import Problem, show
 
 
 def _switch(value: Any) -> Any:
-    """YAML 1.1 reads on and off as true and false."""
+    """Take true and false for on and off, as which YAML 1.1 reads them."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
@@ -47,6 +48,15 @@ class FeatureSection(Section):
     )
     weight: Positive = Field(default=1.0, description="What the loss is multiplied by.")
     of: Annotated[int, Ge(0)] = Field(default=0, description="Which of several teachers, counted from 0.")
+    axis: Optional[Annotated[int, Ge(1), Le(2)]] = Field(
+        default=None,
+        description="Axis of the channels in values of three dimensions: 1 for (N, C, L), 2 for tokens (N, T, C), as "
+        "which null takes them; loss mse and attention only.",
+    )
+
+    def _conflicts(self) -> Iterator[Problem]:
+        if self.axis is not None and self.loss not in BY_CHANNEL:
+            yield only_with("axis", self.axis, "loss", " or ".join(BY_CHANNEL))
 
     @model_validator(mode="before")
     @classmethod
@@ -77,6 +87,12 @@ class DistillationSection(Section):
         default=None, description="Smoothing; hard_loss label_smoothing only, 0.1 there."
     )
     soft_loss: Literal["kl", "mse", "cosine"] = Field(default="kl", description="Loss against the teacher's outputs.")
+    axis: Optional[int] = Field(
+        default=None,
+        description="Axis of the classes in the outputs, negative ones counted from the end, for soft_loss kl and "
+        "cosine and for hard_loss cross_entropy and label_smoothing. null: the last axis of (N, C) and of tokens "
+        "(N, T, C), and axis 1 of maps (N, C, H, W).",
+    )
     outputs: Outputs = Field(default=[0], description="The outputs, by their numbers, the soft loss is the mean over.")
     combine: Literal["weighted", "best"] = Field(
         default="weighted",
@@ -123,6 +139,11 @@ class DistillationSection(Section):
             yield only_with("label_smoothing", self.label_smoothing, "hard_loss", "label_smoothing")
         if self.temperature is not None and self.soft_loss != "kl":
             yield only_with("temperature", self.temperature, "soft_loss", "kl")
+        if self.axis is not None:
+            if self.soft_loss not in OVER_CLASSES and self.hard_loss not in ("cross_entropy", "label_smoothing"):
+                yield only_with("axis", self.axis, "soft_loss", " or ".join(OVER_CLASSES))
+            if self.axis == 0:
+                yield Problem(("axis",), "found 0, the batch, allowed: the axis of the classes")
         alone = self.hard_loss == "none" or self.alpha == 1
         if self.balance != "none" and alone and not self.features:
             yield Problem(("balance",), f"found '{self.balance}', not allowed where the soft loss is the only term")

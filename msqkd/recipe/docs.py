@@ -39,6 +39,10 @@ after the colon is refused.
 
 **File names.** A relative name is looked for in the working directory first, then in the recipe's folder.
 
+**Numbers and words.** A recipe is YAML 1.2: booleans are `true` and `false`, octal numbers begin with `0o`. What
+YAML 1.1 reads otherwise (`010`, `1:30`, `1_000`, `yes`, `on`) is a text. It is refused where a number, a boolean or a
+free value is expected; in `args`, put a text of that form in quotes.
+
 **What is refused.** Unknown keys, keys given twice, wrong types (a text for a number, `true` for 1), values out of
 range, YAML merge keys (`<<`), and every setting that could have no effect beside the others. All problems of a file
 are reported at once, each with its line:

@@ -20,7 +20,7 @@ from pydantic import (
 
 from msqkd.distill.schedule import SCHEDULES
 from msqkd.errors import did_you_mean
-from msqkd.recipe.problems import Allowed, Problem, listing, refuse, refuse_value, show
+from msqkd.recipe.problems import Allowed, Disputed, Problem, listing, refuse, refuse_value, show
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
@@ -35,7 +35,7 @@ def path_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-4`` (without a dot) as a text; everybody who writes it means the number."""
+    """Take ``1e-4`` in quotes, or from a program that reads YAML 1.1, for the number that is meant."""
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
@@ -52,6 +52,8 @@ def _json_problems(value: Any, path: tuple[Any, ...] = ()) -> Iterator[Problem]:
             yield from _json_problems(item, (*path, index))
     elif isinstance(value, float) and not math.isfinite(value):
         yield Problem(path, f"found {value}, allowed: a finite number")
+    elif isinstance(value, Disputed):
+        yield Problem(path, f"found {value}{value.hint}")
     elif value is not None and not isinstance(value, (str, bool, int, float)):
         yield Problem(path, f"found {show(value)}, allowed: a text, number, true, false, null, list or mapping")
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import ValidationError
 
 from msqkd.errors import RecipeError, near_misses
@@ -15,7 +14,7 @@ from msqkd.files import PathLike
 from msqkd.recipe.builtin import list_builtin
 from msqkd.recipe.problems import KeyPath, Problem, dotted, listing, problems_of, shortened, show
 from msqkd.recipe.schema import Recipe
-from msqkd.recipe.text import YamlSyntaxError, YamlText, parse_yaml
+from msqkd.recipe.text import YamlSyntaxError, YamlText, parse_yaml, write_yaml
 
 FACTORY_KEYS = (
     ("model", "target"), ("teacher", "target"), ("data", "target"), ("train", "loss"), ("pretrain", "loss"),
@@ -83,11 +82,7 @@ def make_recipe(
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, defaults included and unset keys left out; loading it gives an equal recipe."""
-    values = recipe.model_dump(exclude_none=True)
-    text = yaml.safe_dump(values, sort_keys=False, width=110, allow_unicode=True)
-    if set(text) & set("\x85\u2028\u2029"):  # line breaks that PyYAML writes as they are, but reads back as others
-        text = yaml.safe_dump(values, sort_keys=False, width=110)
-    return text
+    return write_yaml(recipe.model_dump(exclude_none=True), width=110)
 
 
 def _find(name: str) -> Path:

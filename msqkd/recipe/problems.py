@@ -18,6 +18,15 @@ ONE, SEVERAL = "<one>", "<several>"
 """The tags of a key that takes a section or a list of them; pydantic puts them into its paths."""
 
 
+class Disputed(str):
+    """A text written without quotes that YAML 1.1 reads as a number, a boolean or a date, and YAML 1.2 does not."""
+
+    @property
+    def hint(self) -> str:
+        """The end of a sentence that refuses it."""
+        return f"; versions 1.1 and 1.2 of YAML read {self} differently: write the value out, or a text in quotes"
+
+
 @dataclass(frozen=True)
 class Allowed:
     """Annotation metadata: the words for what a field accepts, where its type and range do not say it well."""
@@ -140,7 +149,7 @@ def _sentence(detail: ErrorDetails, path: KeyPath, model: type[BaseModel]) -> st
     guess = ""
     if kind == "literal_error" and isinstance(value, str):
         guess = did_you_mean(value, re.findall(r"'([^']*)'", expected))
-    return f"found {show(value)}, allowed: {expected}{guess}"
+    return f"found {show(value)}, allowed: {expected}{guess}{value.hint if isinstance(value, Disputed) else ''}"
 
 
 def _at(model: type[BaseModel], path: KeyPath) -> tuple[Any, list[Any]]:

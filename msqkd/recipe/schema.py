@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from msqkd.distill.schedule import default_alpha, default_temperature
+from msqkd.distill.shapes import LEAST_SAMPLES
 from msqkd.exporters import FORMATS
 from msqkd.quant.bounds import Bounds
 from msqkd.recipe.distillation import DistillationSection
@@ -53,6 +54,18 @@ COMPARISONS: tuple[Comparison, ...] = get_args(Comparison)
 """The trainings that can be reported beside the main one."""
 METRIC_DEVIATION = 0.01
 LOW_BITS, HIGH_TEMPERATURE = 4, 2.0
+
+
+LATER_KEYS = frozenset({"axis"})
+"""Keys of `distillation` that recipes of earlier versions do not have, and that are null by default."""
+
+
+def _without_later(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_later(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_later(item) for key, item in value.items() if item is not None or key not in LATER_KEYS}
 
 
 def _samples(value: Any) -> Any:
@@ -358,6 +371,13 @@ class Recipe(Section):
             if feature.of >= count:
                 text = f"found {feature.of}, allowed: 0 to {count - 1}, the numbers of the teachers"
                 yield Problem(("distillation", "features", index, "of"), text)
+            least = LEAST_SAMPLES.get(feature.loss, 1)
+            if self.train.batch_size < least:
+                text = (
+                    f"found '{feature.loss}', which compares the samples of a batch and needs at least {least}, but "
+                    f"train.batch_size is {self.train.batch_size}"
+                )
+                yield Problem(("distillation", "features", index, "loss"), text)
         if distillation.combine == "best":
             where = ("distillation", "combine")
             if count == 1:
@@ -436,8 +456,10 @@ class Recipe(Section):
     def sha(self) -> str:
         """SHA-256 (64 hex digits) of the settings as canonical JSON: sorted keys, no spaces, defaults included.
 
-        `result` is left out: it is written into the recipe after the run, and must not turn it into another recipe.
+        `result` is left out: it is written into the recipe after the run, and must not turn it into another recipe. So
+        are keys of `LATER_KEYS` that are null: a run of an earlier version stays a run of the same recipe.
         """
         settings = {key: value for key, value in self.to_dict().items() if key != "result"}
+        settings["distillation"] = _without_later(settings["distillation"])
         text = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode("ascii")).hexdigest()

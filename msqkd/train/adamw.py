@@ -35,10 +35,17 @@ class AdamW(nn.Adam):
         given = self.weight_decay if self.is_group else [self.weight_decay] * len(self.parameters)
         self.shares = tuple(float(share) for share in given)
         self.decayed = tuple(share > 0 for share in self.shares)
+        self.decays = any(self.decayed)
         self.exec_weight_decay = False  # the gradient is left alone
 
-    def construct(self, gradients):  # type: ignore[no-untyped-def]
-        """Update every parameter; the rate of a step is that `nn.Adam` reads for it."""
-        rate = self.get_lr()
-        self.hyper_map(F.partial(_decay, rate), self.shares, self._parameters, self.decayed)
-        return super().construct(gradients)
+    def _apply_adam(self, params, beta1_power, beta2_power, moment1, moment2, lr, gradients):  # type: ignore[no-untyped-def]
+        """Shrink the parameters that decay, then update all of them as `nn.Adam` does.
+
+        `nn.Adam` calls this with the rate it has read. Reading it a second time is not safe: the compiler may move that
+        beyond the count of the step, to the rate of the next one.
+        """
+        if self.decays and self.is_group_lr:
+            self.hyper_map(_decay, lr, self.shares, params, self.decayed)
+        elif self.decays:
+            self.hyper_map(F.partial(_decay, lr), self.shares, params, self.decayed)
+        return super()._apply_adam(params, beta1_power, beta2_power, moment1, moment2, lr, gradients)

@@ -106,6 +106,7 @@ def fit(training: Training, reporter: Reporter) -> History:
         held = load_newest(training.step, training.network, training.key, training.state_file, keep, reporter.warn)
         history = history if held is None else held
     history = share_state(training.step, training.network, history)
+    training.step.align_schedule()  # states of earlier versions were not counted on by skipped steps
     total = training.settings.epoch_size * per_epoch
     with (
         reporter.task(training.title, total, training.step.steps_done) as task,
@@ -255,8 +256,8 @@ class _Run:
         else:
             loss = float("nan")
             training.step.steps_done += 1
-        if np.isfinite(loss):
-            self._record(number, loss)
+            training.step.align_schedule()
+        self._record(number, loss)
         self.in_step = False
         if np.isfinite(loss):
             self.bad = 0
@@ -270,15 +271,20 @@ class _Run:
             raise TrainingError(
                 f"{training.title}: the loss is {loss} at step {number} after {self.bad} skipped steps in a row; "
                 f"it first arises in {place}; "
-                "lower train.lr, set train.clip_grad, or look at the data of these steps"
+                f"lower train.lr, {'' if training.settings.clip_grad else 'set train.clip_grad, '}"
+                "or look at the data of these steps"
             )
         return loss
 
     def _record(self, number: int, loss: float) -> None:
+        """Note the loss of a step, and the mean of the finite ones where a line of the log is due."""
         pending = self.history.pending
-        pending.append(loss)
+        if np.isfinite(loss):
+            pending.append(loss)
+            if self.history.first_loss is None and not self.history.loss:
+                self.history.first_loss = loss
         interval = self.training.settings.log_interval
-        if (number + 1) % interval == 0 or number + 1 == len(self.rates):
+        if pending and ((number + 1) % interval == 0 or number + 1 == len(self.rates)):
             self.history.loss.append((number + 1, float(np.mean(pending))))
             self.history.learning_rate.append((number + 1, float(self.rates[number])))
             pending.clear()

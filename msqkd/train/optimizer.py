@@ -80,9 +80,9 @@ def make_optimizer(network: nn.Cell, settings: TrainSettings, steps_per_epoch: i
     rates = learning_rates(settings, steps_per_epoch)
     parameters = _groups(network, settings)
     decay = settings.weight_decay
-    if settings.opt == "momentum":
-        return nn.Momentum(parameters, rates, settings.momentum, decay, use_nesterov=settings.use_nesterov)
-    if settings.opt == "sgd":
+    if settings.opt == "momentum" and not settings.use_nesterov:
+        return nn.Momentum(parameters, rates, settings.momentum, decay)
+    if settings.opt in ("momentum", "sgd"):  # on a CPU nn.Momentum computes without Nesterov's form; nn.SGD has it
         return nn.SGD(parameters, rates, settings.momentum, weight_decay=decay, nesterov=settings.use_nesterov)
     if settings.opt == "adamw":
         return AdamW(parameters, rates, decay)

@@ -43,6 +43,7 @@ class History:
     step_seconds: float = 0.0  # of steps, with the wait for their data
     data_seconds: float = 0.0  # of that wait alone
     start_of_activation_quantisation: Optional[int] = None
+    first_loss: Optional[float] = None  # of the first step whose loss was finite
     best_epoch: Optional[int] = None  # the one whose weights the training ends with, where it is not just the last
     pending: list[float] = field(default_factory=list)  # losses since the last entry of `loss`
 

@@ -14,6 +14,7 @@ from msqkd.errors import TrainingError
 from msqkd.graph.ir import Graph
 from msqkd.quant.qat import advance, forget_compilations
 from msqkd.train.decay import check_step_sizes
+from msqkd.train.ema import AveragingOptimizer
 from msqkd.train.statistics import SharedStatistics
 
 _gathered = ops.MultitypeFuncGraph("gathered_gradient")
@@ -55,8 +56,9 @@ class TrainStep(nn.TrainOneStepCell):
     """`nn.TrainOneStepCell` whose network returns the loss, for networks that may hold quantised cells.
 
     Each call is one step: quantisers begin to quantise when their delay is over (the step is compiled anew then), and
-    a step whose loss or gradient is NaN or infinite changes no weight and returns NaN. In GRAPH_MODE without data
-    sinking. Where `Model.train` runs another step cell, `msqkd.train.callbacks.ActQuantDelay` begins the quantisation.
+    a step whose loss or gradient is NaN or infinite changes no weight and returns NaN. The optimiser counts such a step
+    too, so that the learning rate of every step is that of the schedule. In GRAPH_MODE without data sinking. Where
+    `Model.train` runs another step cell, `msqkd.train.callbacks.ActQuantDelay` begins the quantisation.
 
     Args:
         network: computes the loss.
@@ -103,6 +105,10 @@ class TrainStep(nn.TrainOneStepCell):
         self.dynamic, self.window = loss_scale.dynamic, loss_scale.window
         if self.scales:
             self.loss_scale = _state("loss_scale", loss_scale.value)
+        counting = optimizer.optimizer if isinstance(optimizer, AveragingOptimizer) else optimizer
+        self.counts = hasattr(counting, "global_step")
+        if self.counts:
+            self.scheduled_step = counting.global_step
         if loss_scale.dynamic:
             self.steps_of_scale, self.overflows = _counter("steps_of_scale"), _counter("overflows")
 
@@ -130,6 +136,11 @@ class TrainStep(nn.TrainOneStepCell):
         for start in range(0, size * self.parts, size):
             loss = super().__call__(*(item[start : start + size] for item in inputs))
         return loss
+
+    def align_schedule(self) -> None:
+        """Give the next step the learning rate of its number, `steps_done`."""
+        if self.counts:  # `set_data` does not reach a counter that a compiled step has written before
+            ops.assign(self.scheduled_step, ms.Tensor(np.full(self.scheduled_step.shape, self.steps_done, np.int32)))
 
     def quantized_part(self) -> nn.Cell:
         """The cell whose quantisers follow the steps."""
@@ -184,6 +195,8 @@ class TrainStep(nn.TrainOneStepCell):
 
     def _skipped(self, loss):  # type: ignore[no-untyped-def]
         """NaN, unless a smaller scale may help: then it is an overflow, which is counted by itself."""
+        if self.counts:
+            loss = ops.depend(loss, ops.assign_add(self.scheduled_step, ops.ones_like(self.scheduled_step)))
         if self.dynamic:
             overflow = self.loss_scale > 1.0
             counted = ops.assign_add(self.overflows, ops.cast(overflow, ms.int32))

@@ -201,7 +201,7 @@ def test_a_network_that_cannot_be_a_ms_file_is_refused_before_the_training(tiny:
     code, _, err = msqkd("run", recipe, "-o", "out")
     assert code == 2
     assert "export.formats: no .ms file is possible: layer 'sin'" in err
-    assert "--set export.formats=[lite_mindir, portable_mindir]" in err
+    assert "--set 'export.formats=[lite_mindir, portable_mindir]'" in err
     code, _, err = msqkd("calibrate", recipe, "-o", "out", "--set", "export.formats=[lite_mindir, portable_mindir]")
     assert code == 0, err
     values = {value["layer"]: value for value in read(Path("out", "report.json"))["parity"]["values"]}
@@ -227,5 +227,5 @@ def test_every_format_says_before_the_training_what_it_cannot_hold(
     code, _, err = msqkd("run", recipe, "-o", "out")
     assert code == 2
     assert f"export.formats: {reason}" in err
-    assert f"leave {form} out with --set export.formats=[portable_mindir]" in err
+    assert f"leave {form} out with --set 'export.formats=[portable_mindir]'" in err
     assert {child.name for child in Path("out").iterdir()} <= {"state.json", "recipe.yaml"}

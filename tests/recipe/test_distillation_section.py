@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,48 @@ def test_the_best_teacher_needs_labels_that_are_classes(minimal: dict[str, Any])
 def test_teachers_without_distillation_are_refused(minimal: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="teacher: not used without distillation"):
         make_recipe({**minimal, "teacher": [BIG, BIG]})
+
+
+@pytest.mark.parametrize(("loss", "least"), [("similarity", 2), ("relational", 3)])
+def test_losses_between_samples_need_several_in_a_batch(minimal: dict[str, Any], loss: str, least: int) -> None:
+    values = {**minimal, "distillation": {"features": [{"student": "conv1", "loss": loss}]}}
+    too_few = f"train: {{batch_size: {least - 1}, accumulate: 8}}".replace("train: ", "train=")
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(values, [too_few])
+    assert f"distillation.features[0].loss: found '{loss}'" in str(caught.value)
+    assert f"at least {least}, but train.batch_size is {least - 1}" in str(caught.value)
+    assert make_recipe(values, [f"train.batch_size={least}"]).train.batch_size == least
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("{axis: 0}", "distillation.axis: found 0, the batch"),
+        ("{axis: 1, soft_loss: mse, hard_loss: none}", "found 1, allowed only with soft_loss: kl or cosine"),
+        ("{axis: 1.5}", "distillation.axis: found 1.5, allowed: an integer"),
+        ("{features: [{student: conv1, loss: similarity, axis: 1}]}", "allowed only with loss: mse or attention"),
+        ("{features: [{student: conv1, axis: 3}]}", "found 3, allowed: an integer from 1 to 2"),
+    ],
+)  # fmt: skip
+def test_an_axis_without_a_meaning_is_refused(minimal: dict[str, Any], settings: str, words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(minimal, [f"distillation={settings}"])
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", ["{axis: -1}", "{axis: 2, soft_loss: cosine}", "{axis: 1, soft_loss: mse}"])
+def test_an_axis_of_the_classes(minimal: dict[str, Any], settings: str) -> None:
+    assert make_recipe(minimal, [f"distillation={settings}"]).distillation.axis is not None  # type: ignore[union-attr]
+
+
+def test_an_axis_that_is_not_given_leaves_the_identity_of_a_recipe_as_it_was(minimal: dict[str, Any]) -> None:
+    recipe = make_recipe({**minimal, "distillation": {"features": [{"student": "conv1"}]}})
+    settings = {key: value for key, value in recipe.to_dict().items() if key != "result"}
+    assert settings["distillation"].pop("axis") is None
+    assert settings["distillation"]["features"][0].pop("axis") is None
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    assert recipe.sha() == hashlib.sha256(text.encode()).hexdigest()
+    assert (
+        make_recipe({**minimal, "distillation": {"axis": 1}}).sha()
+        != make_recipe({**minimal, "distillation": {}}).sha()
+    )

@@ -141,12 +141,13 @@ def test_what_a_quantiser_trains_is_not_decayed() -> None:
     assert others == pytest.approx([0.01] * 5)
 
 
-def test_adamw_is_that_of_its_paper(graph_mode: None) -> None:
-    """Loshchilov & Hutter, algorithm 2, in float64."""
+@pytest.mark.parametrize("of_group", [False, True])
+def test_adamw_is_that_of_its_paper(graph_mode: None, of_group: bool) -> None:
+    """Loshchilov & Hutter, algorithm 2, in float64; also with a rate that a group of parameters names itself."""
     net, rates, share = nn.Dense(3, 2), [0.1, 0.05, 0.2], 0.1
     weight, bias = net.trainable_params()
     groups = [
-        {"params": [weight], "weight_decay": share},
+        {"params": [weight], "weight_decay": share, **({"lr": rates} if of_group else {})},
         {"params": [bias], "weight_decay": 0.0},
         {"order_params": [weight, bias]},
     ]

@@ -24,8 +24,8 @@ from msqkd.train import loop
 from msqkd.train.ema import AveragingOptimizer
 from msqkd.train.loop import Training, fit, non_finite_place, steps_per_epoch
 from msqkd.train.metric import Metric
-from msqkd.train.optimizer import make_optimizer
-from msqkd.train.state import History
+from msqkd.train.optimizer import learning_rates, make_optimizer
+from msqkd.train.state import History, save_state
 from msqkd.train.step import LossScale, TrainStep, WithLoss
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -116,7 +116,7 @@ def test_history_of_a_training(whole: tuple[dict[str, np.ndarray], dict[str, Any
     assert history["skipped_steps"] == 0
     assert set(history) == {
         "loss", "learning_rate", "accuracy", "skipped_steps", "overflow_steps", "start_of_activation_quantisation",
-        "best_epoch",
+        "first_loss", "best_epoch",
     }  # fmt: skip
     assert history["loss"][-1][1] < history["loss"][0][1]
 
@@ -292,6 +292,29 @@ def test_a_batch_with_nan_is_skipped(tmp_path: Path) -> None:
     assert made.step.steps_done == 3 * PER_EPOCH
     assert all(np.isfinite(value).all() for value in everything(made).values())
     assert np.isfinite(history.loss).all()
+    assert int(made.step.optimizer.global_step.asnumpy()[0]) == 3 * PER_EPOCH, (
+        "a skipped step has its learning rate too"
+    )
+
+
+def test_a_line_of_the_log_that_falls_on_a_skipped_step_is_written(tmp_path: Path) -> None:
+    data = split()
+    data.change = lambda number, images: images * (np.nan if number in (4, 11) else 1)  # type: ignore[method-assign]
+    history = run(training(tmp_path, data, delay=None))
+    assert [step for step, _ in history.loss] == [5, 10, 12]
+    rates = learning_rates(SETTINGS, PER_EPOCH)
+    assert history.learning_rate == [(step, rates[step - 1]) for step in (5, 10, 12)]
+
+
+def test_a_state_whose_optimizer_fell_behind_goes_on_at_the_rate_of_its_step(tmp_path: Path) -> None:
+    held = training(tmp_path, split(), delay=None)
+    held.step.steps_done = 6
+    held.step.optimizer.global_step.set_data(ms.Tensor(np.array([2], np.int32)))
+    save_state(held.step, held.network, History(accuracy=[(0, 50.0), (1, 50.0)]), "key", held.state_file)
+    made = training(tmp_path, split(), delay=None)
+    run(made)
+    assert made.step.steps_done == 3 * PER_EPOCH
+    assert int(made.step.optimizer.global_step.asnumpy()[0]) == 3 * PER_EPOCH
 
 
 def test_nan_batches_in_a_row_are_an_error_that_names_the_input(tmp_path: Path) -> None:
