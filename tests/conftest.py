@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from msqkd.analysis import plots
 from msqkd.platform import leave_quietly
 
 
@@ -19,10 +20,25 @@ def _same_mode_afterwards() -> Iterator[None]:
         ms.set_context(mode=mode)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _old_objects_are_not_looked_at_again() -> Iterator[None]:
-    """MindSpore keeps every compiled graph: a worker would search more of them at each collection."""
-    yield
+@pytest.fixture(autouse=True)
+def _figures_are_not_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a small run's time is matplotlib's; tests that look at the figures are marked `figures`."""
+    if not request.node.get_closest_marker("figures"):
+        monkeypatch.setattr(plots, "_svg", lambda figure, name: f'<svg class="{name}"></svg>')
+
+
+def pytest_collection_finish() -> None:
+    _forget_to_look_at_old_objects()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    _forget_to_look_at_old_objects()
+
+
+def _forget_to_look_at_old_objects() -> None:
+    """MindSpore collects garbage in every compilation and keeps every compiled graph: without this, each compilation
+    would search the objects of all tests before."""
     gc.collect()
     gc.freeze()
 
