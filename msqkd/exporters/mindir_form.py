@@ -49,7 +49,7 @@ def settings_of(op: str) -> tuple[int, tuple[str, ...]]:
     """Return the number of inputs that MindSpore 2.0 has for a functional primitive, and the names of its settings.
 
     Derived from the operator definitions of the installed MindSpore: a class is called with the inputs and constructed
-    with the settings.
+    with the settings. (0, ()) stands for a primitive that is not generated from a definition.
     """
     from mindspore.ops.auto_generate import gen_ops_prim
 
@@ -179,6 +179,8 @@ class _Rewriter:
     def _move_settings(self, node: Any, own: Any) -> None:
         op, older = own.op_type, _OLDER.get(own.op_type)
         called, names = (1, older.settings) if older is not None else settings_of(op)
+        if not called:
+            return  # 2.0 has the same inputs, as Cast its data type
         if op in DIRECT:
             called = len(node.input) - len(names)
         values = {name: self._literal(node, op, name, value) for name, value in zip(names, node.input[called:])}

@@ -144,13 +144,15 @@ class Simulator:
     def _island(self, step: Step, arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         """What MindSpore computes; sample by sample where the batch of 1 is one of the numbers inside."""
         assert self.run_island is not None
-        graph, batch = step.attrs["graph"], max(len(array) for array in arrays) if arrays else 1
+        graph, tensors = step.attrs["graph"], self.program.tensors
+        led = [tensors[name].shape[:1] == (1,) for name in step.inputs]
+        batch = max((len(array) for array, leads in zip(arrays, led) if leads), default=1)
         found = self.run_island(graph, arrays)
-        single = [self.program.tensors[name].shape[:1] == (1,) for name in step.outputs]
+        single = [tensors[name].shape[:1] == (1,) for name in step.outputs]
         if batch == 1 or not any(lone and len(array) != batch for lone, array in zip(single, found)):
             return found
         runs = [
-            self.run_island(graph, [array[i : i + 1] if len(array) == batch else array for array in arrays])
+            self.run_island(graph, [array[i : i + 1] if leads else array for array, leads in zip(arrays, led)])
             for i in range(batch)
         ]
         return [np.concatenate(parts) for parts in zip(*runs)]

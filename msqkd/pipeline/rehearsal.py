@@ -122,7 +122,7 @@ def _report(network: Exported, objects: Objects, exported: dict[str, Any], scrat
     values = _one_of_each(parity["values"], lambda value: value["scale"] is None)
     exported = {**exported, "parity": {**parity, "values": values}}
     stage = {"accuracy": 0.0, "history": None, "samples": _SAMPLES, "observer": "guessed", "seconds": 0.0}
-    stages = {"float": stage, "ptq": stage, "export": exported}
+    stages = {"plan": {"seconds": 0.0}, "float": stage, "ptq": stage, "export": exported}
     rows = training_only_rows(network.captured)
     data = {"name": objects.bundle.name, "train": 0, "test": _SAMPLES, "calibration": _SAMPLES}
     started = datetime.now(timezone.utc)

@@ -56,18 +56,6 @@ METRIC_DEVIATION = 0.01
 LOW_BITS, HIGH_TEMPERATURE = 4, 2.0
 
 
-LATER_KEYS = frozenset({"axis"})
-"""Keys of `distillation` that recipes of earlier versions do not have, and that are null by default."""
-
-
-def _without_later(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_later(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_later(item) for key, item in value.items() if item is not None or key not in LATER_KEYS}
-
-
 def _samples(value: Any) -> Any:
     if value == 0 and not isinstance(value, bool):
         refuse_value("found 0, but calibration needs at least 1 sample to see a range of values")
@@ -456,10 +444,8 @@ class Recipe(Section):
     def sha(self) -> str:
         """SHA-256 (64 hex digits) of the settings as canonical JSON: sorted keys, no spaces, defaults included.
 
-        `result` is left out: it is written into the recipe after the run, and must not turn it into another recipe. So
-        are keys of `LATER_KEYS` that are null: a run of an earlier version stays a run of the same recipe.
+        `result` is left out: it is written into the recipe after the run, and must not turn it into another recipe.
         """
         settings = {key: value for key, value in self.to_dict().items() if key != "result"}
-        settings["distillation"] = _without_later(settings["distillation"])
         text = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -7,6 +7,8 @@ import pytest
 
 from msqkd.analysis import plots
 
+pytestmark = pytest.mark.figures
+
 STEPS = [plots.Step("float", 98.52, "float"), plots.Step("PTQ", 97.0, "int8"), plots.Step("out", 98.33, "exported")]
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from msqkd.analysis.report import API_VERSION, render_html, write_report
 
+pytestmark = pytest.mark.figures
+
 HOSTILE = '<script>alert("1")</script>'
 GAPS = re.compile(r"\b(None|nan|Undefined)\b")
 VOID = {"meta", "link", "br", "img", "input", "hr"}

@@ -69,7 +69,7 @@ def test_a_format_that_cannot_be_written_is_refused_before_the_training(
     words = " ".join(err.split())
     assert "export.formats: no " in words
     assert "KeyError: 'conv1' (at test_rehearsal.py:" in words
-    assert f"leave {form} out with --set export.formats=[" in words
+    assert f"leave {form} out with --set 'export.formats=[" in words
     assert {child.name for child in Path("out").iterdir()} <= {"state.json", "recipe.yaml"}
 
 
