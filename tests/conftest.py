@@ -3,11 +3,22 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from msqkd.analysis import plots
 from msqkd.platform import leave_quietly
+
+QUICK = ("analysis", "data", "integer", "models", "recipe")
+"""The folders of `pytest -m quick`: hardly anything in them compiles a network."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).parts[0] in QUICK:
+            item.add_marker("quick")
 
 
 @pytest.fixture(autouse=True)
