@@ -30,7 +30,7 @@ KNOWN = frozenset({
     "Split", "Sqrt", "Square", "Squeeze", "Stack", "StridedSlice", "Sub", "SubExt", "Subs", "Tanh", "Tile",
     "TrainingDropout", "Transpose", "Unstack",
 })  # fmt: skip
-"""Operations whose gradient was computed on CPU, in every form that a network can have."""
+"""Operations that are known to have a gradient on CPU; any other one is tried before a training."""
 
 _BATCH = 2
 _INSTEAD = {
