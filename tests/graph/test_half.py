@@ -50,6 +50,7 @@ class Noted(nn.Cell):
 @pytest.fixture(scope="module")
 def graph() -> Any:
     ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_seed(0)  # with some weights a sum so near zero that float16 rounds it across changes a gradient
     return capture(Net(), (2, 6, 6))
 
 
