@@ -18,7 +18,7 @@ from msqkd.analysis.fragments import as_yaml, rule_of
 from msqkd.errors import PlanError
 from msqkd.exporters import ASCEND, LITE, MS, MS_WEIGHT, ONNX, PORTABLE
 from msqkd.quant.config import INT8, NONE
-from msqkd.quant.plan import FLOAT_INPUT, NO_NEIGHBOUR
+from msqkd.quant.plan import BY_NEIGHBOURS
 from msqkd.targets import get_target
 from msqkd.train.metric import Scale
 
@@ -313,7 +313,7 @@ class _Run:
         if not left:
             return None
         kinds = Counter((str(node.get("op")), str(node.get("reason"))) for node in left)
-        causes = [kind for kind in kinds if kind[1] not in (NO_NEIGHBOUR, FLOAT_INPUT)] or list(kinds)
+        causes = [kind for kind in kinds if kind[1] not in BY_NEIGHBOURS] or list(kinds)
         causes.sort(key=lambda kind: -kinds[kind])
         words = "; ".join(f"{kinds[op, reason]} {op}, {reason}" for op, reason in causes[:3])
         text = (

@@ -51,8 +51,8 @@ def converter_plan(graph: Graph, plan: QuantPlan) -> QuantPlan:
     """Return the plan of the file for MindSpore Lite's converter.
 
     Some operations are int8 only in files written without the converter: it would write them in a form that the runtime
-    refuses. In its file they are float. Their results keep their parameters, so that int8 readers stay int8; float
-    readers get the float value.
+    refuses. In its file they are float, with their weights rounded as everywhere. Their results keep their parameters,
+    so that int8 readers stay int8; float readers get the float value.
     """
     written = {node.name for node in plan.nodes if _is_written_directly(graph, node, plan.target)}
     if not written:
@@ -71,8 +71,7 @@ def converter_plan(graph: Graph, plan: QuantPlan) -> QuantPlan:
             continue
         mixed = in_float and (name in graph.outputs or any(reader.name not in int8 for reader in readers))
         activations[name] = replace(quant, edges=edges if mixed else quant.edges)
-    weights = {name: quant for name, quant in plan.weights.items() if name not in written}
-    return replace(plan, nodes=nodes, weights=weights, activations=activations)
+    return replace(plan, nodes=nodes, activations=activations)
 
 
 def _is_written_directly(graph: Graph, node: NodePlan, target: str) -> bool:

@@ -14,7 +14,7 @@ from mindspore import nn
 
 from msqkd.data import Arrays, as_tuple
 from msqkd.errors import ExportError
-from msqkd.exporters.lite import read_marked
+from msqkd.exporters.lite import read_markers
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.graph.passes.free_batch import free_batch
@@ -45,7 +45,7 @@ def load_lite(file: Path) -> Callable[..., Any]:
     Raises:
         ExportError: a weight in the file is not on its grid.
     """
-    graph, values, weights, floats = read_marked(file)
+    graph, values, weights, floats = read_markers(file)
     batch = graph.shape(graph.inputs[0])[0]
     for (node, index), qparams in weights.items():
         name = graph.node(node).inputs[index]

@@ -173,7 +173,7 @@ class Plain(nn.Cell):
 
 def test_mindspore_loads_the_older_form(tmp_path: Path) -> None:
     file, _, x = marked(Plain, (3, 10, 10), tmp_path)
-    graph, _, _, _ = read_marked(file)
+    graph, _, _ = read_marked(file)
     from msqkd.graph.cell import to_cell
 
     bare = tmp_path / "bare.mindir"
@@ -192,7 +192,7 @@ def test_settings_come_from_the_definitions() -> None:
 # -- what the converter and the runtime would change -------------------------------------------------------------------
 def test_pointwise_convolutions_in_a_row_have_different_padding_modes(tmp_path: Path) -> None:
     file, _, _ = marked(Maps, (3, 12, 12), tmp_path)
-    graph, _, _, _ = read_marked(file)
+    graph, _, _ = read_marked(file)
     rows = [node for node in graph.nodes if node.op == "Conv2D" and node.attrs["kernel_size"] == (1, 1)]
     assert len(rows) >= 2
     assert rows[0].attrs["pad_mode"] != rows[1].attrs["pad_mode"]
@@ -230,7 +230,7 @@ class Square(nn.Cell):
 @pytest.mark.parametrize(("make", "shape"), [(Cube, (3, 6, 6)), (Square, (7, 7))])
 def test_no_reshape_reads_a_transposition_of_its_own_shape(make: type, shape: tuple[int, ...], tmp_path: Path) -> None:
     file, cell, x = marked(make, shape, tmp_path)
-    graph, _, _, _ = read_marked(file)
+    graph, _, _ = read_marked(file)
     for node in graph.nodes:
         if node.op == "Reshape":
             read, source = graph.shape(node.inputs[0]), graph.producer(node.inputs[0])

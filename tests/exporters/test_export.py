@@ -180,7 +180,7 @@ def test_lite_file_read_back_answers_as_the_quantised_cell(marked: Path, residua
     _, plan = residual.sync()
     assert found["max_abs_diff"] <= float(plan.group_of(list(plan.activations)[-1]).qparams().scale) * 1.001
     assert found["agreement"] >= 95
-    graph, values, weights, _ = read_marked(marked)
+    graph, values, weights = read_marked(marked)
     assert len(weights) == 6
     assert all(q.qmin == -128 for q in values.values())
     assert {node.op for node in graph.nodes} >= {"Conv2D", "MaxPool", "Reshape"}

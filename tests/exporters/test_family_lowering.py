@@ -307,7 +307,7 @@ def test_the_marked_file_of_a_gated_network_answers_as_promised(tmp_path: Path) 
 def test_the_marked_file_leaves_to_float_what_the_converter_cannot_write(tmp_path: Path) -> None:
     graph, plan, _ = planned("Vision")
     file = export_lite(graph, plan, tmp_path / "marked.mindir")
-    marked, values, weights, _ = read_marked(file)
+    marked, values, weights = read_marked(file)
     norms = [node for node in marked.nodes if node.op == "LayerNorm"]
     assert norms
     assert not any((node.name, 1) in weights for node in norms)
@@ -353,7 +353,7 @@ def test_what_reads_a_float_value_in_the_marked_file_stays_int8_in_its_plan() ->
 def test_a_product_with_a_number_is_int8_in_the_marked_file(tmp_path: Path) -> None:
     graph, plan, _ = planned("Vision")
     file = export_lite(graph, plan, tmp_path / "marked.mindir")
-    marked, values, weights, _ = read_marked(file)
+    marked, values, weights = read_marked(file)
     scaled = [node for node in marked.nodes if node.op == "Mul" and (node.name, 1) in weights]
     assert scaled
     for node in scaled:

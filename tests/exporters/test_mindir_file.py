@@ -107,7 +107,7 @@ def test_a_weight_with_several_readers(make: Callable[[], nn.Cell], weights: int
     net = make()
     cell = quantize(create_ptq_network(net, QuantConfig(act_observer="minmax"), [data], example_input=ms.Tensor(data)))
     graph, plan = cell.sync()
-    read, _, marked, _ = read_marked(export_lite(graph, plan, tmp_path / "net.mindir"))
+    read, _, marked = read_marked(export_lite(graph, plan, tmp_path / "net.mindir"))
     matrices = {name: held.data for name, held in read.params.items() if held.data.ndim > 1}
     assert len(matrices) == weights
     assert all(qparams.fake_quantize(d).shape == d.shape for d, qparams in zip(matrices.values(), marked.values()))

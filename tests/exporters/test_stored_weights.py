@@ -297,7 +297,7 @@ def test_the_file_for_the_converter_has_no_marker_on_stored_weights(tmp_path: Pa
     cell = calibrated(Images(), IMAGES, None, rule("path", "first", "weight-only"))
     graph, plan = cell.sync()
     file = export_lite(graph, plan, tmp_path / "net.mindir")
-    written, _, markers, _ = read_marked(file)
+    written, _, markers = read_marked(file)
     assert len(markers) == 3, "the second convolution, the mean as one, and the dense layer"
     quant = plan.weights["first"]
     rounded = quant.qparams(graph.params["first.weight"].data).fake_quantize(graph.params["first.weight"].data)
