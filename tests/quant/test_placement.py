@@ -13,7 +13,7 @@ from msqkd.graph.capture import capture
 from msqkd.graph.ir import Graph
 from msqkd.quant.config import FLOAT, QuantConfig, Rule
 from msqkd.quant.placement import make_plan
-from msqkd.quant.plan import QuantPlan
+from msqkd.quant.plan import FLOAT_READER, QuantPlan
 from msqkd.quant.qat import deployment_graph
 
 
@@ -456,6 +456,35 @@ def test_attention_is_int8_with_a_softmax_of_fixed_range() -> None:
     norm = plan.weights[_node_of(plan, "LayerNorm")]
     assert (norm.bits, norm.axis) == (8, None)
     assert any("LayerNorm (1 of them" in text and ".ms files only" in text for text in plan.warnings)
+
+
+class NormRead(nn.Cell):
+    """A normalisation between two dense layers, whose values go to `how` as well."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.norm, self.last = how, nn.Dense(6, 6), nn.LayerNorm((6,)), nn.Dense(6, 6)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        y = self.norm(self.first(x))
+        if self.how == "mean":
+            return self.last(y) + y.mean(1, keep_dims=True)
+        if self.how == "output":
+            return self.last(y), y
+        return self.last(y)
+
+
+@pytest.mark.parametrize(("how", "precision"), [("dense", "int8"), ("mean", "float"), ("output", "float")])
+def test_a_normalisation_with_a_float_reader_is_float_as_in_the_file_for_the_converter(
+    how: str, precision: str
+) -> None:
+    graph, plan = planned(NormRead(how), (5, 6))
+    norm = plan.node(_node_of(plan, "LayerNorm"))
+    assert norm.precision == precision
+    assert (norm.reason == FLOAT_READER) == (precision == "float")
+    assert (norm.name in plan.weights) == (precision == "int8")
+    assert plan.node("last").precision == "int8"
+    assert bool(plan.activations[graph.node("norm").output].edges) == (precision == "float")
 
 
 def test_a_product_with_a_number_changes_the_scale_alone() -> None:
