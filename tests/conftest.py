@@ -42,14 +42,15 @@ def pytest_collection_finish() -> None:
     _forget_to_look_at_old_objects()
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown() -> None:
-    _forget_to_look_at_old_objects()
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    yield
+    _forget_to_look_at_old_objects()  # the values of the test's fixtures are gone by now
 
 
 def _forget_to_look_at_old_objects() -> None:
     """MindSpore collects garbage in every compilation and keeps every compiled graph: without this, each compilation
-    would search the objects of all tests before."""
+    would search the objects of all tests before. Objects in cycles that die after they were frozen are never freed."""
     gc.collect()
     gc.freeze()
 
