@@ -184,17 +184,25 @@ class RunDirectory:
             raise RecipeError(f"{file} is damaged ({error}); start over with --fresh") from error
 
     def _check(self, held: dict[str, Any], recipe: Recipe) -> bool:
-        """Whether the run held is this recipe's; where nothing was done yet the folder is free for another."""
+        """Return whether the run held is this recipe's; where nothing was done yet the folder is free for another.
+
+        A recipe with another `verify` section goes on with the run: it exports again and is held to the new bounds.
+        """
         same_verb = held["verb"] == self.state["verb"]
         if same_verb and held["recipe_sha256"] == recipe.sha():
             return True
         if same_verb and _with_defaults_of_now(held["recipe"]) == recipe.sha():
             held.update({key: self.state[key] for key in ("recipe_sha256", "recipe")})
             return True
+        differing = _differences(held["recipe"], recipe.to_dict())
+        if same_verb and differing and all(line.startswith("verify.") for line in differing):
+            held.update({key: self.state[key] for key in ("recipe_sha256", "recipe")})
+            held["stages"].pop("export", None)
+            return True
         if not held["stages"] and {child.name for child in self.path.iterdir()} <= _BEGUN:
             return False
-        differing = [] if same_verb else [f"command: {held['verb']!r} → {self.state['verb']!r}"]
-        differing += _differences(held["recipe"], recipe.to_dict())
+        if not same_verb:
+            differing.insert(0, f"command: {held['verb']!r} → {self.state['verb']!r}")
         shown = ", ".join(differing[:5]) + (" …" if len(differing) > 5 else "")
         raise RecipeError(
             f"{self.path} holds a run of another recipe (differs in {shown}); "

@@ -236,8 +236,23 @@ def test_a_run_of_an_earlier_version_goes_on_with_new_settings_at_their_defaults
         assert folder.done("float")
         assert folder.state["recipe_sha256"] == recipe().sha()
     (tmp_path / "state.json").write_text(json.dumps(state))
-    with pytest.raises(RecipeError, match=r"differs in verify.max_changed: None → 3.0"):
-        RunDirectory(tmp_path, recipe("verify.max_changed=3"))
+    with pytest.raises(RecipeError, match=r"differs in .*verify.max_changed: None → 3.0"):
+        RunDirectory(tmp_path, recipe("verify.max_changed=3", "seed=7"))
+
+
+def test_other_bounds_export_again_and_nothing_else(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, recipe()) as folder:
+        folder.finish("float", {"accuracy": 1.0})
+        folder.finish("export", {"accuracy": 1.0})
+    relaxed = recipe("verify.max_changed=3")
+    with RunDirectory(tmp_path, relaxed) as folder:
+        assert folder.done("float")
+        assert not folder.done("export")
+        assert folder.state["recipe"] == relaxed.to_dict()
+    with RunDirectory(tmp_path, relaxed) as folder:
+        assert folder.state["recipe_sha256"] == relaxed.sha()
+    with pytest.raises(RecipeError, match=r"differs in seed"):
+        RunDirectory(tmp_path, recipe("verify.max_changed=3", "seed=7"))
 
 
 def can_be_locked(folder: Path) -> bool:
