@@ -355,7 +355,8 @@ def _decode(raw: bytes, dtype: str, shape: Optional[tuple[int, ...]] = None) -> 
         # The upper half of a float32.
         array = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     else:
-        array = np.frombuffer(raw, np.dtype(name).newbyteorder("<"))
+        # Through its text the dtype is the native one where the bytes are in its order: MindSpore 2.7 takes no other.
+        array = np.frombuffer(raw, np.dtype(np.dtype(name).newbyteorder("<").str))
     return Stored(array if shape is None else array.reshape(shape), name)
 
 
