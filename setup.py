@@ -16,10 +16,8 @@ TEST = [
     "pytest>=8",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
-    "ruff==0.17.5",
-    "mypy==2.4.1",
-    "types-PyYAML",
 ]
+LINT = ["ruff==0.17.5", "mypy==2.4.1", "types-PyYAML"]  # mypy needs Python 3.10 or newer
 RECIPES = sorted(str(file.relative_to(HERE)) for file in (HERE / "recipes").glob("*.yaml"))
 
 setup(
@@ -47,7 +45,7 @@ setup(
         "scikit-learn>=1.3",
         "typer>=0.12",
     ],
-    extras_require={"mindcv": MINDCV, "onnx": ONNX, "test": TEST},
+    extras_require={"mindcv": MINDCV, "onnx": ONNX, "test": TEST, "lint": LINT},
     data_files=[("share/msqkd/recipes", RECIPES)],
     entry_points={"console_scripts": ["msqkd=msqkd.cli:main"]},
     classifiers=[
