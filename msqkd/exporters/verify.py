@@ -12,7 +12,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from msqkd.data import Arrays, as_tuple
 from msqkd.errors import ExportError
 from msqkd.exporters.lite import read_markers
 from msqkd.graph.cell import Hooks, to_cell
@@ -20,7 +19,6 @@ from msqkd.graph.ir import Graph
 from msqkd.graph.passes.free_batch import free_batch
 from msqkd.integer.program import Format, Tensor
 from msqkd.integer.registry import ARM64
-from msqkd.quant.bounds import distance
 from msqkd.quant.fake_quant import QUANTIZE, FakeQuantActivation
 from msqkd.quant.plan import Group
 from msqkd.quant.qparams import QParams
@@ -144,16 +142,3 @@ def _channels_last(data: np.ndarray, tensor: Tensor) -> np.ndarray:
     """`data` as the file takes it: pictures with the channels last."""
     is_picture = tensor.format == Format.NHWC and data.ndim == 4
     return np.ascontiguousarray(data.transpose(0, 2, 3, 1) if is_picture else data)
-
-
-def compare(found: Arrays, reference: Arrays, classes: bool = True) -> dict[str, Optional[float]]:
-    """Measure how far the outputs of two executions are apart.
-
-    Args:
-        found, reference: one output, or a tuple of all, for the same samples.
-        classes: whether the first output is logits (N, classes).
-
-    Returns:
-        `msqkd.quant.bounds.Distance.to_dict`.
-    """
-    return distance(as_tuple(found), as_tuple(reference), classes).to_dict()
