@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import mindspore as ms
 import numpy as np
