@@ -17,6 +17,7 @@ import numpy as np
 from msqkd.graph.ir import Graph, Node, TensorType, Value
 from msqkd.quant.plan import ActivationQuant, QuantPlan
 from msqkd.quant.uses import axes_of, is_tanh_gelu, paddings, resize_flags, slice_entries
+from msqkd.targets.limits import maximum
 
 Shape = tuple[int, ...]
 
@@ -397,9 +398,17 @@ def _tile(at: Rewriter) -> None:
 
 # -- means and norms ---------------------------------------------------------------------------------------------------
 def _reduced(at: Rewriter, op: str, value: str, axes: Sequence[int], keep: bool = True) -> str:
-    """A reduction of a value that has the shape of the node's input."""
+    """A reduction of a value that has the shape of the node's input.
+
+    A maximum is the negative of the minimum of the negative (see `msqkd.targets.limits.maximum`); of a map the
+    converter moves the axes.
+    """
     shape = at.shapes[at.source]
     left = [1 if axis in axes else size for axis, size in enumerate(shape) if keep or axis not in axes]
+    if op == "ReduceMax" and (len(shape) == 4 or maximum(len(shape), axes) is not None):
+        turned = at.add("Mul", value, at.tensor(-1.0), shape=shape)
+        least = _reduced(at, "ReduceMin", turned, axes, keep)
+        return at.add("Mul", least, at.tensor(-1.0), shape=left)
     return at.add(op, value, tuple(axes), keep, *([False] if op == "ReduceSum" else []), shape=left)
 
 
@@ -414,6 +423,11 @@ def _extreme(op: str) -> Rule:
             at.give(value)
 
     return rule
+
+
+def _largest(at: Rewriter) -> None:
+    keep = bool(at.literal(2))
+    _reduced(at, "ReduceMax", at.source, axes_of(at.graph, at.node, 1), keep)
 
 
 def _named_axes(at: Rewriter) -> None:
@@ -484,7 +498,8 @@ RULES: Mapping[str, Rule] = {
     "Mish": _softplus,
     "BroadcastTo": _broadcast,
     "Tile": _tile,
-    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "Softmax"), _named_axes),
+    "ReduceMax": _largest,
+    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMin", "ReduceProd", "Softmax"), _named_axes),
     **dict.fromkeys(("Concat", "ExpandDims"), _axis_of_result),
     "ArgMaxWithValue": _extreme("ReduceMax"),
     "ArgMinWithValue": _extreme("ReduceMin"),
