@@ -288,6 +288,17 @@ class MaxPlane(Between):
 
 
 @network
+class MaxNegative(Between):
+    """The largest of values that are all negative."""
+
+    def parts(self):  # type: ignore[no-untyped-def]
+        self.tail = nn.Dense(8, 5)
+
+    def part(self, x):  # type: ignore[no-untyped-def]
+        return (x * -1.0 - 0.5).max((2, 3))
+
+
+@network
 class SoftmaxHead(nn.Cell):
     def __init__(self) -> None:
         super().__init__()
@@ -706,6 +717,82 @@ class Attention(nn.Cell):
 
 
 @network
+class Multihead(nn.Cell):
+    """Attention as MindSpore has it."""
+
+    shape = (6, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.attention = nn.Dense(16, 16), nn.MultiheadAttention(16, 4, batch_first=True)
+        self.norm, self.head = nn.LayerNorm((16,)), nn.Dense(16, 4)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.inner(x)
+        return self.head(self.norm(x + self.attention(x, x, x)[0]))
+
+
+@network
+class VisionBlock(nn.Cell):
+    """Patches, a class token, positions, a block and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = conv(3, 16, 4, 4, pad_mode="valid"), nn.Dense(16, 5)
+        self.token = ms.Parameter(np.zeros((1, 1, 16), np.float32), name="token")
+        self.places = ms.Parameter(np.zeros((1, 17, 16), np.float32), name="places")
+        self.first, self.second, self.last = nn.LayerNorm((16,)), nn.LayerNorm((16,)), nn.LayerNorm((16,))
+        self.qkv, self.out, self.up, self.down = nn.Dense(16, 48), nn.Dense(16, 16), nn.Dense(16, 32), nn.Dense(32, 16)
+        self.gelu, self.unstack, self.softmax = nn.GELU(approximate=False), ops.Unstack(0), nn.Softmax()
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        n = x.shape[0]
+        x = self.patches(x).reshape(n, 16, 16).transpose(0, 2, 1)
+        x = ops.cat((ops.broadcast_to(self.token, (n, 1, 16)), x), 1) + self.places
+        qkv = self.qkv(self.first(x)).reshape(n, 17, 3, 2, 8).transpose(2, 0, 3, 1, 4)
+        q, k, v = self.unstack(qkv)
+        weights = self.softmax(ops.BatchMatMul(transpose_b=True)(q, k) * 0.35)
+        x = x + self.out(ops.matmul(weights, v).transpose(0, 2, 1, 3).reshape(n, 17, 16))
+        x = x + self.down(self.gelu(self.up(self.second(x))))
+        return self.head(self.last(x)[:, 0])
+
+
+@network
+class Language(nn.Cell):
+    """Embeddings of words, places and kinds, a normalization, an encoder layer, and a pooled first token."""
+
+    shape = (7,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.kinds = nn.Embedding(20, 16), nn.Embedding(7, 16), nn.Embedding(2, 16)
+        self.norm, self.layer = (
+            nn.LayerNorm((16,)),
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0),
+        )
+        self.pool, self.tanh, self.head = nn.Dense(16, 16), nn.Tanh(), nn.Dense(16, 3)
+        self.order, self.zeros = ms.Tensor(np.arange(7)[None], ms.int32), ms.Tensor(np.zeros((1, 7)), ms.int32)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.norm(self.words(x) + self.places(self.order) + self.kinds(self.zeros))
+        return self.head(self.tanh(self.pool(self.layer(x)[:, 0])))
+
+
+@network
+class PaddedRows(nn.Cell):
+    """Zeros around rows, in three dimensions."""
+
+    shape = (6, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.relu, self.b = nn.Dense(8, 8), nn.ReLU(), nn.Dense(10, 4)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.b(ops.pad(self.relu(self.a(x)), (1, 1, 2, 0)))
+
+
+@network
 class Products(nn.Cell):
     shape = (4, 8)
 
@@ -799,5 +886,5 @@ class Bottlenecks(nn.Cell):
         return self.head(self.net(x).mean((2, 3)))
 
 
-INTEGERS = ("Embedded",)
+INTEGERS = ("Embedded", "Language")
 """Networks whose input is of whole numbers."""

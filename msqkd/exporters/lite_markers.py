@@ -31,6 +31,10 @@ TWIN = "twin"
 _IN_KERNEL = ("BiasAdd", "ReLU", "ReLU6")
 
 
+SEVERAL = ("LayerNorm",)
+"""Operations with several results, the first of which alone has a reader."""
+
+
 class Marker(nn.Cell):
     """The marker of a value or weight.
 
@@ -61,6 +65,36 @@ def guard_markers(model: Any) -> None:
     Every node has a primitive of its own.
     """
     _Guard(model).run()
+
+
+def mark_tuples(model: Any) -> None:
+    """Put the markers of the results of `SEVERAL` before the TupleGetItem, in place: of an operation the converter
+    looks at the direct readers alone."""
+    _exchange(model, "TupleGetItem", MARKER)
+
+
+def mark_items(model: Any) -> None:
+    """Undo `mark_tuples`, in place."""
+    _exchange(model, MARKER, "TupleGetItem")
+
+
+def _exchange(model: Any, before: str, behind: str) -> None:
+    """Let two operations change places that follow an operation of `SEVERAL`."""
+    primitives = {primitive.name: primitive.op_type for primitive in model.primitives}
+    nodes = list(model.graph.node)
+    ops = [primitives.get(node.op_type.removeprefix(_REFERENCE), "") for node in nodes]
+    places = {node.output[0]: place for place, node in enumerate(nodes)}
+    for place in range(len(nodes)):
+        first = places.get(nodes[place].input[0]) if ops[place] == behind else None
+        root = places.get(nodes[first].input[0]) if first is not None and ops[first] == before else None
+        if first is not None and root is not None and ops[root] in SEVERAL:
+            one, other = (type(nodes[place])() for _ in range(2))
+            one.CopyFrom(nodes[place])
+            other.CopyFrom(nodes[first])
+            one.input[0], other.input[0] = nodes[first].input[0], nodes[first].output[0]
+            one.output[:], other.output[:] = nodes[first].output, nodes[place].output
+            nodes[first], nodes[place] = one, other
+    replace_messages(model.graph.node, nodes)
 
 
 class _Guard:

@@ -17,7 +17,7 @@ import numpy as np
 from msqkd.graph.ir import Graph, Node, TensorType, Value
 from msqkd.quant.plan import ActivationQuant, QuantPlan
 from msqkd.quant.uses import axes_of, is_tanh_gelu, paddings, resize_flags, slice_entries
-from msqkd.targets.limits import maximum
+from msqkd.targets.limits import PAD_RANK, maximum
 
 Shape = tuple[int, ...]
 
@@ -292,9 +292,22 @@ def _parts(at: Rewriter) -> None:
 
 
 def _pad(at: Rewriter) -> None:
+    """With four axes at least: the int8 kernel corrupts memory with fewer."""
     pairs = paddings(at.graph, at.node)
-    if pairs is not None:
-        at.add("Pad", at.source, shape=at.shapes[at.node.output], attrs={"paddings": tuple(map(tuple, pairs))})
+    if pairs is None:
+        return
+    source, shape, result = at.source, at.shapes[at.source], at.shapes[at.node.output]
+    missing = PAD_RANK - len(shape)
+    if missing <= 0:
+        at.add("Pad", source, shape=result, attrs={"paddings": tuple(map(tuple, pairs))})
+        return
+    first, *others = map(tuple, pairs)
+    wider = [(*sizes[:1], *[1] * missing, *sizes[1:]) for sizes in (shape, result)]
+    source = at.add("Reshape", source, _open(wider[0]), shape=wider[0])
+    padded = at.add("Pad", source, shape=wider[1], attrs={"paddings": (first, *[(0, 0)] * missing, *others)})
+    if at.node.output in at.plan.activations:
+        at.plan.activations[padded] = replace(at.plan.activations[at.node.output], value=padded)
+    at.add("Reshape", padded, _open(result), shape=result)
 
 
 def _channels_first(at: Rewriter) -> None:
