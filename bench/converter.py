@@ -3,9 +3,9 @@
     MSLITE_HOME=FOLDER python bench/converter.py [--only NAME ...] [--samples 4] [--keep FOLDER] [--json]
 
 Every network of `converter_networks`, or those named with --only (mindcv's too, for images of 64 × 64), gets random
-weights and is quantized after training. The vendor's converter
-converts its marked MindIR; the vendor's runtime computes that file and msqkd's own `.ms` file. Shown are the nodes that
-are int8 here and there, and the share of output values that differ.
+weights and is quantized after training. The vendor's converter converts its marked MindIR; the vendor's runtime
+computes that file and msqkd's own `.ms` file. Shown are the int8 nodes that have an equal in the converter's file
+(operation, parameters, weights, biases), and the output values that differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import sys
 import tempfile
 import traceback
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,20 +28,13 @@ from converter_networks import INTEGERS, NETWORKS
 from mindspore import nn
 
 import msqkd
+from msqkd.deploy.nodes import agreement
 from msqkd.deploy.vendor_runtime import convert_command, first_error, run_ms, run_vendor, vendor_python
 from msqkd.errors import MsqkdError
 from msqkd.exporters.ms.read import read_ms
-from msqkd.integer.program import Format, Program
+from msqkd.integer.program import Format
 
 _CONFIG = msqkd.QuantConfig(msqkd.WeightQuantizer(per_channel=True), act_observer="minmax")
-_MOVES = (
-    "QuantDTypeCast", "Transpose", "Reshape", "Squeeze", "ExpandDims", "Split", "SliceFusion", "StridedSlice", "Stack",
-)  # fmt: skip
-_ALIKE = {"MatMulFusion": "Conv2DFusion", "SubFusion": "AddFusion"}
-"""A dense layer is a 1×1 convolution in the file for the converter, a sum with a constant a difference."""
-
-_ADDED = {"Concat"}
-"""What the file for the converter may have beside: a map is flattened by halves."""
 
 
 def randomised(net: nn.Cell, seed: int = 3) -> nn.Cell:
@@ -73,7 +65,15 @@ def compare(name: str, python: Path, folder: Path, samples: int) -> dict[str, An
         data = rng.integers(0, 20, (8, *shape)).astype(np.int32)
     else:
         data = rng.normal(size=(8, *shape)).astype(np.float32)
-    quantised = msqkd.quantize(msqkd.create_ptq_network(randomised(make()), _CONFIG, [data]))
+    return examine(name, randomised(make()), _CONFIG, data, python, folder, samples)
+
+
+def examine(
+    name: str, net: nn.Cell, config: Any, data: np.ndarray, python: Path, folder: Path, samples: int
+) -> dict[str, Any]:
+    """Quantize a network after training, convert its marked file, and compute the file and our own with `samples`."""
+    shape = data.shape[1:]
+    quantised = msqkd.quantize(msqkd.create_ptq_network(net, config, [data]))
     marked = msqkd.export(quantised, shape, folder / name, "MINDIR")
     ours = msqkd.export(quantised, shape, folder / f"{name}_ours", "MS")
     theirs = folder / f"{name}_theirs.ms"
@@ -82,22 +82,19 @@ def compare(name: str, python: Path, folder: Path, samples: int) -> dict[str, An
     if done.returncode or not theirs.is_file():
         return {"network": name, "converts": False, "why": first_error(done.stdout)}
     programs = [read_ms(file) for file in (ours, theirs)]
-    nodes = [counted(program) for program in programs]
-    program = programs[0]
+    nodes, program = agreement(*programs), programs[0]
     picture = program.tensors[program.inputs[0]].format == Format.NHWC and len(shape) == 3
     fed = data[:samples].transpose(0, 2, 3, 1) if picture else data[:samples]
     outputs = [run_ms(python, file, [np.ascontiguousarray(fed)[:, None]]) for file in (ours, theirs)]
-    values = sum(array.size for array in outputs[0])
-    different = sum(int((one.reshape(-1) != other.reshape(-1)).sum()) for one, other in zip(*outputs))
+    pairs = [(one.reshape(-1), other.reshape(-1)) for one, other in zip(*outputs)]
     span = max(float(np.ptp(array)) for array in outputs[0])
-    largest = max(float(np.abs(one.reshape(-1) - other.reshape(-1)).max()) for one, other in zip(*outputs))
-    ours_int8, theirs_int8 = (Counter(found[True]) for found in nodes)
-    equal = not ours_int8 - theirs_int8 and set(theirs_int8 - ours_int8) <= _ADDED
-    row = {"network": name, "converts": True, "nodes_equal": equal, "values": values}
-    row |= {"differing_values": different, "largest_difference": largest / span if span else largest}
-    if not equal:
-        row["nodes"] = [{("int8" if kind else "float"): ops for kind, ops in found.items()} for found in nodes]
-    return row
+    largest = max(float(np.abs(one - other).max()) for one, other in pairs)
+    return {
+        "network": name, "converts": True, "nodes_equal": nodes.same_operations and not nodes.missing,
+        "nodes": nodes.to_dict(), "values": sum(one.size for one, _ in pairs),
+        "differing_values": sum(int((one != other).sum()) for one, other in pairs),
+        "largest_difference": largest / span if span else largest,
+    }  # fmt: skip
 
 
 def _zoo_network(name: str) -> nn.Cell:
@@ -105,15 +102,6 @@ def _zoo_network(name: str) -> nn.Cell:
     import mindcv
 
     return mindcv.create_model(name, num_classes=10, pretrained=False)
-
-
-def counted(program: Program) -> dict[bool, dict[str, int]]:
-    """Count the operations that compute, those in int8 (True) and those in float; moves are left out."""
-    steps = [(step.quantized, _ALIKE.get(step.op, step.op)) for step in program.steps if step.op not in _MOVES]
-    return {
-        kind: dict(sorted(Counter(op for quantized, op in steps if quantized == kind).items()))
-        for kind in (True, False)
-    }
 
 
 def main() -> None:
@@ -149,7 +137,9 @@ def line(row: dict[str, Any]) -> str:
     """Format one row of the table."""
     if not row["converts"]:
         return f"| {row['network']} | {'no' if row['converts'] is False else 'not compared'} | {row['why'][:300]} | |"
-    nodes = "as planned" if row["nodes_equal"] else f"ours {row['nodes'][0]}, theirs {row['nodes'][1]}"
+    nodes, found = f"{row['nodes']['of']} as planned", row["nodes"]
+    if not row["nodes_equal"]:
+        nodes = f"{found['equal']} of {found['of']} as planned; ours {found['missing']}, theirs {found['added']}"
     values = f"{row['differing_values']} of {row['values']} differ"
     if row["differing_values"]:
         values += f", by {row['largest_difference']:.2%} of the range"
