@@ -4,8 +4,8 @@
 
 Every program is a random network of pictures or of tokens with random settings (bits, granularity, observer), quantized
 after training. The vendor's converter converts its marked MindIR; the vendor's runtime computes that file and msqkd's
-own `.ms` file. A program counts as refused where the converter or the runtime does not take a file, and as not as planned
-where an int8 node has no equal in the converter's file. What msqkd itself refuses to write is told apart.
+own `.ms` file. A program counts as refused where the converter or the runtime does not take a file, and as not as
+planned where an int8 node has no equal in the converter's file. What msqkd itself refuses to write is told apart.
 
 The exit code is 1 unless nothing was refused, nothing differs and all is as planned.
 """

@@ -34,7 +34,6 @@ from msqkd.files import PathLike
 from msqkd.integer.program import Format, Program
 from msqkd.integer.registry import ARM64
 from msqkd.integer.simulator import Simulator
-from msqkd.words import of_hundred
 
 PROGRAM = "converter_lite"
 _IN_PACKAGE = ("tools/converter/converter", "converter", ".")
@@ -42,8 +41,6 @@ _LIBRARIES = ("../lib", "../../../runtime/lib")  # in the package, from the fold
 _MACHINES = {40: "arm", 62: "x86_64", 183: "aarch64"}  # e_machine of an ELF file
 _FAMILIES = {"arm": "arm", "armv7l": "arm", "armv8l": "arm", "aarch64": "arm", "arm64": "arm", "amd64": "x86_64"}
 _MINDSPORE = "/mindspore/lib"
-AUTO, OFF = "auto", "off"
-"""In place of a converter: the one that is found, and none."""
 
 
 # -- the program -------------------------------------------------------------------------------------------------------
@@ -162,11 +159,6 @@ class Outputs:
     equal: float
     max_difference: float
 
-    def describe(self) -> str:
-        """For people."""
-        found = f"{of_hundred(self.equal)} % of the values on {self.samples} samples are equal"
-        return found if self.equal == _ALL else f"{found}, the largest difference is {self.max_difference:.3g}"
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data with stable keys."""
         return {"samples": self.samples, "equal_outputs": self.equal, "max_difference": self.max_difference}
@@ -204,16 +196,6 @@ class Comparison:
         same = self.parameters.same_operations and not self.parameters.missing
         return same and (self.runtime is None or self.runtime.equal == _ALL)
 
-    def describe(self) -> str:
-        """One line for people."""
-        floats = [layer.name for layer in self.theirs if not layer.int8]
-        named = f" (float: {', '.join(floats)})" if floats else ""
-        return (
-            f"int8 in {_share(self.theirs)} of its nodes{named}, {_share(self.ours)} in ours; on {self.samples} "
-            f"samples {of_hundred(self.equal)} % of the output values are equal, "
-            f"{of_hundred(self.agreement)} % of the answers; largest difference {self.max_difference:.3g}"
-        ) + ("" if self.runtime is None else f"; in the vendor's runtime {self.runtime.describe()}")
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data with stable keys."""
         nodes = {"nodes": self.theirs, "our_nodes": self.ours}
@@ -227,10 +209,6 @@ class Comparison:
             "runtime": None if self.runtime is None else self.runtime.to_dict(),
             **{key: [vars(layer) for layer in layers] for key, layers in nodes.items()},
         }
-
-
-def _share(layers: tuple[Layer, ...]) -> str:
-    return f"{sum(layer.int8 for layer in layers)} of {len(layers)}"
 
 
 def compare_ms(ours: Path, theirs: Path, batches: Iterable[Arrays], python: Optional[Path] = None) -> Comparison:
@@ -325,15 +303,15 @@ def convert_and_compare(
             shutil.copyfile(made, target)
         result["file"] = target.name
         program = read_ms(ours)
-        fed = (tuple(_as_fed(program, batch)) for batch in batches)
+        fed = (tuple(feed(program, batch)) for batch in batches)
         found = compare_ms(ours, target, fed, vendor_python())
     except MsqkdError as error:
         return {**result, "reason": str(error)}
     return {**result, "compared": True, **found.to_dict()}
 
 
-def _as_fed(program: Program, batch: Arrays) -> Iterable[np.ndarray]:
-    """Give the inputs in the layout of the file: pictures with the channels last."""
+def feed(program: Program, batch: Arrays) -> Iterable[np.ndarray]:
+    """Yield the inputs of a batch in the layout of the file: pictures with the channels last."""
     for name, array in zip(program.inputs, as_tuple(batch)):
         is_picture = array.ndim == 4 and program.tensors[name].format == Format.NHWC
         yield np.ascontiguousarray(array.transpose(0, 2, 3, 1) if is_picture else array)

@@ -7,12 +7,14 @@ a flattened map has its columns in another order. What counts is compared, and w
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
 from msqkd.integer.program import Program, Step, TensorQuant
+from msqkd.quant.qparams import QParams
 
 CAST = "QuantDTypeCast"
 _MOVES = (
@@ -21,6 +23,8 @@ _MOVES = (
 )  # fmt: skip
 _ALIKE = {"MatMulFusion": "Conv2DFusion", "SubFusion": "AddFusion"}
 """A dense layer is a 1×1 convolution in the file for the converter, a sum with a constant a difference."""
+
+_BIAS = 2  # the place of a bias among the inputs
 
 _MAY_BE_ADDED = {"Concat"}
 """In the file for the converter some maps are flattened by halves."""
@@ -75,6 +79,34 @@ def agreement(ours: Program, theirs: Program) -> Agreement:
     return Agreement(len(found[0]), names[0], names[1], same)
 
 
+def marked_agreement(
+    values: Iterable[QParams], weights: Mapping[tuple[str, int], tuple[np.ndarray, QParams]], program: Program
+) -> Agreement:
+    """Compare the parameters of markers with those in a converter's file.
+
+    Args:
+        values: of the marked values.
+        weights: the marked weights with their parameters, by node and input.
+        program: the converter's file.
+    """
+    held = [tensor for tensor in program.tensors.values() if tensor.quant is not None]
+    found = {_numbers(tensor.quant) for tensor in held if tensor.data is None}
+    constants = {
+        _constant(tensor.data, tensor.quant)
+        for tensor in held
+        if tensor.data is not None and tensor.quant is not None and tensor.data.dtype == np.int8
+    }
+    wanted = [(f"{node}, input {index}", _marked(data, qparams)) for (node, index), (data, qparams) in weights.items()]
+    missing = [name for name, signature in wanted if signature not in constants]
+    pairs = [TensorQuant(qparams.scale, qparams.zero_point) for qparams in values]
+    missing += [f"scale {quant.scale[0]:.6g}" for quant in pairs if _numbers(quant) not in found]
+    return Agreement(len(wanted) + len(pairs), tuple(missing), (), not missing)
+
+
+def _marked(data: np.ndarray, qparams: QParams) -> Any:
+    return _constant(qparams.quantize(data).astype(np.int8), TensorQuant(qparams.scale, qparams.zero_point))
+
+
 def _take(pairs: list[tuple[str, Any]], missing: Counter[Any]) -> list[str]:
     """Return the names of the last steps with the signatures in `missing`, as many as are counted there."""
     names = []
@@ -93,18 +125,19 @@ def _signatures(program: Program) -> list[tuple[str, Any]]:
 def _signature(program: Program, step: Step) -> Any:
     result = program.tensors[step.outputs[0]]
     held = [program.tensors[name] for name in step.inputs]
-    constants = [_constant(tensor.data, tensor.quant) for tensor in held if tensor.data is not None and tensor.quant]
+    stored = [(tensor.data, tensor.quant) for tensor in held if tensor.data is not None and tensor.dtype == "int8"]
+    stored += [(tensor.data, None) for tensor in held[_BIAS : _BIAS + 1] if tensor.data is not None]
+    constants = [_constant(data, quant) for data, quant in stored]
     return (_ALIKE.get(step.op, step.op), _numbers(result.quant), tuple(constants))
 
 
-def _constant(data: Any, quant: TensorQuant) -> Any:
+def _constant(data: Any, quant: Optional[TensorQuant]) -> Any:
     """The integers of every row in ascending order: the columns behind a flattened map follow its layout."""
     rows = np.sort(data.reshape(data.shape[0] if data.ndim > 1 else 1, -1), axis=1)
-    parameters = _numbers(quant) if data.dtype == np.int8 else None
-    return (data.size, np.ascontiguousarray(rows, np.int32).tobytes(), parameters)
+    return (data.size, np.ascontiguousarray(rows, np.int32).tobytes(), _numbers(quant))
 
 
-def _numbers(quant: Any) -> Any:
+def _numbers(quant: Optional[TensorQuant]) -> Any:
     """Scales in float32, and zero points; a scale that is the same in all channels counts once."""
     if quant is None:
         return None

@@ -30,6 +30,7 @@ OPERATORS: dict[str, tuple[int, set[str]]] = {
     "LayerNorm": (3, {"begin_norm_axis", "begin_params_axis", "epsilon"}),
     "ReduceMean": (2, {"keep_dims"}),
     "ReduceMax": (2, {"keep_dims"}),
+    "ReduceMin": (2, {"keep_dims"}),
     "Squeeze": (1, {"axis"}),
     "Pad": (1, {"paddings"}),
     "ResizeNearestNeighbor": (1, {"size", "align_corners"}),
