@@ -69,11 +69,11 @@ def compare(name: str, python: Path, folder: Path, samples: int) -> dict[str, An
 
 
 def examine(
-    name: str, net: nn.Cell, config: Any, data: np.ndarray, python: Path, folder: Path, samples: int
+    name: str, net: nn.Cell, config: Any, data: np.ndarray, python: Path, folder: Path, samples: int, rules: Any = ()
 ) -> dict[str, Any]:
     """Quantize a network after training, convert its marked file, and compute the file and our own with `samples`."""
     shape = data.shape[1:]
-    quantised = msqkd.quantize(msqkd.create_ptq_network(net, config, [data]))
+    quantised = msqkd.quantize(msqkd.create_ptq_network(net, config, [data], rules=rules))
     marked = msqkd.export(quantised, shape, folder / name, "MINDIR")
     ours = msqkd.export(quantised, shape, folder / f"{name}_ours", "MS")
     theirs = folder / f"{name}_theirs.ms"

@@ -2,10 +2,11 @@
 
     MSLITE_HOME=FOLDER python bench/converter_fuzz.py [--programs 50] [--seed 0] [--first 0] [--json]
 
-Every program is a random network of pictures or of tokens with random settings (bits, granularity, observer), quantized
-after training. The vendor's converter converts its marked MindIR; the vendor's runtime computes that file and msqkd's
-own `.ms` file. A program counts as refused where the converter or the runtime does not take a file, and as not as
-planned where an int8 node has no equal in the converter's file. What msqkd itself refuses to write is told apart.
+Every program is a random network of pictures or of tokens with random settings (bits, granularity, observer, a layer in
+float), quantized after training. The vendor's converter converts its marked MindIR; the vendor's
+runtime computes that file and msqkd's own `.ms` file. A program counts as refused where the converter or the runtime
+does not take a file, and as not as planned where an int8 node has no equal in the converter's file. What msqkd itself
+refuses to write is told apart.
 
 The exit code is 1 unless nothing was refused, nothing differs and all is as planned.
 """
@@ -102,10 +103,12 @@ def measured(args: argparse.Namespace, number: int) -> dict[str, Any]:
             observer=str(rng.choice(["minmax", "mse"])),
         )  # fmt: skip
         config = msqkd.QuantConfig(weight, act_observer=str(rng.choice(["minmax", "percentile"])))
+        rules = _rules(net, rng)
+        found["rules"] = [f"{rule.pattern}: {rule.changes['precision']}" for rule in rules]
         with tempfile.TemporaryDirectory() as place:
             folder = args.keep or Path(place)
             folder.mkdir(parents=True, exist_ok=True)
-            found.update(examine(f"program{number}", net, config, data, python, folder, args.samples))
+            found.update(examine(f"program{number}", net, config, data, python, folder, args.samples, rules))
     except MsqkdError as error:
         text = str(error).splitlines()[0]
         found.update(
@@ -115,6 +118,17 @@ def measured(args: argparse.Namespace, number: int) -> dict[str, Any]:
         text = str(error).strip().splitlines()
         found["failed"] = f"{type(error).__name__}: {text[0][:300] if text else ''}"
     return found
+
+
+def _rules(net: Any, rng: np.random.Generator) -> list[Any]:
+    """Return rules that take a layer from int8, in one program of three."""
+    import msqkd
+
+    layers = [name for name, cell in net.cells_and_names() if type(cell).__name__ in ("Conv2d", "Dense", "LayerNorm")]
+    if rng.integers(3):
+        return []
+    chosen = rng.choice(layers, size=min(len(layers), int(rng.integers(1, 3))), replace=False)
+    return [msqkd.Rule("path", str(name), {"precision": "float"}) for name in chosen]
 
 
 def _row(result: dict[str, Any]) -> str:

@@ -112,7 +112,7 @@ class _Guard:
         nodes: list[Any] = []
         for node in self.model.graph.node:
             if self._op(node) != MARKER:
-                nodes.append(node)
+                nodes += [*self._before_product(node), node]
                 continue
             primitive = self._primitive(node)
             if any(attribute.name == BEHIND_FLOAT for attribute in primitive.attribute):
@@ -125,6 +125,20 @@ class _Guard:
             if node.output[0] in outputs:
                 self._twin(node)
         replace_messages(self.model.graph.node, [item for node in nodes for item in (node, *self._behind(node))])
+
+    def _before_product(self, node: Any) -> list[Any]:
+        """Return a Depend between a marker and a float dense layer, which reads it from now on.
+
+        With parameters at its input the converter would not take the bias into the product.
+        """
+        source = self.producers.get(node.input[0]) if node.input else None
+        weight = self.producers.get(node.input[1]) if len(node.input) > 1 else source
+        if self._op(node) != "MatMul" or source is None or self._op(source) != MARKER or weight is not None:
+            return []
+        name = f"{node.output[0]}_source"
+        depend = self._added("Depend", source, [source.output[0], source.output[0]], name)
+        node.input[0] = name
+        return [depend]
 
     def _primitive(self, node: Any) -> Any:
         return self.primitives.get(node.op_type[len(_REFERENCE) :])

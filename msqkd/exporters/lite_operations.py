@@ -99,6 +99,7 @@ class Rewriter:
 
 
 _MOVES = ("Reshape", "Transpose", "Slice")
+_BIAS = 2  # the place of a bias among the inputs of a layer
 Rule = Callable[[Rewriter], None]
 """Rewrites the node, or changes it in place and leaves `made` empty."""
 
@@ -222,6 +223,21 @@ def _product(at: Rewriter) -> None:
     else:
         at.node.op = "BatchMatMul" if len(shape) > 2 else "MatMul"
         at.node.inputs = [*at.node.inputs[:2], at.graph.add_const(False), at.graph.add_const(False)]
+
+
+def _dense(at: Rewriter) -> None:
+    """A product of matrices and a sum, of which the converter makes one step; a BiasAdd it leaves alone, and the sum
+    is rounded once more."""
+    weight = at.node.inputs[1]
+    *rows, depth = at.shapes[at.source]
+    (features, _), shape = at.shapes[weight], at.shapes[at.node.output]
+    flat = (prod(rows), features)
+    value = at.source if len(rows) == 1 else at.add("Reshape", at.source, (-1, depth), shape=(flat[0], depth))
+    value = at.add("MatMul", value, weight, False, True, shape=flat)
+    if len(at.node.inputs) > _BIAS:
+        value = at.add("Add", value, at.node.inputs[_BIAS], shape=flat)
+    if len(rows) != 1:
+        at.add("Reshape", value, _open(shape), shape=shape)
 
 
 def _power(at: Rewriter) -> None:
@@ -487,6 +503,7 @@ RULES: Mapping[str, Rule] = {
     "SquaredDifference": _squared_difference,
     "AddN": _sum,
     "MatMulExt": _product,
+    "Dense": _dense,
     "Neg": _against("Mul", -1.0),
     "Reciprocal": _against("Div", 1.0, first=True),
     "Pow": _power,
