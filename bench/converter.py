@@ -28,11 +28,11 @@ from converter_networks import INTEGERS, NETWORKS
 from mindspore import nn
 
 import msqkd
+from msqkd.deploy.converter_run import feed, same_order
 from msqkd.deploy.nodes import agreement
 from msqkd.deploy.vendor_runtime import convert_command, first_error, run_ms, run_vendor, vendor_python
 from msqkd.errors import MsqkdError
 from msqkd.exporters.ms.read import read_ms
-from msqkd.integer.program import Format
 
 _CONFIG = msqkd.QuantConfig(msqkd.WeightQuantizer(per_channel=True), act_observer="minmax")
 
@@ -60,32 +60,41 @@ def randomised(net: nn.Cell, seed: int = 3) -> nn.Cell:
 def compare(name: str, python: Path, folder: Path, samples: int) -> dict[str, Any]:
     """Quantize, convert and compute one network; returns a row of the table."""
     make, shape = NETWORKS[name] if name in NETWORKS else (partial(_zoo_network, name), (3, 64, 64))
-    rng = np.random.default_rng(0)
+    rng, shapes = np.random.default_rng(0), shape if isinstance(shape[0], tuple) else (shape,)
     if name in INTEGERS:
-        data = rng.integers(0, 20, (8, *shape)).astype(np.int32)
+        limits = [INTEGERS[name], *[2] * (len(shapes) - 1)]
+        data = tuple(rng.integers(0, end, (8, *size)).astype(np.int32) for end, size in zip(limits, shapes))
     else:
-        data = rng.normal(size=(8, *shape)).astype(np.float32)
+        data = tuple(rng.normal(size=(8, *size)).astype(np.float32) for size in shapes)
     return examine(name, randomised(make()), _CONFIG, data, python, folder, samples)
 
 
 def examine(
-    name: str, net: nn.Cell, config: Any, data: np.ndarray, python: Path, folder: Path, samples: int, rules: Any = ()
+    name: str,
+    net: nn.Cell,
+    config: Any,
+    data: tuple[np.ndarray, ...],
+    python: Path,
+    folder: Path,
+    samples: int,
+    rules: Any = (),
 ) -> dict[str, Any]:
     """Quantize a network after training, convert its marked file, and compute the file and our own with `samples`."""
-    shape = data.shape[1:]
-    quantised = msqkd.quantize(msqkd.create_ptq_network(net, config, [data], rules=rules))
-    marked = msqkd.export(quantised, shape, folder / name, "MINDIR")
-    ours = msqkd.export(quantised, shape, folder / f"{name}_ours", "MS")
+    example = tuple(ms.Tensor(array[:1]) for array in data)
+    made = msqkd.create_ptq_network(net, config, [data], example_input=example, rules=rules)
+    quantised = msqkd.quantize(made)
+    marked = msqkd.export(quantised, example, folder / name, "MINDIR")
+    ours = msqkd.export(quantised, example, folder / f"{name}_ours", "MS")
     theirs = folder / f"{name}_theirs.ms"
     done = run_vendor(convert_command(python, marked, theirs.with_suffix("")))
     (folder / f"{name}.log").write_text(done.stdout)
     if done.returncode or not theirs.is_file():
         return {"network": name, "converts": False, "why": first_error(done.stdout)}
     programs = [read_ms(file) for file in (ours, theirs)]
-    nodes, program = agreement(*programs), programs[0]
-    picture = program.tensors[program.inputs[0]].format == Format.NHWC and len(shape) == 3
-    fed = data[:samples].transpose(0, 2, 3, 1) if picture else data[:samples]
-    outputs = [run_ms(python, file, [np.ascontiguousarray(fed)[:, None]]) for file in (ours, theirs)]
+    nodes, order, outputs = agreement(*programs), same_order(*programs), []
+    for file, program, places in ((ours, programs[0], range(len(data))), (theirs, programs[1], order)):
+        fed = feed(program, tuple(data[places.index(place)][:samples] for place in range(len(data))))
+        outputs.append(run_ms(python, file, [array[:, None] for array in fed]))
     pairs = [(one.reshape(-1), other.reshape(-1)) for one, other in zip(*outputs)]
     span = max(float(np.ptp(array)) for array in outputs[0])
     largest = max(float(np.abs(one - other).max()) for one, other in pairs)

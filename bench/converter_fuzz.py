@@ -108,7 +108,7 @@ def measured(args: argparse.Namespace, number: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as place:
             folder = args.keep or Path(place)
             folder.mkdir(parents=True, exist_ok=True)
-            found.update(examine(f"program{number}", net, config, data, python, folder, args.samples, rules))
+            found.update(examine(f"program{number}", net, config, (data,), python, folder, args.samples, rules))
     except MsqkdError as error:
         text = str(error).splitlines()[0]
         found.update(

@@ -225,7 +225,7 @@ def compare_ms(ours: Path, theirs: Path, batches: Iterable[Arrays], python: Opti
         SimulationError: a node cannot be simulated.
     """
     programs = [read_ms(ours), read_ms(theirs)]
-    order = _same_order(*programs)
+    order = same_order(*programs)
     shapes = [_shapes(programs[0], programs[0].inputs), _shapes(programs[1], [programs[1].inputs[i] for i in order])]
     for number, program in enumerate(programs):
         shapes[number] += _shapes(program, program.outputs)
@@ -247,7 +247,7 @@ def compare_ms(ours: Path, theirs: Path, batches: Iterable[Arrays], python: Opti
     )  # fmt: skip
 
 
-def _same_order(ours: Program, theirs: Program) -> list[int]:
+def same_order(ours: Program, theirs: Program) -> list[int]:
     """Return the place in `theirs` of every input of ours: by name, or the same where the names are others."""
     if sorted(ours.inputs) == sorted(theirs.inputs):
         return [theirs.inputs.index(name) for name in ours.inputs]
