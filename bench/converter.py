@@ -3,9 +3,9 @@
     MSLITE_HOME=FOLDER python bench/converter.py [--only NAME ...] [--samples 4] [--keep FOLDER] [--json]
 
 Every network of `converter_networks`, or those named with --only (mindcv's too, for images of 64 × 64), gets random
-weights and is quantized after training. The vendor's converter
-converts its marked MindIR; the vendor's runtime computes that file and msqkd's own `.ms` file. Shown are the nodes that
-are int8 here and there, and the share of output values that differ.
+weights and is quantized after training. The vendor's converter converts its marked MindIR; the vendor's runtime
+computes that file and msqkd's own `.ms` file. Shown are the int8 nodes that have an equal in the converter's file
+(operation, parameters, weights, biases), and the output values that differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import sys
 import tempfile
 import traceback
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,17 +28,13 @@ from converter_networks import INTEGERS, NETWORKS
 from mindspore import nn
 
 import msqkd
+from msqkd.deploy.converter_run import feed, same_order
+from msqkd.deploy.nodes import agreement
 from msqkd.deploy.vendor_runtime import convert_command, first_error, run_ms, run_vendor, vendor_python
 from msqkd.errors import MsqkdError
 from msqkd.exporters.ms.read import read_ms
-from msqkd.integer.program import Format, Program
 
 _CONFIG = msqkd.QuantConfig(msqkd.WeightQuantizer(per_channel=True), act_observer="minmax")
-_MOVES = (
-    "QuantDTypeCast", "Transpose", "Reshape", "Squeeze", "ExpandDims", "Split", "SliceFusion", "StridedSlice", "Stack",
-)  # fmt: skip
-_ALIKE = {"MatMulFusion": "Conv2DFusion", "SubFusion": "AddFusion"}
-"""A dense layer is a 1×1 convolution in the file for the converter, a sum with a constant a difference."""
 
 
 def randomised(net: nn.Cell, seed: int = 3) -> nn.Cell:
@@ -65,36 +60,50 @@ def randomised(net: nn.Cell, seed: int = 3) -> nn.Cell:
 def compare(name: str, python: Path, folder: Path, samples: int) -> dict[str, Any]:
     """Quantize, convert and compute one network; returns a row of the table."""
     make, shape = NETWORKS[name] if name in NETWORKS else (partial(_zoo_network, name), (3, 64, 64))
-    rng = np.random.default_rng(0)
+    rng, shapes = np.random.default_rng(0), shape if isinstance(shape[0], tuple) else (shape,)
     if name in INTEGERS:
-        data = rng.integers(0, 20, (8, *shape)).astype(np.int32)
+        limits = [INTEGERS[name], *[2] * (len(shapes) - 1)]
+        data = tuple(rng.integers(0, end, (8, *size)).astype(np.int32) for end, size in zip(limits, shapes))
     else:
-        data = rng.normal(size=(8, *shape)).astype(np.float32)
-    quantised = msqkd.quantize(msqkd.create_ptq_network(randomised(make()), _CONFIG, [data]))
-    marked = msqkd.export(quantised, shape, folder / name, "MINDIR")
-    ours = msqkd.export(quantised, shape, folder / f"{name}_ours", "MS")
+        data = tuple(rng.normal(size=(8, *size)).astype(np.float32) for size in shapes)
+    return examine(name, randomised(make()), _CONFIG, data, python, folder, samples)
+
+
+def examine(
+    name: str,
+    net: nn.Cell,
+    config: Any,
+    data: tuple[np.ndarray, ...],
+    python: Path,
+    folder: Path,
+    samples: int,
+    rules: Any = (),
+) -> dict[str, Any]:
+    """Quantize a network after training, convert its marked file, and compute the file and our own with `samples`."""
+    example = tuple(ms.Tensor(array[:1]) for array in data)
+    made = msqkd.create_ptq_network(net, config, [data], example_input=example, rules=rules)
+    quantised = msqkd.quantize(made)
+    marked = msqkd.export(quantised, example, folder / name, "MINDIR")
+    ours = msqkd.export(quantised, example, folder / f"{name}_ours", "MS")
     theirs = folder / f"{name}_theirs.ms"
     done = run_vendor(convert_command(python, marked, theirs.with_suffix("")))
     (folder / f"{name}.log").write_text(done.stdout)
     if done.returncode or not theirs.is_file():
         return {"network": name, "converts": False, "why": first_error(done.stdout)}
     programs = [read_ms(file) for file in (ours, theirs)]
-    nodes = [counted(program) for program in programs]
-    program = programs[0]
-    picture = program.tensors[program.inputs[0]].format == Format.NHWC and len(shape) == 3
-    fed = data[:samples].transpose(0, 2, 3, 1) if picture else data[:samples]
-    outputs = [run_ms(python, file, [np.ascontiguousarray(fed)[:, None]]) for file in (ours, theirs)]
-    values = sum(array.size for array in outputs[0])
-    different = sum(int((one.reshape(-1) != other.reshape(-1)).sum()) for one, other in zip(*outputs))
+    nodes, order, outputs = agreement(*programs), same_order(*programs), []
+    for file, program, places in ((ours, programs[0], range(len(data))), (theirs, programs[1], order)):
+        fed = feed(program, tuple(data[places.index(place)][:samples] for place in range(len(data))))
+        outputs.append(run_ms(python, file, [array[:, None] for array in fed]))
+    pairs = [(one.reshape(-1), other.reshape(-1)) for one, other in zip(*outputs)]
     span = max(float(np.ptp(array)) for array in outputs[0])
-    largest = max(float(np.abs(one.reshape(-1) - other.reshape(-1)).max()) for one, other in zip(*outputs))
-    ours_int8, theirs_int8 = (Counter(found[True]) for found in nodes)
-    equal = nodes[0][False] == nodes[1][False] and not ours_int8 - theirs_int8
-    row = {"network": name, "converts": True, "nodes_equal": equal, "values": values}
-    row |= {"differing_values": different, "largest_difference": largest / span if span else largest}
-    if not equal:
-        row["nodes"] = [{("int8" if kind else "float"): ops for kind, ops in found.items()} for found in nodes]
-    return row
+    largest = max(float(np.abs(one - other).max()) for one, other in pairs)
+    return {
+        "network": name, "converts": True, "nodes_equal": nodes.same_operations and not nodes.missing,
+        "nodes": nodes.to_dict(), "values": sum(one.size for one, _ in pairs),
+        "differing_values": sum(int((one != other).sum()) for one, other in pairs),
+        "largest_difference": largest / span if span else largest,
+    }  # fmt: skip
 
 
 def _zoo_network(name: str) -> nn.Cell:
@@ -102,15 +111,6 @@ def _zoo_network(name: str) -> nn.Cell:
     import mindcv
 
     return mindcv.create_model(name, num_classes=10, pretrained=False)
-
-
-def counted(program: Program) -> dict[bool, dict[str, int]]:
-    """Count the operations that compute, those in int8 (True) and those in float; moves are left out."""
-    steps = [(step.quantized, _ALIKE.get(step.op, step.op)) for step in program.steps if step.op not in _MOVES]
-    return {
-        kind: dict(sorted(Counter(op for quantized, op in steps if quantized == kind).items()))
-        for kind in (True, False)
-    }
 
 
 def main() -> None:
@@ -146,7 +146,9 @@ def line(row: dict[str, Any]) -> str:
     """Format one row of the table."""
     if not row["converts"]:
         return f"| {row['network']} | {'no' if row['converts'] is False else 'not compared'} | {row['why'][:300]} | |"
-    nodes = "as planned" if row["nodes_equal"] else f"ours {row['nodes'][0]}, theirs {row['nodes'][1]}"
+    nodes, found = f"{row['nodes']['of']} as planned", row["nodes"]
+    if not row["nodes_equal"]:
+        nodes = f"{found['equal']} of {found['of']} as planned; ours {found['missing']}, theirs {found['added']}"
     values = f"{row['differing_values']} of {row['values']} differ"
     if row["differing_values"]:
         values += f", by {row['largest_difference']:.2%} of the range"

@@ -10,8 +10,8 @@ import numpy as np
 from mindspore import nn, ops
 
 PICTURE = (3, 16, 16)
-NETWORKS: dict[str, tuple[Callable[[], nn.Cell], tuple[int, ...]]] = {}
-"""Name -> (constructor, shape of a sample)."""
+NETWORKS: dict[str, tuple[Callable[[], nn.Cell], tuple[Any, ...]]] = {}
+"""Name -> (constructor, shape of a sample, or those of several inputs)."""
 
 
 def network(cls: Any) -> Any:
@@ -285,6 +285,17 @@ class MaxPlane(Between):
 
     def part(self, x):  # type: ignore[no-untyped-def]
         return x.max((2, 3))
+
+
+@network
+class MaxNegative(Between):
+    """The largest of values that are all negative."""
+
+    def parts(self):  # type: ignore[no-untyped-def]
+        self.tail = nn.Dense(8, 5)
+
+    def part(self, x):  # type: ignore[no-untyped-def]
+        return (x * -1.0 - 0.5).max((2, 3))
 
 
 @network
@@ -706,6 +717,82 @@ class Attention(nn.Cell):
 
 
 @network
+class Multihead(nn.Cell):
+    """Attention as MindSpore has it."""
+
+    shape = (6, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.attention = nn.Dense(16, 16), nn.MultiheadAttention(16, 4, batch_first=True)
+        self.norm, self.head = nn.LayerNorm((16,)), nn.Dense(16, 4)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.inner(x)
+        return self.head(self.norm(x + self.attention(x, x, x)[0]))
+
+
+@network
+class VisionBlock(nn.Cell):
+    """Patches, a class token, positions, a block and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = conv(3, 16, 4, 4, pad_mode="valid"), nn.Dense(16, 5)
+        self.token = ms.Parameter(np.zeros((1, 1, 16), np.float32), name="token")
+        self.places = ms.Parameter(np.zeros((1, 17, 16), np.float32), name="places")
+        self.first, self.second, self.last = nn.LayerNorm((16,)), nn.LayerNorm((16,)), nn.LayerNorm((16,))
+        self.qkv, self.out, self.up, self.down = nn.Dense(16, 48), nn.Dense(16, 16), nn.Dense(16, 32), nn.Dense(32, 16)
+        self.gelu, self.unstack, self.softmax = nn.GELU(approximate=False), ops.Unstack(0), nn.Softmax()
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        n = x.shape[0]
+        x = self.patches(x).reshape(n, 16, 16).transpose(0, 2, 1)
+        x = ops.cat((ops.broadcast_to(self.token, (n, 1, 16)), x), 1) + self.places
+        qkv = self.qkv(self.first(x)).reshape(n, 17, 3, 2, 8).transpose(2, 0, 3, 1, 4)
+        q, k, v = self.unstack(qkv)
+        weights = self.softmax(ops.BatchMatMul(transpose_b=True)(q, k) * 0.35)
+        x = x + self.out(ops.matmul(weights, v).transpose(0, 2, 1, 3).reshape(n, 17, 16))
+        x = x + self.down(self.gelu(self.up(self.second(x))))
+        return self.head(self.last(x)[:, 0])
+
+
+@network
+class Language(nn.Cell):
+    """Embeddings of words, places and kinds, a normalization, an encoder layer, and a pooled first token."""
+
+    shape = (7,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.kinds = nn.Embedding(20, 16), nn.Embedding(7, 16), nn.Embedding(2, 16)
+        self.norm, self.layer = (
+            nn.LayerNorm((16,)),
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0),
+        )
+        self.pool, self.tanh, self.head = nn.Dense(16, 16), nn.Tanh(), nn.Dense(16, 3)
+        self.order, self.zeros = ms.Tensor(np.arange(7)[None], ms.int32), ms.Tensor(np.zeros((1, 7)), ms.int32)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.norm(self.words(x) + self.places(self.order) + self.kinds(self.zeros))
+        return self.head(self.tanh(self.pool(self.layer(x)[:, 0])))
+
+
+@network
+class PaddedRows(nn.Cell):
+    """Zeros around rows, in three dimensions."""
+
+    shape = (6, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.relu, self.b = nn.Dense(8, 8), nn.ReLU(), nn.Dense(10, 4)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.b(ops.pad(self.relu(self.a(x)), (1, 1, 2, 0)))
+
+
+@network
 class Products(nn.Cell):
     shape = (4, 8)
 
@@ -799,5 +886,246 @@ class Bottlenecks(nn.Cell):
         return self.head(self.net(x).mean((2, 3)))
 
 
-INTEGERS = ("Embedded",)
-"""Networks whose input is of whole numbers."""
+# -- as users write them -----------------------------------------------------------------------------------------------
+@network
+class TwoInputs(nn.Cell):
+    """A picture, and numbers that go into its head."""
+
+    shape = ((3, 16, 16), (5,))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu, self.side, self.head = conv(3, 8, 3, 2), nn.ReLU(), nn.Dense(5, 8), nn.Dense(16, 4)
+
+    def construct(self, x, y):  # type: ignore[no-untyped-def]
+        return self.head(ops.cat((self.relu(self.stem(x)).mean((2, 3)), self.relu(self.side(y))), 1))
+
+
+@network
+class Siamese(nn.Cell):
+    """One encoder for two pictures."""
+
+    shape = ((3, 16, 16), (3, 16, 16))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.relu, self.b, self.head = conv(3, 8, 3, 2), nn.ReLU(), conv(8, 8, 3, 2), nn.Dense(8, 4)
+
+    def encode(self, x):  # type: ignore[no-untyped-def]
+        return self.head(self.relu(self.b(self.relu(self.a(x)))).mean((2, 3)))
+
+    def construct(self, x, y):  # type: ignore[no-untyped-def]
+        return ops.abs(self.encode(x) - self.encode(y)).sum(1)
+
+
+@network
+class Unet(nn.Cell):
+    """Down, up by a transposed convolution, and over a bridge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.relu, self.pool, self.deep = conv(3, 8), nn.ReLU(), nn.MaxPool2d(2, 2), conv(8, 16)
+        self.up = nn.Conv2dTranspose(16, 8, 2, 2, pad_mode="valid", has_bias=True)
+        self.join, self.head = conv(16, 8), conv(8, 2, 1)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        left = self.relu(self.down(x))
+        x = self.up(self.relu(self.deep(self.pool(left))))
+        return ops.sigmoid(self.head(self.relu(self.join(ops.cat((left, x), 1)))))
+
+
+@network
+class Pyramid(nn.Cell):
+    """Two levels with nearest upsampling, and a head of boxes for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.relu = conv(3, 8, 3, 2), conv(8, 16, 3, 2), nn.ReLU()
+        self.lateral, self.top, self.head = conv(8, 8, 1), conv(16, 8, 1), conv(8, 14)
+
+    def boxes(self, x):  # type: ignore[no-untyped-def]
+        n, _, h, w = x.shape
+        x = self.head(x).reshape(n, 2, 7, h, w).transpose(0, 1, 3, 4, 2).reshape(n, -1, 7)
+        return ops.cat((ops.sigmoid(x[..., :2]), ops.exp(x[..., 2:4] * 0.1), ops.sigmoid(x[..., 4:])), -1)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        one = self.relu(self.one(x))
+        two = self.top(self.relu(self.two(one)))
+        large = self.lateral(one) + ops.interpolate(two, size=(8, 8), mode="nearest")
+        return ops.cat((self.boxes(large), self.boxes(two)), 1)
+
+
+@network
+class FastDetector(nn.Cell):
+    """Shuffled blocks, pools of several sizes, depthwise heads of 5 × 5, joined outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu, self.mix = conv(3, 8, 3, 2), nn.ReLU(), conv(8, 8, 1)
+        self.narrow = nn.SequentialCell(conv(4, 4, 1), nn.ReLU(), conv(4, 4, 3, group=4), conv(4, 4, 1), nn.ReLU())
+        self.fifth, self.third = nn.MaxPool2d(5, 1, "same"), nn.MaxPool2d(3, 1, "same")
+        self.join = conv(24, 12, 1)
+        self.box = nn.SequentialCell(conv(12, 12, 5, group=12), nn.ReLU(), conv(12, 4, 1))
+        self.score = nn.SequentialCell(conv(12, 12, 5, group=12), nn.ReLU(), conv(12, 1, 1), nn.Sigmoid())
+        self.kind, self.softmax = nn.SequentialCell(conv(12, 12, 5, group=12), conv(12, 6, 1)), nn.Softmax(1)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.relu(self.stem(x))
+        n, c, h, w = x.shape
+        x = ops.cat((x[:, ::2], self.narrow(x[:, 1::2])), 1)
+        x = x.reshape(n, 2, c // 2, h, w).transpose(0, 2, 1, 3, 4).reshape(n, c, h, w)
+        x = self.relu(self.mix(x))
+        x = self.relu(self.join(ops.cat((x, self.third(x), self.fifth(x)), 1)))
+        return ops.cat((self.score(x), ops.tanh(self.box(x)), self.softmax(self.kind(x))), 1)
+
+
+@network
+class ConvNext(nn.Cell):
+    """A depthwise 7 × 7, a normalization over the channels, GELU, and a scale a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise, self.norm = (
+            conv(3, 8, 4, 4, pad_mode="valid"),
+            conv(8, 8, 7, group=8),
+            nn.LayerNorm((8,)),
+        )
+        self.up, self.gelu, self.down, self.head = nn.Dense(8, 32), nn.GELU(), nn.Dense(32, 8), nn.Dense(8, 4)
+        self.last = nn.LayerNorm((8,))
+        self.gamma = ms.Parameter(np.linspace(0.1, 1, 8).astype(np.float32), name="gamma")
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.stem(x)
+        y = self.norm(self.depthwise(x).transpose(0, 2, 3, 1))
+        y = self.gamma * self.down(self.gelu(self.up(y)))
+        return self.head(self.last((x + y.transpose(0, 3, 1, 2)).mean((2, 3))))
+
+
+@network
+class ReadOutputs(nn.Cell):
+    """Outputs that later layers read, one of them given twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.relu, self.b, self.c = conv(3, 8, 3, 2), nn.ReLU(), conv(8, 4, 3, 2), nn.Dense(4, 3)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.relu(self.a(x))
+        y = self.b(x)
+        logits = self.c(y.mean((2, 3)))
+        return logits, x, y, ops.softmax(logits)
+
+
+@network
+class Temporal(nn.Cell):
+    """Dilated convolutions of a sequence, with residual sums."""
+
+    shape = (6, 32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(6, 8, 3, has_bias=True), nn.Conv1d(8, 8, 3, dilation=2, has_bias=True)
+        self.c, self.relu, self.head = nn.Conv1d(8, 8, 1, has_bias=True), nn.ReLU(), nn.Dense(8, 4)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.relu(self.a(x))
+        x = self.relu(x + self.c(self.relu(self.b(x))))
+        return self.head(x.mean(2))
+
+
+@network
+class SuperResolution(nn.Cell):
+    """A pixel shuffle and the picture upsampled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.relu, self.b, self.c = conv(3, 8), nn.PReLU(8), conv(8, 8), conv(8, 12)
+        self.mix = nn.PixelShuffle(2)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        y = self.relu(self.a(x))
+        y = self.mix(self.c(y + self.b(y)))
+        return y + ops.interpolate(x, size=(32, 32), mode="bilinear", align_corners=False)
+
+
+@network
+class Ghost(nn.Cell):
+    """Half of the channels computed from the other half, with a hard gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu, self.first, self.cheap = (
+            conv(3, 8, 3, 2),
+            nn.ReLU(),
+            conv(8, 8, 1),
+            conv(8, 8, 3, group=8),
+        )
+        self.down, self.up, self.gate = conv(16, 4, 1), conv(4, 16, 1), nn.HSigmoid()
+        self.last, self.swish, self.head = conv(16, 8, 1), nn.HSwish(), nn.Dense(8, 5)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.relu(self.first(self.relu(self.stem(x))))
+        x = ops.cat((x, self.relu(self.cheap(x))), 1)
+        x = x * self.gate(self.up(self.relu(self.down(x.mean((2, 3), keep_dims=True)))))
+        return self.head(self.swish(self.last(x)).mean((2, 3)))
+
+
+@network
+class Autoencoder(nn.Cell):
+    shape = (1, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.relu, self.b = conv(1, 8, 3, 2), nn.ReLU(), conv(8, 4, 3, 2)
+        self.code, self.back = nn.Dense(64, 10), nn.Dense(10, 64)
+        self.c = nn.Conv2dTranspose(4, 8, 3, 2, has_bias=True)
+        self.d = nn.Conv2dTranspose(8, 1, 3, 2, has_bias=True)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.relu(self.b(self.relu(self.a(x)))).reshape(-1, 64)
+        x = self.relu(self.back(self.code(x))).reshape(-1, 4, 4, 4)
+        return ops.sigmoid(self.d(self.relu(self.c(x))))
+
+
+@network
+class Masked(nn.Cell):
+    """Tokens by number, and a mask of those that count."""
+
+    shape = ((7,), (7,))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm, self.q, self.k, self.v = (
+            nn.Embedding(20, 16), nn.LayerNorm((16,)), nn.Dense(16, 16), nn.Dense(16, 16), nn.Dense(16, 16),
+        )  # fmt: skip
+        self.out, self.head = nn.Dense(16, 16), nn.Dense(16, 3)
+
+    def construct(self, x, mask):  # type: ignore[no-untyped-def]
+        x = self.norm(self.table(x))
+        weight = mask.astype(ms.float32)
+        scores = ops.matmul(self.q(x), self.k(x).transpose(0, 2, 1)) * 0.25 + (1.0 - weight.expand_dims(1)) * -1e4
+        x = x + self.out(ops.matmul(ops.softmax(scores, -1), self.v(x)))
+        x = x * weight.expand_dims(2)
+        return self.head(x.sum(1) / (weight.sum(1, keepdims=True) + 1e-3))
+
+
+@network
+class Keywords(nn.Cell):
+    """A spectrogram through depthwise separable blocks."""
+
+    shape = (1, 25, 10)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.SequentialCell(
+            nn.Conv2d(1, 16, (10, 4), (2, 2), pad_mode="same"), nn.BatchNorm2d(16), nn.ReLU(),
+            conv(16, 16, 3, group=16), nn.BatchNorm2d(16), nn.ReLU(), conv(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.AvgPool2d((13, 5)), nn.Flatten(), nn.Dense(16, 12),
+        )  # fmt: skip
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.net(x)
+
+
+INTEGERS = {"Embedded": 20, "Language": 20, "Masked": 20}
+"""Networks whose inputs are whole numbers, below a number: the first input, and 0 or 1 behind it."""

@@ -236,3 +236,145 @@ class Upsample(nn.Cell):
 
     def construct(self, x: Any) -> Any:
         return self.conv(ops.ResizeNearestNeighbor(self.size)(x))
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+TOKEN_KINDS = (
+    "dense", "dense", "feed_forward", "feed_forward", "self_attention", "self_attention", "mixer", "gate", "pad",
+    "slices", "norm", "average", "scaled",
+)  # fmt: skip
+
+
+def random_tokens(rng: np.random.Generator) -> tuple[Any, list[str], tuple[int, int]]:
+    """Return a random network of tokens, the kinds of its blocks, and its sample shape (tokens, channels)."""
+    length, channels = int(rng.choice([4, 6, 7, 9])), int(rng.choice([8, 12, 16]))
+    kinds = [str(kind) for kind in rng.choice(TOKEN_KINDS, size=int(rng.integers(2, 5)))]
+    last = str(rng.choice(["mean", "first", "all", "max"]))
+    shape, inner = (length, channels), bool(rng.integers(2))
+    blocks: list[Any] = [nn.SequentialCell([nn.Dense(channels, channels), activation(rng)])]
+    for kind in kinds:
+        block, length = _token_block(kind, length, channels, rng)
+        blocks.append(block)
+
+    class Net(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.head = nn.SequentialCell(blocks), nn.Dense(channels, CLASSES)
+            self.norm = nn.LayerNorm((channels,)) if inner else nn.Identity()
+
+        def construct(self, x: Any) -> Any:
+            x = self.norm(self.blocks(x))
+            if last == "mean":
+                x = x.mean(1)
+            elif last == "first":
+                x = x[:, 0]
+            elif last == "max":
+                x = x.max(1)
+            return self.head(x)
+
+    return Net(), [*kinds, last], shape
+
+
+def _token_block(kind: str, length: int, channels: int, rng: np.random.Generator) -> tuple[Any, int]:
+    """Return a block of a kind, and the number of tokens it gives."""
+    if kind == "pad":
+        return TokenPad(), length + 2
+    if kind == "average" and length % 2 == 0:
+        return TokenAverage(), length // 2
+    cells = {
+        "feed_forward": FeedForward, "self_attention": SelfAttention, "gate": TokenGate, "slices": TokenSlices,
+        "scaled": TokenScale,
+    }  # fmt: skip
+    if kind in cells:
+        return cells[kind](channels, rng), length
+    if kind == "mixer":
+        return Mixer(length, rng), length
+    if kind == "norm":
+        return nn.LayerNorm((channels,)), length
+    return nn.SequentialCell([nn.Dense(channels, channels), activation(rng)]), length
+
+
+class FeedForward(nn.Cell):
+    def __init__(self, channels: int, rng: np.random.Generator) -> None:
+        super().__init__()
+        self.before = bool(rng.integers(2))
+        self.norm, self.act = nn.LayerNorm((channels,)), activation(rng)
+        self.up, self.down = nn.Dense(channels, 2 * channels), nn.Dense(2 * channels, channels)
+
+    def construct(self, x: Any) -> Any:
+        if self.before:
+            return x + self.down(self.act(self.up(self.norm(x))))
+        return self.norm(x + self.down(self.act(self.up(x))))
+
+
+class SelfAttention(nn.Cell):
+    def __init__(self, channels: int, rng: np.random.Generator) -> None:
+        super().__init__()
+        self.heads, self.width, self.divides = 2, channels // 2, bool(rng.integers(2))
+        self.norm, self.qkv, self.out = (
+            nn.LayerNorm((channels,)), nn.Dense(channels, 3 * channels), nn.Dense(channels, channels),
+        )  # fmt: skip
+
+    def construct(self, x: Any) -> Any:
+        n, t, c = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(n, t, 3, self.heads, self.width).transpose(2, 0, 3, 1, 4)
+        scores = ops.matmul(qkv[0], qkv[1].transpose(0, 1, 3, 2))
+        scores = scores / self.width**0.5 if self.divides else scores * self.width**-0.5
+        y = ops.matmul(ops.softmax(scores, -1), qkv[2]).transpose(0, 2, 1, 3).reshape(n, t, c)
+        return x + self.out(y)
+
+
+class Mixer(nn.Cell):
+    """A dense layer over the tokens."""
+
+    def __init__(self, length: int, rng: np.random.Generator) -> None:
+        super().__init__()
+        self.dense, self.act = nn.Dense(length, length), activation(rng)
+
+    def construct(self, x: Any) -> Any:
+        return x + self.act(self.dense(x.transpose(0, 2, 1))).transpose(0, 2, 1)
+
+
+class TokenGate(nn.Cell):
+    def __init__(self, channels: int, rng: np.random.Generator) -> None:
+        super().__init__()
+        self.value, self.gate = nn.Dense(channels, channels), nn.Dense(channels, channels)
+        self.act = nn.Sigmoid() if rng.integers(2) else nn.SiLU()
+
+    def construct(self, x: Any) -> Any:
+        return self.value(x) * self.act(self.gate(x))
+
+
+class TokenPad(nn.Cell):
+    def construct(self, x: Any) -> Any:
+        return ops.pad(x, (0, 0, 1, 1))
+
+
+class TokenAverage(nn.Cell):
+    """The mean of two tokens in a row."""
+
+    def construct(self, x: Any) -> Any:
+        n, t, c = x.shape
+        return x.reshape(n, t // 2, 2, c).mean(2)
+
+
+class TokenSlices(nn.Cell):
+    def __init__(self, channels: int, rng: np.random.Generator) -> None:
+        super().__init__()
+        self.half = channels // 2
+        self.dense, self.act = nn.Dense(self.half, self.half), activation(rng)
+
+    def construct(self, x: Any) -> Any:
+        return ops.cat((x[..., self.half :], self.act(self.dense(x[..., : self.half]))), -1)
+
+
+class TokenScale(nn.Cell):
+    """A factor and an offset a channel, and numbers."""
+
+    def __init__(self, channels: int, rng: np.random.Generator) -> None:
+        super().__init__()
+        self.scale = Parameter(Tensor(np.ones((channels,), np.float32)), name="scale")
+        self.dense = nn.Dense(channels, channels)
+
+    def construct(self, x: Any) -> Any:
+        return self.dense(x * 0.5) * self.scale + 0.25

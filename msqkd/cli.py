@@ -290,6 +290,72 @@ def _verified(result: dict[str, Any], folder: Path) -> None:
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN|FILE.mindir", help="The folder of a finished run, or a marked MindIR.")
+    ],
+    converter: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH",
+            help="converter_lite, the unpacked package, an environment with mindspore-lite, its wheel; or auto: that "
+            "of MSLITE_HOME, or on the PATH.",
+        ),
+    ] = "auto",
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="Folder for NAME_converter.ms and convert.json [beside].")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples that both files compute, at most.")] = 16,
+    time_limit: Annotated[float, typer.Option(min=1.0, help="Seconds after which the converter is ended.")] = 600.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Let the vendor's converter make a .ms file of the marked MindIR, and compare it with msqkd's own.
+
+    Ends with 1 where an int8 node is not as planned, or outputs differ in the vendor's runtime.
+    """
+    from msqkd.pipeline.convert import convert_file, convert_run
+
+    work = convert_run if source.is_dir() else convert_file
+    result = work(source, converter, output, samples=samples, limit=time_limit, reporter=Reporter())
+    if as_json:
+        print(json.dumps(result, indent=2))
+    elif result["compared"]:
+        terminal().print(_conversion(result))
+    if not result.get("as_planned"):
+        raise typer.Exit(1)
+
+
+def _conversion(result: dict[str, Any]) -> Table:
+    from msqkd.analysis.conversion import conversion_rows
+
+    table = Table(title=f"{result['name']}: {result['file']}", title_justify="left")
+    for column in ("", "found"):
+        table.add_column(column, overflow="fold")
+    for row in conversion_rows(result):
+        table.add_row(*row)
+    return table
+
+
+runtime = typer.Typer(no_args_is_help=True, help="MindSpore Lite's own package: its converter and its runtime.")
+app.add_typer(runtime, name="runtime")
+
+
+@runtime.command()
+def install(
+    wheel: Annotated[
+        Optional[Path], typer.Argument(metavar="[WHEEL]", help="The wheel; fetched from the package index without it.")
+    ] = None,
+    home: Annotated[
+        Optional[Path], typer.Option(help="Folder of its environment [MSLITE_HOME, or ~/.cache/mslite-2.0.0].")
+    ] = None,
+) -> None:
+    """Set MindSpore Lite's Python package up in an environment of its own (2.0.0 needs CPython 3.7)."""
+    from msqkd.deploy.vendor_install import install as set_up
+
+    terminal().print(f"mindspore-lite: {set_up(wheel, home)}", soft_wrap=True)
+
+
+@app.command()
 def analyze(
     run: Annotated[
         str,

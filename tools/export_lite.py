@@ -8,7 +8,8 @@
 
 Written are NAME.ms (int8, ready for the device), NAME.mindir (float weights with the quantisation parameters, for
 converter_lite) and export.json (checksums, and how the device's answers compare). Exit codes: 0; 1 where the device
-deviates by more than the recipe's bound, or a dump differs; 2 for bad input.
+deviates by more than the recipe's bound, or a dump differs; 2 for bad input, and where the converter makes no file
+(what msqkd itself has written stays).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from msqkd.cli import guarded, quiet_compiler
+from msqkd.errors import ExportError
 from msqkd.platform import leave_quietly
 
 
@@ -56,7 +58,8 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
     vendor = parser.add_argument_group("the vendor's converter")
     vendor.add_argument(
         "--converter", metavar="PATH", type=Path,
-        help="converter_lite, or the unpacked package: convert NAME.mindir and compare the result with NAME.ms",
+        help="converter_lite, the unpacked package, an environment with mindspore-lite, or its wheel: convert "
+        "NAME.mindir and compare the result with NAME.ms",
     )  # fmt: skip
     vendor.add_argument(
         "--calibration-bins", metavar="DIR", type=Path,
@@ -120,6 +123,10 @@ def export(args: argparse.Namespace) -> int:
     result = write_bundle(source, args.output, wanted, reporter)
     _tell(result, args.output)
     print(deviation_words(result["parity"]))
+    made = [result[key] for key in ("converter", "vendor_ptq") if key in result]
+    missing = [entry["reason"] for entry in made if entry["file"] is None]
+    if missing:
+        raise ExportError(missing[0])
     return int(result["parity"]["exceeded"])
 
 

@@ -1,5 +1,5 @@
-"""The report of a run with what was measured after it: latencies (`msqkd bench`), the layers (`msqkd analyze`), and the
-device on the test set (`msqkd verify`)."""
+"""The report of a run with what was measured after it: latencies (`msqkd bench`), the layers (`msqkd analyze`), the
+device on the test set (`msqkd verify`), and what the vendor's converter makes of it (`msqkd convert`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from msqkd.analysis.report import write_report
 from msqkd.files import PathLike
 
 REPORT, BENCH, ANALYSIS, VERIFY = "report.json", "bench.json", "analysis.json", "verify.json"
+CONVERT = "convert.json"
 
 _LAYER = ("name", "rank", "sqnr_db", "only_loss", "float_loss")
 _DIAGNOSIS = ("layer", "op", "rank", "harm", "causes")
@@ -21,13 +22,14 @@ _REMEDY = ("text", "yaml")
 
 def completed(result: Mapping[str, Any], folder: PathLike) -> dict[str, Any]:
     """A run's result with `latency` (what ``bench.json`` in `folder` holds), `analysis` (the parts of ``analysis.json``
-    that the page shows) and the `advice` that follows from all of it. Where the run has left the device out, as it does
-    on large test sets, `accuracy` has what ``verify.json`` says of the whole set.
+    that the page shows), `converter` (what ``convert.json`` holds) and the `advice` that follows from all of it. Where
+    the run has left the device out, as it does on large test sets, `accuracy` has what ``verify.json`` says of the
+    whole set.
 
     What is of another recipe, or of another network of the run than the exported one, is left out; a file that is
     missing or no JSON counts for nothing.
     """
-    latency, analysis, verified = (_read(Path(folder) / name) for name in (BENCH, ANALYSIS, VERIFY))
+    latency, analysis, verified, converted = (_read(Path(folder) / name) for name in (BENCH, ANALYSIS, VERIFY, CONVERT))
     accuracy = dict(result.get("accuracy") or {})
     if accuracy.get("integer") is None and isinstance(verified, dict):
         accuracy["integer"] = _on_the_test_set(verified, result)
@@ -36,6 +38,7 @@ def completed(result: Mapping[str, Any], folder: PathLike) -> dict[str, Any]:
         "accuracy": accuracy,
         "latency": [item for item in latency if isinstance(item, dict)] if isinstance(latency, list) else [],
         "analysis": _excerpt(analysis) if isinstance(analysis, dict) and _is_of(analysis, result) else None,
+        "converter": converted if isinstance(converted, dict) and _is_converted(converted, result) else None,
     }
     return {**whole, "advice": [item.to_dict() for item in advise(whole)]}
 
@@ -66,6 +69,14 @@ def _is_of(analysis: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
     trained = any((result.get("accuracy") or {}).get(name) is not None for name in ("qat", "qat_kd"))
     same = analysis.get("recipe_sha256") == result.get("recipe_sha256")
     return same and analysis.get("trained") == trained and isinstance(analysis.get("layers"), list)
+
+
+def _is_converted(converted: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    """Whether a conversion is of the marked MindIR that the run exported."""
+    marked = (result.get("export") or {}).get("lite_mindir") or {}
+    checksum = (result.get("sha256") or {}).get(marked.get("file"))
+    same = converted.get("recipe_sha256") == result.get("recipe_sha256")
+    return same and checksum in (None, converted.get("marked_sha256"))
 
 
 def _on_the_test_set(verified: Mapping[str, Any], result: Mapping[str, Any]) -> Optional[float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from msqkd.analysis import plots
+from msqkd.analysis.conversion import conversion_rows
 from msqkd.analysis.heatmap import heat_map
 from msqkd.files import PathLike, write_json, write_text
 from msqkd.quant.config import STORING
@@ -149,6 +150,7 @@ def _view(result: dict[str, Any]) -> dict[str, Any]:
         "layers": _layers(layers),
         "distributions": _distributions(result.get("distributions") or []),
         "device": _device(parity, scale, result.get("avoided") or plan.get("avoided") or []),
+        "converter": conversion_rows(result.get("converter") or {}),
         "training": _training(result.get("training") or {}, scale, result.get("distillation") or []),
         "plan": _plan(plan, layers),
         "calibration": _calibration(result.get("calibration") or {}),

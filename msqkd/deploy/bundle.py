@@ -21,11 +21,11 @@ import numpy as np
 from msqkd.analysis.parity import batch_size
 from msqkd.data import Split, as_tuple, subset
 from msqkd.deploy.benchmark_kit import write_kit
-from msqkd.deploy.converter_run import compare_ms, convert
+from msqkd.deploy.converter_run import convert_and_compare
 from msqkd.deploy.vendor_ptq import OUTPUT as VENDOR
 from msqkd.deploy.vendor_ptq import VendorPtq, write_vendor_ptq
 from msqkd.environment import versions
-from msqkd.errors import ExportError, MsqkdError, RecipeError
+from msqkd.errors import ExportError, RecipeError
 from msqkd.exporters import FORMATS, LITE, MS, MS_FLOAT, MS_WEIGHT, export
 from msqkd.files import PathLike, sha256, write_json
 from msqkd.pipeline.build import (
@@ -36,6 +36,7 @@ from msqkd.pipeline.build import (
     plan_graph,
     random_weights,
 )
+from msqkd.pipeline.conversion import conversion_words
 from msqkd.pipeline.export import Exported, calibration_parity, check_integers
 from msqkd.pipeline.run import reopen
 from msqkd.pipeline.rundir import RunDirectory
@@ -178,8 +179,8 @@ def write_bundle(source: Source, output: PathLike, wanted: Wanted, reporter: Rep
         execution of the calibration samples), and `converter` and `vendor_ptq` where a converter was run.
 
     Raises:
-        ExportError: a file cannot be written, does not compute as the network, or is not the one the run exported; the
-            converter fails.
+        ExportError: a file cannot be written, does not compute as the network, or is not the one the run exported. A
+            converter that fails is recorded in the data.
         MsqkdError: whatever else the user can mend.
     """
     with staged(Path(output), *wanted.folders()) as folders:
@@ -228,7 +229,7 @@ class _Bundle:
     def _check_inputs(self, vendor: bool) -> None:
         """What works on files of samples knows networks of one float input only."""
         graph, wanted = self.network.graph, self.wanted
-        given = {"benchmark": bool(wanted.benchmark), "converter": wanted.converter is not None, "vendor PTQ": vendor}
+        given = {"benchmark": bool(wanted.benchmark), "vendor PTQ": vendor}
         asked = [name for name, is_wanted in given.items() if is_wanted]
         kinds = [graph.values[name].type for name in graph.inputs]
         if asked and (len(kinds) != 1 or kinds[0] is None or kinds[0].dtype != "float32"):
@@ -258,26 +259,26 @@ class _Bundle:
 
     def _converted(self, converter: Path, model: Path) -> dict[str, Any]:
         """The marked MindIR through the converter: it needs no configuration file."""
-        with tempfile.TemporaryDirectory() as folder:
-            output = self.folder / f"{self.name}_converter"
-            made = convert(converter, self.folder / f"{self.name}.mindir", output, Path(folder))
-        return self._compared(model, made)
+        marked, output = self.folder / f"{self.name}.mindir", self.folder / f"{self.name}_converter"
+        return self._compared(converter, marked, model, output)
 
     def _vendor(self, converter: Path, made: VendorPtq, model: Path) -> dict[str, Any]:
         """The float MindIR through the converter, quantised by the vendor's own means."""
-        return self._compared(model, convert(converter, made.model, made.folder / VENDOR, made.folder, made.config))
+        return self._compared(converter, made.model, model, made.folder / VENDOR, made.config)
 
-    def _compared(self, ours: Path, theirs: Path) -> dict[str, Any]:
-        """How a converter's file compares with ours; that it cannot be computed here is an answer too."""
+    def _compared(
+        self, converter: Path, model: Path, ours: Path, output: Path, config: Optional[Path] = None
+    ) -> dict[str, Any]:
+        """How a converter's file compares with ours; that there is none, or that it cannot be computed here, is an
+        answer too."""
         split = self.network.calibration
         size = batch_size(self.network.graph, min(self.network.recipe.data.eval_batch_size, len(split)))
-        try:
-            found = compare_ms(ours, theirs, (_nhwc(as_tuple(batch)[0]) for batch in input_batches(split, size)))
-        except MsqkdError as error:
-            self.reporter.warn(f"{theirs.name} cannot be compared: {error}")
-            return {"file": theirs.name, "compared": False, "reason": str(error)}
-        self.reporter.say(f"{theirs.name}: {found.describe()}")
-        return {"file": theirs.name, "compared": True, **found.to_dict()}
+        found = convert_and_compare(converter, model, ours, output, input_batches(split, size), config)
+        if found["compared"]:
+            self.reporter.say(conversion_words(found))
+        else:
+            self.reporter.warn(conversion_words(found))
+        return found
 
 
 def _array(split: Split) -> np.ndarray:
@@ -289,10 +290,6 @@ def _array(split: Split) -> np.ndarray:
         result[done : done + len(images)] = images
         done += len(images)
     return result
-
-
-def _nhwc(batch: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(batch.transpose(0, 2, 3, 1))
 
 
 # -- all or nothing ----------------------------------------------------------------------------------------------------

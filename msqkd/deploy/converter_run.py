@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +13,27 @@ from typing import Any, Optional
 
 import numpy as np
 
-from msqkd.deploy.vendor_runtime import convert_command, is_vendor_python, run_vendor, vendor_python
-from msqkd.errors import ExportError, MissingDependencyError
+from msqkd.data import Arrays, as_tuple
+from msqkd.deploy.nodes import Agreement, Layer, agreement, layers
+from msqkd.deploy.vendor_install import install
+from msqkd.deploy.vendor_runtime import (
+    TIME_LIMIT,
+    convert_command,
+    end_of_log,
+    ending,
+    is_vendor_python,
+    run_ms,
+    run_vendor,
+    vendor_python,
+    writing,
+)
+from msqkd.errors import ExportError, MissingDependencyError, MsqkdError
 from msqkd.exporters.converter import command
 from msqkd.exporters.ms.read import read_ms
 from msqkd.files import PathLike
-from msqkd.integer.program import Program
+from msqkd.integer.program import Format, Program
 from msqkd.integer.registry import ARM64
 from msqkd.integer.simulator import Simulator
-from msqkd.words import of_hundred
 
 PROGRAM = "converter_lite"
 _IN_PACKAGE = ("tools/converter/converter", "converter", ".")
@@ -27,19 +41,21 @@ _LIBRARIES = ("../lib", "../../../runtime/lib")  # in the package, from the fold
 _MACHINES = {40: "arm", 62: "x86_64", 183: "aarch64"}  # e_machine of an ELF file
 _FAMILIES = {"arm": "arm", "armv7l": "arm", "armv8l": "arm", "aarch64": "arm", "arm64": "arm", "amd64": "x86_64"}
 _MINDSPORE = "/mindspore/lib"
-_LOG_LINES = 12
-_CAST = "QuantDTypeCast"
 
 
 # -- the program -------------------------------------------------------------------------------------------------------
 def find_converter(path: PathLike) -> Path:
-    """The converter at `path`: the program itself, the unpacked MindSpore Lite package that holds it, or a virtual
-    environment with the package ``mindspore-lite``, whose interpreter is returned.
+    """The converter at `path`: the program itself, the unpacked MindSpore Lite package that holds it, a virtual
+    environment with the package ``mindspore-lite``, whose interpreter is returned, or the wheel of that package, which
+    is set up first.
 
     Raises:
         MissingDependencyError: it is not there, cannot be executed, or is for another kind of processor.
+        ExportError: the wheel cannot be set up.
     """
     given = Path(path).expanduser()
+    if given.suffix == ".whl":
+        return install(given)
     python = vendor_python(given) if given.is_dir() else None
     if python is not None:
         return python.absolute()  # a link that is followed would leave its environment
@@ -49,7 +65,7 @@ def find_converter(path: PathLike) -> Path:
         raise MissingDependencyError(
             f"there is no {PROGRAM} at {given}; give the program, or the unpacked package of MindSpore Lite for Linux "
             f"with {_IN_PACKAGE[0]}/{PROGRAM} in it, or a virtual environment with mindspore-lite; "
-            "without --converter the .ms file is written all the same"
+            "without a converter the .ms file is written all the same"
         )
     if not os.access(found, os.X_OK):
         raise MissingDependencyError(f"{found} is not executable; chmod +x {found}")
@@ -57,6 +73,15 @@ def find_converter(path: PathLike) -> Path:
     if made_for is not None and _family(made_for) != _family(here):
         raise MissingDependencyError(f"{found} is a program for {made_for}, and this machine is {here}")
     return found.resolve()
+
+
+def converter_at_hand() -> Optional[Path]:
+    """Return the converter of ``$MSLITE_HOME``, or the one on the PATH; None where there is none."""
+    found = vendor_python()
+    if found is not None:
+        return found.absolute()
+    program = shutil.which(PROGRAM)
+    return Path(program).resolve() if program else None
 
 
 def _machine_of(program: Path) -> Optional[str]:
@@ -72,7 +97,14 @@ def _family(machine: str) -> str:
     return _FAMILIES.get(machine.lower(), machine.lower())
 
 
-def convert(converter: Path, model: Path, output: Path, folder: Path, config: Optional[Path] = None) -> Path:
+def convert(
+    converter: Path,
+    model: Path,
+    output: Path,
+    folder: Path,
+    config: Optional[Path] = None,
+    limit: float = TIME_LIMIT,
+) -> Path:
     """Run the converter.
 
     Args:
@@ -81,27 +113,29 @@ def convert(converter: Path, model: Path, output: Path, folder: Path, config: Op
         output: the converted model, without its suffix.
         folder: where the program is started; paths in `config` are relative to it.
         config: the configuration file; None where nothing is to be quantised but what is marked.
+        limit: seconds after which it is ended.
 
     Returns:
         The ``.ms`` file.
 
     Raises:
-        ExportError: the converter fails, or writes no ``.ms`` file; with the end of what it printed.
+        ExportError: the converter fails, crashes, does not end, or writes no ``.ms`` file; with the end of what it
+            printed.
         MissingDependencyError: the system cannot start it.
     """
     files = [file.resolve() if file is not None else None for file in (model, output, config)]
     if converter.name != PROGRAM and is_vendor_python(converter):
-        done = run_vendor(convert_command(converter, files[0] or model, files[1] or output, files[2]), folder=folder)
+        words, environment = convert_command(converter, files[0] or model, files[1] or output, files[2]), None
     else:
         words = command(files[0] or model, files[1] or output, files[2], converter=converter)
-        done = run_vendor(words, _environment(converter), folder)
+        environment = _environment(converter)
+    done = run_vendor(words, environment, folder, limit)
     made = output.with_name(f"{output.name}.ms")
     if done.returncode == 0 and made.is_file():
         return made
-    what = f"ended with exit code {done.returncode}" if done.returncode else f"wrote no {made.name}"
-    lines = [line for line in done.stdout.splitlines() if line.strip()][-_LOG_LINES:]
-    log = "; the end of what it printed:\n" + "\n".join(f"  {line}" for line in lines) if lines else " and was silent"
-    raise ExportError(f"{PROGRAM} {what} for {model.name}{log}")
+    made.unlink(missing_ok=True)  # half-written
+    what = f"ended with {ending(done.returncode)}" if done.returncode else f"wrote no {made.name}"
+    raise ExportError(f"{PROGRAM} {what} for {model.name}{end_of_log(done.stdout)}")
 
 
 def _environment(converter: Path) -> dict[str, str]:
@@ -118,12 +152,19 @@ def _environment(converter: Path) -> dict[str, str]:
 
 # -- the comparison ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Layer:
-    """A node of a ``.ms`` file: its name, its operation, and whether it computes in int8."""
+class Outputs:
+    """Two computations of the same samples: the share of equal values in percent, and the largest difference."""
 
-    name: str
-    op: str
-    int8: bool
+    samples: int
+    equal: float
+    max_difference: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able data with stable keys."""
+        return {"samples": self.samples, "equal_outputs": self.equal, "max_difference": self.max_difference}
+
+
+_ALL = 100.0
 
 
 @dataclass(frozen=True)
@@ -136,6 +177,8 @@ class Comparison:
         equal: share of equal output values, in percent.
         max_difference: largest difference of outputs.
         agreement: share of samples with the same top-1 answer, in percent.
+        parameters: how the int8 nodes agree.
+        runtime: what the vendor's runtime computes of the two; None where it is not at hand.
     """
 
     ours: tuple[Layer, ...]
@@ -144,16 +187,14 @@ class Comparison:
     equal: float
     max_difference: float
     agreement: float
+    parameters: Agreement
+    runtime: Optional[Outputs] = None
 
-    def describe(self) -> str:
-        """One line for people."""
-        floats = [layer.name for layer in self.theirs if not layer.int8]
-        named = f" (float: {', '.join(floats)})" if floats else ""
-        return (
-            f"int8 in {_share(self.theirs)} of its nodes{named}, {_share(self.ours)} in ours; on {self.samples} "
-            f"samples {of_hundred(self.equal)} % of the output values are equal, "
-            f"{of_hundred(self.agreement)} % of the answers; largest difference {self.max_difference:.3g}"
-        )
+    @property
+    def as_planned(self) -> bool:
+        """Whether the two compute the same: int8 operations and their parameters, and the outputs in the runtime."""
+        same = self.parameters.same_operations and not self.parameters.missing
+        return same and (self.runtime is None or self.runtime.equal == _ALL)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data with stable keys."""
@@ -163,48 +204,114 @@ class Comparison:
             "equal_outputs": self.equal,
             "max_difference": self.max_difference,
             "agreement": self.agreement,
+            "as_planned": self.as_planned,
+            "parameters": self.parameters.to_dict(),
+            "runtime": None if self.runtime is None else self.runtime.to_dict(),
             **{key: [vars(layer) for layer in layers] for key, layers in nodes.items()},
         }
 
 
-def _share(layers: tuple[Layer, ...]) -> str:
-    return f"{sum(layer.int8 for layer in layers)} of {len(layers)}"
-
-
-def compare_ms(ours: Path, theirs: Path, batches: Iterable[np.ndarray]) -> Comparison:
+def compare_ms(ours: Path, theirs: Path, batches: Iterable[Arrays], python: Optional[Path] = None) -> Comparison:
     """Compute two ``.ms`` files of one network on the same samples, as an ARM device would.
 
     Args:
         ours, theirs: the files, made for batch 1.
-        batches: arrays (n, ...) float32 as the files take them: pictures are (n, H, W, C). At least one.
+        batches: arrays (n, ...), or a tuple of them where the network has several inputs, as the files take them:
+            pictures are (n, H, W, C). At least one.
+        python: the interpreter of the vendor's package, whose runtime computes the two as well.
 
     Raises:
-        ExportError: a file cannot be read, or the two have different inputs or outputs.
+        ExportError: a file cannot be read, the two have different inputs or outputs, or the runtime refuses one.
         SimulationError: a node cannot be simulated.
     """
     programs = [read_ms(ours), read_ms(theirs)]
-    shapes = [[program.tensors[name].shape for name in (*program.inputs, *program.outputs)] for program in programs]
+    order = same_order(*programs)
+    shapes = [_shapes(programs[0], programs[0].inputs), _shapes(programs[1], [programs[1].inputs[i] for i in order])]
+    for number, program in enumerate(programs):
+        shapes[number] += _shapes(program, program.outputs)
     if shapes[0] != shapes[1]:
         raise ExportError(f"{theirs.name} has inputs and outputs of shapes {shapes[1]}; those of ours are {shapes[0]}")
     simulators = [Simulator(program, ARM64) for program in programs]
-    samples = equal = values = agreeing = 0
-    largest = 0.0
-    for batch in batches:
-        one, other = (simulator.run(batch) for simulator in simulators)
-        samples += len(batch)
-        agreeing += int((_answers(one[0]) == _answers(other[0])).sum())
-        for expected, found in zip(one, other):
-            equal += int((expected == found).sum())
-            values += expected.size
-            largest = max(largest, float(np.abs(expected - found).max()))
+    inputs = [as_tuple(batch) for batch in batches]
+    fed = [inputs, [tuple(batch[order.index(place)] for place in range(len(order))) for batch in inputs]]
+    found = [[simulator.run(*batch) for batch in part] for simulator, part in zip(simulators, fed)]
+    joined = [[np.concatenate(parts) for parts in zip(*batches)] for batches in found]
+    simulated, agreeing = _compared(*joined), _answers(joined[0][0]) == _answers(joined[1][0])
+    runtime = None
+    if python is not None:
+        samples = [[np.concatenate(parts)[:, None] for parts in zip(*part)] for part in fed]
+        runtime = _compared(*(run_ms(python, file, arrays) for file, arrays in zip((ours, theirs), samples)))
     return Comparison(
-        _layers(programs[0]), _layers(programs[1]), samples, 100.0 * equal / values, largest, 100.0 * agreeing / samples
-    )
+        layers(programs[0]), layers(programs[1]), simulated.samples, simulated.equal, simulated.max_difference,
+        100.0 * float(agreeing.mean()), agreement(*programs), runtime,
+    )  # fmt: skip
+
+
+def same_order(ours: Program, theirs: Program) -> list[int]:
+    """Return the place in `theirs` of every input of ours: by name, or the same where the names are others."""
+    if sorted(ours.inputs) == sorted(theirs.inputs):
+        return [theirs.inputs.index(name) for name in ours.inputs]
+    return list(range(len(theirs.inputs)))
+
+
+def _shapes(program: Program, names: Iterable[str]) -> list[tuple[int, ...]]:
+    return [program.tensors[name].shape for name in names]
+
+
+def _compared(ours: list[np.ndarray], theirs: list[np.ndarray]) -> Outputs:
+    pairs = [(one.reshape(-1), other.reshape(-1)) for one, other in zip(ours, theirs)]
+    equal, values = sum(int((one == other).sum()) for one, other in pairs), sum(one.size for one, _ in pairs)
+    largest = max(float(np.abs(one.astype(np.float64) - other).max()) for one, other in pairs)
+    return Outputs(len(ours[0]), 100.0 * equal / values, largest)
 
 
 def _answers(logits: np.ndarray) -> np.ndarray:
-    return logits.reshape(len(logits), -1).argmax(-1)
+    return np.asarray(logits.reshape(len(logits), -1).argmax(-1))
 
 
-def _layers(program: Program) -> tuple[Layer, ...]:
-    return tuple(Layer(step.name, step.op, step.quantized) for step in program.steps if step.op != _CAST)
+# -- both --------------------------------------------------------------------------------------------------------------
+def convert_and_compare(
+    converter: Path,
+    model: Path,
+    ours: Path,
+    output: Path,
+    batches: Iterable[Arrays],
+    config: Optional[Path] = None,
+    limit: float = TIME_LIMIT,
+) -> dict[str, Any]:
+    """Convert a MindIR and compare the file with our own ``.ms`` of the same network.
+
+    A converter that fails, and a file that cannot be compared, are answers too: our own file is none the worse.
+
+    Args:
+        converter: from `find_converter`.
+        model: the MindIR; paths in `config` are relative to its folder.
+        ours: our own file.
+        output: the converted file, without its suffix; it appears whole or not at all.
+        batches: samples as the network takes them: pictures are (n, C, H, W).
+        config, limit: as for `convert`.
+
+    Returns:
+        ``file`` (None where there is none), ``converter``, and ``compared`` with `Comparison.to_dict` or a ``reason``.
+    """
+    result: dict[str, Any] = {"file": None, "converter": str(converter), "compared": False}
+    try:
+        with writing(), tempfile.TemporaryDirectory() as place:
+            folder = model.parent if config is not None else Path(place)
+            made = convert(converter, model, Path(place) / output.name, folder, config, limit)
+            target = output.with_name(made.name)
+            shutil.copyfile(made, target)
+        result["file"] = target.name
+        program = read_ms(ours)
+        fed = (tuple(feed(program, batch)) for batch in batches)
+        found = compare_ms(ours, target, fed, vendor_python())
+    except MsqkdError as error:
+        return {**result, "reason": str(error)}
+    return {**result, "compared": True, **found.to_dict()}
+
+
+def feed(program: Program, batch: Arrays) -> Iterable[np.ndarray]:
+    """Yield the inputs of a batch in the layout of the file: pictures with the channels last."""
+    for name, array in zip(program.inputs, as_tuple(batch)):
+        is_picture = array.ndim == 4 and program.tensors[name].format == Format.NHWC
+        yield np.ascontiguousarray(array.transpose(0, 2, 3, 1) if is_picture else array)

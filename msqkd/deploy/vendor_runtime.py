@@ -7,9 +7,11 @@ holds it stands for it.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
@@ -21,7 +23,13 @@ from msqkd.files import PathLike
 HOME_VARIABLE = "MSLITE_HOME"
 """Environment variable with the folder that holds the virtual environment, itself or as ``x86``."""
 
-_DEFAULT_HOME = "~/.cache/mslite-2.0.0"
+DEFAULT_HOME = "~/.cache/mslite-2.0.0"
+"""The folder where the variable is not set."""
+
+TIME_LIMIT = 600.0
+"""Seconds after which a program of the vendor's is ended."""
+
+_LOG_LINES = 12
 _PYTHON = ("bin/python", "x86/bin/python")
 _ERRORS = "3"  # the least of its messages that say why something was refused
 _CONVERT = """
@@ -54,7 +62,7 @@ np.savez(out, **{"o%d" % j: np.stack([row[j] for row in rows]) for j in range(le
 
 def vendor_python(home: Optional[PathLike] = None) -> Optional[Path]:
     """Return the interpreter of the environment in `home`, by default ``$MSLITE_HOME``; None where there is none."""
-    folder = Path(home or os.environ.get(HOME_VARIABLE) or _DEFAULT_HOME).expanduser()
+    folder = Path(home or os.environ.get(HOME_VARIABLE) or DEFAULT_HOME).expanduser()
     return next((folder / name for name in _PYTHON if is_vendor_python(folder / name)), None)
 
 
@@ -81,21 +89,25 @@ def run_ms(python: Path, file: PathLike, inputs: Sequence[np.ndarray]) -> list[n
         One array (n, ...) an output.
 
     Raises:
-        ExportError: the runtime refuses the file or fails; with the first line of its log that says so.
+        ExportError: the runtime refuses the file, fails or takes too long; with the first line of its log that says so.
         MissingDependencyError: the interpreter cannot be started.
     """
-    with tempfile.TemporaryDirectory() as place:
+    with writing(), tempfile.TemporaryDirectory() as place:
         given, out = Path(place) / "in.npz", Path(place) / "out.npz"
         np.savez(given, **{f"i{index}": array for index, array in enumerate(inputs)})
         done = run_vendor([str(python), "-c", _PREDICT, str(file), str(given), str(out)])
         if done.returncode:
-            raise ExportError(f"MindSpore Lite does not run {Path(file).name}: {first_error(done.stdout)}")
+            how = ending(done.returncode)
+            raise ExportError(f"MindSpore Lite does not run {Path(file).name} ({how}): {first_error(done.stdout)}")
         found = np.load(out)
         return [found[f"o{index}"] for index in range(len(found.files))]
 
 
 def run_vendor(
-    command: Sequence[str], environment: Optional[Mapping[str, str]] = None, folder: Optional[Path] = None
+    command: Sequence[str],
+    environment: Optional[Mapping[str, str]] = None,
+    folder: Optional[Path] = None,
+    limit: float = TIME_LIMIT,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of the vendor's; its output and its messages are one text.
 
@@ -103,20 +115,63 @@ def run_vendor(
         command: the program and its arguments.
         environment: of the program; by default this one's without the libraries of MindSpore.
         folder: where it is started.
+        limit: seconds after which it is ended, with all that it started.
 
     Raises:
+        ExportError: it did not end in time; with the last lines of its log.
         MissingDependencyError: the program cannot be started.
     """
     if environment is None:
         hidden = ("LD_LIBRARY_PATH", "PYTHONPATH")
         environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"GLOG_v": _ERRORS}
     try:
-        return subprocess.run(
+        process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
     except OSError as error:
         raise MissingDependencyError(f"{command[0]} cannot be started on this machine: {error.strerror}") from error
+    try:
+        log, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        log, _ = process.communicate()
+        raise ExportError(f"{command[0]} did not end within {limit:g} s{end_of_log(log)}") from None
+    except BaseException:  # Ctrl-C, which a session of its own does not see
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    return subprocess.CompletedProcess(list(command), process.returncode, log)
+
+
+def ending(code: int) -> str:
+    """Return how a program ended, in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"it crashed: {signal.Signals(-code).name}"
+    except ValueError:
+        return f"it crashed: signal {-code}"
+
+
+def end_of_log(log: str) -> str:
+    """Return the last lines of a log as the end of a sentence."""
+    lines = [line for line in log.splitlines() if line.strip()][-_LOG_LINES:]
+    return "; the end of what it printed:\n" + "\n".join(f"  {line}" for line in lines) if lines else " and was silent"
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Tell of a full disk, and of a folder that cannot be written, as an ExportError.
+
+    Raises:
+        ExportError: an OSError was raised inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = f"{error.filename} cannot be written" if error.filename else "a file cannot be written"
+        raise ExportError(f"{place}: {error.strerror or error}") from error
 
 
 def first_error(log: str) -> str:

@@ -19,10 +19,6 @@ WAY_OUT = f"the format {PORTABLE} holds any operation in any form"
 """The end of a sentence that says what a format cannot hold."""
 
 
-def _as_it_is(graph: Graph, plan: QuantPlan) -> QuantPlan:
-    return plan
-
-
 @dataclass(frozen=True)
 class Format:
     """A kind of file.
@@ -40,7 +36,6 @@ class Format:
             operation.
         float16: whether it holds layers that compute in float16.
         wide: whether it rounds the inputs of dynamic layers, so that these may have 16 bits.
-        planned: (graph, plan) -> the plan of the network that the file holds, with which it is compared.
         single: whether the file is made for batch 1.
     """
 
@@ -55,7 +50,6 @@ class Format:
     check: Optional[Callable[[Graph, QuantPlan], None]] = None
     float16: bool = False
     wide: bool = False
-    planned: Callable[[Graph, QuantPlan], QuantPlan] = _as_it_is
     single: bool = False
 
 
@@ -63,12 +57,6 @@ def _write_lite(graph: Graph, plan: QuantPlan, path: Path) -> Path:
     from msqkd.exporters.lite import export_lite
 
     return export_lite(graph, plan, path)
-
-
-def _plan_of_lite(graph: Graph, plan: QuantPlan) -> QuantPlan:
-    from msqkd.exporters.lowering import converter_plan
-
-    return converter_plan(graph, plan)
 
 
 def _load_lite(path: Path) -> Any:
@@ -142,7 +130,7 @@ def _load_ms(path: Path) -> Any:
 _FORMATS = (
     Format(
         LITE, "MINDIR", ".mindir", "for MindSpore Lite's converter: float weights with FakeQuantParam markers",
-        ("lite_arm",), _write_lite, _load_lite, planned=_plan_of_lite, single=True,
+        ("lite_arm",), _write_lite, _load_lite, single=True,
     ),
     Format(
         PORTABLE, "MINDIR_PORTABLE", ".mindir", "for any MindSpore: int8 weights and ordinary operations",

@@ -25,6 +25,15 @@ reads parameters and literals alone is a constant whatever the operation.
 |---|---|---|
 """
 
+_CONVERTER = """
+## What MindSpore Lite's converter reads
+
+`lite_mindir` is the file for it ([deploy.md](deploy.md#the-vendors-converter)): the form of MindSpore 2.0, which
+converter 2.0.0 takes and later ones read. Its int8 nodes are those of the `.ms` file, LayerNorm included. A plain
+`mindspore.export` of MindSpore 2.3 or later is not read by 2.0.0, and neither are `portable_mindir`, `float.mindir` and
+`ascend_mindir`. Of an ONNX file with QuantizeLinear the converter of 2.0.0 makes a file that its runtime refuses.
+"""
+
 _WEIGHTS = """
 ## How weights are stored
 
@@ -59,7 +68,7 @@ def page() -> str:
     device.update(dict.fromkeys(FROZEN, "constant"))
     onnx = set(supported())
     rows = [f"| {op} | {device.get(op, 'no')} | {'yes' if op in onnx else 'no'} |\n" for op in sorted({*device, *onnx})]
-    return _INTRODUCTION + "".join(rows) + _WEIGHTS
+    return _INTRODUCTION + "".join(rows) + _CONVERTER + _WEIGHTS
 
 
 if __name__ == "__main__":

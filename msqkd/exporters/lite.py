@@ -21,9 +21,9 @@ from msqkd.exporters.canonical import canonical_model, on_bytes
 from msqkd.exporters.device.freeze import freeze
 from msqkd.exporters.device.shapes import concrete_shapes
 from msqkd.exporters.lite_fusions import prevent_fusions
-from msqkd.exporters.lite_markers import BEHIND_FLOAT, MARKER, TWIN, Marker, guard_markers
+from msqkd.exporters.lite_markers import BEHIND_FLOAT, MARKER, TWIN, Marker, guard_markers, mark_items, mark_tuples
 from msqkd.exporters.lite_operations import to_known_operations
-from msqkd.exporters.lowering import converter_plan, lower_for_lite, own_weight
+from msqkd.exporters.lowering import lower_for_lite, own_weight
 from msqkd.exporters.mindir_file import write_cell
 from msqkd.exporters.mindir_form import functional_form, older_form
 from msqkd.files import PathLike
@@ -51,7 +51,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
         PlanError: a range is missing.
         ExportError: the file breaks one of the converter's rules, or cannot be written.
     """
-    lowered, plan = lower_for_lite(round_stored(graph, converter_plan(graph, plan)), plan)
+    lowered, plan = lower_for_lite(round_stored(graph, plan), plan)
     shapes = concrete_shapes(lowered, batch_size)
     freeze(lowered, shapes, {})  # stored weights are rounded already
     left = {node.name for node in lowered.nodes}
@@ -89,6 +89,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
         older_form(model)
         guard_markers(model)
         _check_markers(read_model(model, Path(file).name, parameters=cell.parameters_dict()))
+        mark_tuples(model)
 
     return write_cell(cell, inputs, file, form, lambda name, data: _on_grid(stored.get(name), data))
 
@@ -210,7 +211,7 @@ def read_marked(file: PathLike) -> tuple[Graph, dict[str, QParams], dict[tuple[s
 
 def read_markers(file: PathLike) -> Marked:
     """Read a file of `export_lite` back, as the converter does."""
-    graph = read_mindir(Path(file).read_bytes(), Path(file).stem)
+    graph = read_mindir(on_bytes(Path(file).read_bytes(), mark_items), Path(file).stem)
     functional_form(graph)
     values: dict[str, QParams] = {}
     weights: dict[tuple[str, int], QParams] = {}

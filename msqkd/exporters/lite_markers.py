@@ -31,6 +31,10 @@ TWIN = "twin"
 _IN_KERNEL = ("BiasAdd", "ReLU", "ReLU6")
 
 
+SEVERAL = ("LayerNorm",)
+"""Operations with several results, the first of which alone has a reader."""
+
+
 class Marker(nn.Cell):
     """The marker of a value or weight.
 
@@ -63,6 +67,36 @@ def guard_markers(model: Any) -> None:
     _Guard(model).run()
 
 
+def mark_tuples(model: Any) -> None:
+    """Put the markers of the results of `SEVERAL` before the TupleGetItem, in place: of an operation the converter
+    looks at the direct readers alone."""
+    _exchange(model, "TupleGetItem", MARKER)
+
+
+def mark_items(model: Any) -> None:
+    """Undo `mark_tuples`, in place."""
+    _exchange(model, MARKER, "TupleGetItem")
+
+
+def _exchange(model: Any, before: str, behind: str) -> None:
+    """Let two operations change places that follow an operation of `SEVERAL`."""
+    primitives = {primitive.name: primitive.op_type for primitive in model.primitives}
+    nodes = list(model.graph.node)
+    ops = [primitives.get(node.op_type.removeprefix(_REFERENCE), "") for node in nodes]
+    places = {node.output[0]: place for place, node in enumerate(nodes)}
+    for place in range(len(nodes)):
+        first = places.get(nodes[place].input[0]) if ops[place] == behind else None
+        root = places.get(nodes[first].input[0]) if first is not None and ops[first] == before else None
+        if first is not None and root is not None and ops[root] in SEVERAL:
+            one, other = (type(nodes[place])() for _ in range(2))
+            one.CopyFrom(nodes[place])
+            other.CopyFrom(nodes[first])
+            one.input[0], other.input[0] = nodes[first].input[0], nodes[first].output[0]
+            one.output[:], other.output[:] = nodes[first].output, nodes[place].output
+            nodes[first], nodes[place] = one, other
+    replace_messages(model.graph.node, nodes)
+
+
 class _Guard:
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -78,7 +112,7 @@ class _Guard:
         nodes: list[Any] = []
         for node in self.model.graph.node:
             if self._op(node) != MARKER:
-                nodes.append(node)
+                nodes += [*self._before_product(node), node]
                 continue
             primitive = self._primitive(node)
             if any(attribute.name == BEHIND_FLOAT for attribute in primitive.attribute):
@@ -91,6 +125,20 @@ class _Guard:
             if node.output[0] in outputs:
                 self._twin(node)
         replace_messages(self.model.graph.node, [item for node in nodes for item in (node, *self._behind(node))])
+
+    def _before_product(self, node: Any) -> list[Any]:
+        """Return a Depend between a marker and a float dense layer, which reads it from now on.
+
+        With parameters at its input the converter would not take the bias into the product.
+        """
+        source = self.producers.get(node.input[0]) if node.input else None
+        weight = self.producers.get(node.input[1]) if len(node.input) > 1 else source
+        if self._op(node) != "MatMul" or source is None or self._op(source) != MARKER or weight is not None:
+            return []
+        name = f"{node.output[0]}_source"
+        depend = self._added("Depend", source, [source.output[0], source.output[0]], name)
+        node.input[0] = name
+        return [depend]
 
     def _primitive(self, node: Any) -> Any:
         return self.primitives.get(node.op_type[len(_REFERENCE) :])

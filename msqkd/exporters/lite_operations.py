@@ -17,6 +17,7 @@ import numpy as np
 from msqkd.graph.ir import Graph, Node, TensorType, Value
 from msqkd.quant.plan import ActivationQuant, QuantPlan
 from msqkd.quant.uses import axes_of, is_tanh_gelu, paddings, resize_flags, slice_entries
+from msqkd.targets.limits import PAD_RANK, maximum
 
 Shape = tuple[int, ...]
 
@@ -98,6 +99,7 @@ class Rewriter:
 
 
 _MOVES = ("Reshape", "Transpose", "Slice")
+_BIAS = 2  # the place of a bias among the inputs of a layer
 Rule = Callable[[Rewriter], None]
 """Rewrites the node, or changes it in place and leaves `made` empty."""
 
@@ -223,6 +225,21 @@ def _product(at: Rewriter) -> None:
         at.node.inputs = [*at.node.inputs[:2], at.graph.add_const(False), at.graph.add_const(False)]
 
 
+def _dense(at: Rewriter) -> None:
+    """A product of matrices and a sum, of which the converter makes one step; a BiasAdd it leaves alone, and the sum
+    is rounded once more."""
+    weight = at.node.inputs[1]
+    *rows, depth = at.shapes[at.source]
+    (features, _), shape = at.shapes[weight], at.shapes[at.node.output]
+    flat = (prod(rows), features)
+    value = at.source if len(rows) == 1 else at.add("Reshape", at.source, (-1, depth), shape=(flat[0], depth))
+    value = at.add("MatMul", value, weight, False, True, shape=flat)
+    if len(at.node.inputs) > _BIAS:
+        value = at.add("Add", value, at.node.inputs[_BIAS], shape=flat)
+    if len(rows) != 1:
+        at.add("Reshape", value, _open(shape), shape=shape)
+
+
 def _power(at: Rewriter) -> None:
     exponent = 2.0 if at.node.op == "Square" else at.literal(1)
     if exponent is not None and np.size(exponent) == 1:
@@ -291,9 +308,22 @@ def _parts(at: Rewriter) -> None:
 
 
 def _pad(at: Rewriter) -> None:
+    """With four axes at least: the int8 kernel corrupts memory with fewer."""
     pairs = paddings(at.graph, at.node)
-    if pairs is not None:
-        at.add("Pad", at.source, shape=at.shapes[at.node.output], attrs={"paddings": tuple(map(tuple, pairs))})
+    if pairs is None:
+        return
+    source, shape, result = at.source, at.shapes[at.source], at.shapes[at.node.output]
+    missing = PAD_RANK - len(shape)
+    if missing <= 0:
+        at.add("Pad", source, shape=result, attrs={"paddings": tuple(map(tuple, pairs))})
+        return
+    first, *others = map(tuple, pairs)
+    wider = [(*sizes[:1], *[1] * missing, *sizes[1:]) for sizes in (shape, result)]
+    source = at.add("Reshape", source, _open(wider[0]), shape=wider[0])
+    padded = at.add("Pad", source, shape=wider[1], attrs={"paddings": (first, *[(0, 0)] * missing, *others)})
+    if at.node.output in at.plan.activations:
+        at.plan.activations[padded] = replace(at.plan.activations[at.node.output], value=padded)
+    at.add("Reshape", padded, _open(result), shape=result)
 
 
 def _channels_first(at: Rewriter) -> None:
@@ -397,9 +427,17 @@ def _tile(at: Rewriter) -> None:
 
 # -- means and norms ---------------------------------------------------------------------------------------------------
 def _reduced(at: Rewriter, op: str, value: str, axes: Sequence[int], keep: bool = True) -> str:
-    """A reduction of a value that has the shape of the node's input."""
+    """A reduction of a value that has the shape of the node's input.
+
+    A maximum is the negative of the minimum of the negative (see `msqkd.targets.limits.maximum`); of a map the
+    converter moves the axes.
+    """
     shape = at.shapes[at.source]
     left = [1 if axis in axes else size for axis, size in enumerate(shape) if keep or axis not in axes]
+    if op == "ReduceMax" and (len(shape) == 4 or maximum(len(shape), axes) is not None):
+        turned = at.add("Mul", value, at.tensor(-1.0), shape=shape)
+        least = _reduced(at, "ReduceMin", turned, axes, keep)
+        return at.add("Mul", least, at.tensor(-1.0), shape=left)
     return at.add(op, value, tuple(axes), keep, *([False] if op == "ReduceSum" else []), shape=left)
 
 
@@ -414,6 +452,11 @@ def _extreme(op: str) -> Rule:
             at.give(value)
 
     return rule
+
+
+def _largest(at: Rewriter) -> None:
+    keep = bool(at.literal(2))
+    _reduced(at, "ReduceMax", at.source, axes_of(at.graph, at.node, 1), keep)
 
 
 def _named_axes(at: Rewriter) -> None:
@@ -460,6 +503,7 @@ RULES: Mapping[str, Rule] = {
     "SquaredDifference": _squared_difference,
     "AddN": _sum,
     "MatMulExt": _product,
+    "Dense": _dense,
     "Neg": _against("Mul", -1.0),
     "Reciprocal": _against("Div", 1.0, first=True),
     "Pow": _power,
@@ -484,7 +528,8 @@ RULES: Mapping[str, Rule] = {
     "Mish": _softplus,
     "BroadcastTo": _broadcast,
     "Tile": _tile,
-    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "Softmax"), _named_axes),
+    "ReduceMax": _largest,
+    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMin", "ReduceProd", "Softmax"), _named_axes),
     **dict.fromkeys(("Concat", "ExpandDims"), _axis_of_result),
     "ArgMaxWithValue": _extreme("ReduceMax"),
     "ArgMinWithValue": _extreme("ReduceMin"),

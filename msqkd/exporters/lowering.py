@@ -17,20 +17,19 @@ import numpy as np
 from msqkd.exporters.lite_pools import write_padded_pools
 from msqkd.graph.ir import Graph, Node, TensorType, Value
 from msqkd.graph.passes.batch_statistics import spell_out_statistics
-from msqkd.quant.config import FLOAT_PRECISION, INT8
+from msqkd.quant.config import INT8
 from msqkd.quant.plan import ActivationQuant, NodePlan, QuantPlan, WeightQuant
 from msqkd.quant.uses import conv_windows, is_padded_pointwise, pooling_of, rescale_factor
-from msqkd.targets import DEPTHWISE, HARD_SIGMOID, RESCALED, get_target
-from msqkd.targets.limits import is_depthwise, pad, relu6
+from msqkd.targets import DEPTHWISE, HARD_SIGMOID, RESCALED
+from msqkd.targets.limits import is_depthwise, relu6
 
-_DIRECTLY = "it is int8 in files written without the converter alone"
 _IMPORTED = ("HSwish",)
 """Operations found in what a network spells out that have an int8 kernel, and that the converter knows as one."""
 
 
 def lower_for_lite(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
-    """A copy of graph and plan in the forms MindSpore Lite's converter keeps int8, as `converter_plan` has it."""
-    graph, plan = lower_forms(graph, converter_plan(graph, plan))
+    """A copy of graph and plan in the forms MindSpore Lite's converter keeps int8."""
+    graph, plan = lower_forms(graph, plan)
     _rescale_by_weight(graph, plan)
     spell_out_statistics(graph)
     write_padded_pools(graph, plan)
@@ -45,42 +44,6 @@ def lower_for_lite(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:
     plan.activations = {name: quant for name, quant in plan.activations.items() if name in graph.values}
     graph.check()
     return graph, plan
-
-
-def converter_plan(graph: Graph, plan: QuantPlan) -> QuantPlan:
-    """Return the plan of the file for MindSpore Lite's converter.
-
-    Some operations are int8 only in files written without the converter: it would write them in a form that the runtime
-    refuses. In its file they are float, with their weights rounded as everywhere. Their results keep their parameters,
-    so that int8 readers stay int8; float readers get the float value.
-    """
-    written = {node.name for node in plan.nodes if _is_written_directly(graph, node, plan.target)}
-    if not written:
-        return plan
-    nodes = [
-        replace(node, precision=FLOAT_PRECISION, reason=_DIRECTLY, avoids=()) if node.name in written else node
-        for node in plan.nodes
-    ]
-    int8 = {node.name for node in nodes if node.precision == INT8}
-    activations = {}
-    for name, quant in plan.activations.items():
-        source, readers = graph.producer(name), graph.consumers(name)
-        edges = tuple((n.name, i) for n in readers if n.name in int8 for i, read in enumerate(n.inputs) if read == name)
-        in_float = source is None or source.name not in int8
-        if in_float and not edges:
-            continue
-        mixed = in_float and (name in graph.outputs or any(reader.name not in int8 for reader in readers))
-        activations[name] = replace(quant, edges=edges if mixed else quant.edges)
-    return replace(plan, nodes=nodes, activations=activations)
-
-
-def _is_written_directly(graph: Graph, node: NodePlan, target: str) -> bool:
-    """Return True if an int8 operation is int8 in files written without the converter alone."""
-    if node.precision != INT8 or node.fused_into is not None or node.form is not None:
-        return False
-    support = get_target(target).ops.get(node.op)
-    few = node.op in ("Pad", "PadV3") and pad(len(graph.shape(graph.node(node.name).inputs[0]))) is not None
-    return few or (support is not None and support.file_only)
 
 
 def lower_forms(graph: Graph, plan: QuantPlan) -> tuple[Graph, QuantPlan]:

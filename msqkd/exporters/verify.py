@@ -107,7 +107,7 @@ def _int8_nodes(graph: Graph, marked: Collection[str], floats: Collection[str]) 
         before = kernels.get(source.name) if source is not None and node.inputs[0] not in marked else None
         if before is not None and node.op in ("BiasAdd", *before.activations):
             kernels[node.name] = before
-        elif support is not None and not support.file_only and held.issuperset(operands):
+        elif support is not None and held.issuperset(operands):
             kernels[node.name] = support
             if support.kind == SHARED:
                 held.update(node.outputs)

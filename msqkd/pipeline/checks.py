@@ -16,6 +16,7 @@ from msqkd.pipeline.build import (
     training_loss,
     try_loss,
 )  # fmt: skip
+from msqkd.pipeline.conversion import AUTO, OFF, chosen_converter
 from msqkd.pipeline.export import preflight
 from msqkd.pipeline.objects import ROLES, Objects
 from msqkd.quant.plan import QuantPlan
@@ -52,6 +53,8 @@ def check_run(objects: Objects) -> tuple[Graph, Graph, QuantPlan]:
     if objects.trainings and objects.recipe.train.dropout:
         places = objects.dropout(objects.recipe.train, captured)
         with_dropout(training_graph(captured, objects.recipe.quantization.batchnorm), places)
+    if objects.recipe.verify.converter not in (AUTO, OFF):
+        chosen_converter(objects.recipe.verify.converter)
     preflight(objects.recipe, graph, plan)
     _check_trainings(objects, captured)
     _check_gradients(objects, captured)

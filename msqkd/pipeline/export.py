@@ -144,15 +144,13 @@ class Files:
 
     def __init__(self, network: Exported, place: Callable[[str], Path]) -> None:
         self.network, self.place = network, place
-        self._fakes: dict[int, tuple[QuantPlan, Outputs]] = {}
 
-    def fake(self, plan: QuantPlan) -> Outputs:
-        """Return the outputs of the fake-quantized network on the test set."""
-        if id(plan) not in self._fakes:
-            cell = quantize_cell(self.network.graph, plan)
-            cell.set_phase(QUANTIZE)
-            self._fakes[id(plan)] = plan, self._outputs(cell)
-        return self._fakes[id(plan)][1]
+    @cached_property
+    def fake(self) -> Outputs:
+        """Outputs of the fake-quantized network on the test set."""
+        cell = quantize_cell(self.network.graph, self.network.plan)
+        cell.set_phase(QUANTIZE)
+        return self._outputs(cell)
 
     @cached_property
     def exact(self) -> Outputs:
@@ -192,7 +190,7 @@ class Files:
         run = _tensors(form.load(file))
         if not form.int8:
             return self._float_file(form, file, run)
-        reference = self.fake(form.planned(self.network.graph, self.network.plan))
+        reference = self.fake
         found = self._outputs(run)
         near = distance(found, reference, metric.is_accuracy)
         excess = self._beyond(form, near, self.network.recipe.verify.bounds.excess(near))
@@ -207,7 +205,7 @@ class Files:
         if form.name == MS_FLOAT:
             cell: Any = to_cell(self.network.graph)
         else:
-            cell = quantize_cell(self.network.graph, form.planned(self.network.graph, self.network.plan))
+            cell = quantize_cell(self.network.graph, self.network.plan)
             cell.set_phase(OFF)
         found, reference = (output_arrays(network, few, len(few)) for network in (run, cell))
         near = distance(found, reference, self.network.metric.is_accuracy)
@@ -272,7 +270,7 @@ def export_files(
             files[name], verified[name] = file, held
         else:
             attempt(name, file, partial(writer.write, form), partial(writer.examine, form))
-    trained = network.metric(writer.fake(network.plan), network.test.labels, network.test.name)
+    trained = network.metric(writer.fake, network.test.labels, network.test.name)
     if before is not None and "failed" not in before["parity"]:
         integer_accuracy, parity = before["integer_accuracy"], before["parity"]
     else:

@@ -11,8 +11,11 @@ from msqkd import parallel
 from msqkd.analysis.collapse import collapse_words, has_batchnorm
 from msqkd.analysis.refresh import completed
 from msqkd.analysis.report import write_report
+from msqkd.errors import MsqkdError
+from msqkd.exporters import LITE
 from msqkd.files import write_json
 from msqkd.graph.ir import Graph
+from msqkd.pipeline.conversion import chosen_converter, conversion_words, convert_exported, converted_before
 from msqkd.pipeline.export import Exported, deviation_words, export_files, failures, why
 from msqkd.pipeline.objects import ROLES, Objects
 from msqkd.pipeline.ptq import quantised_without_training
@@ -122,6 +125,7 @@ class _Run(Stages):
         if self.objects.trainings:
             self._calibration()
         self._export()
+        self._convert()
         return self._report()
 
     def train(self) -> dict[str, Any]:
@@ -271,6 +275,30 @@ class _Run(Stages):
             self.reporter.warn(self.warnings[-1])
         else:
             self.reporter.say(deviation_words(parity))
+
+    def _convert(self) -> None:
+        """Let the vendor's converter make its file of the marked MindIR, and compare it with ours.
+
+        A converter that fails takes nothing from the run: its reason is a warning.
+        """
+        entry = self.folder.result("export")["verified"].get(LITE) or {}
+        if not entry.get("file") or entry.get("failed"):
+            return
+        try:
+            converter = chosen_converter(self.recipe.verify.converter)
+            if converter is None:
+                return
+            self.reporter.say(f"the vendor's converter: {converter}")
+            found = converted_before(self.folder, converter)
+            if found is None:
+                found = convert_exported(self.objects.exported(), self.folder, converter, self.folder.path)
+        except MsqkdError as error:
+            found = {"compared": False, "file": None, "reason": str(error)}
+        if found.get("as_planned"):
+            self.reporter.say(conversion_words(found))
+        else:
+            self.warnings.append(conversion_words(found))
+            self.reporter.warn(self.warnings[-1])
 
     def _trained(self) -> dict[str, Any]:
         """What `train_recipe` returns."""

@@ -26,7 +26,7 @@ def export_name(recipe_name: str, form: Format) -> str:
 _TRAINED = "float|ptq|ptq_reference|float_ft|float_kd|qat|qat_kd|pretrain"
 _EXPORTED = "|".join(".+" + re.escape(export_name("", form)) for form in FORMATS.values())
 _OURS = re.compile(
-    rf"state\.json|recipe\.yaml|plan\.json|(report|verify|analysis)\.(json|html)|bench\.(json|md)|bench_layers\.json|(tuned|searched)\.yaml|(tune|search)\.(json|html)|({_TRAINED})\.(ckpt|state(\.(\d+|best))?\.npz)|float\.mindir"
+    rf"state\.json|recipe\.yaml|plan\.json|(report|verify|analysis)\.(json|html)|bench\.(json|md)|bench_layers\.json|convert\.json|.+_converter\.ms|(tuned|searched)\.yaml|(tune|search)\.(json|html)|({_TRAINED})\.(ckpt|state(\.(\d+|best))?\.npz)|float\.mindir"
     rf"|{re.escape(LOCK_FILE)}|teacher\d+\.logits\.(npy|npy\.part|json)|{_EXPORTED}"
 )
 _KEYS = ("verb", "recipe_sha256", "recipe", "stages")

@@ -31,7 +31,6 @@ from msqkd.quant.config import (
 from msqkd.quant.masks import masked_nodes
 from msqkd.quant.plan import (
     FLOAT_INPUT,
-    FLOAT_READER,
     NO_NEIGHBOUR,
     ActivationQuant,
     DynamicQuant,
@@ -327,26 +326,7 @@ class _Placement:
 
     def _follow_neighbours(self) -> None:
         """What only moves values gains nothing from int8 between float operations, nor does a cheap operation whose
-        input is float: they stay float. So does an operation that the file for the converter has in float, where a
-        reader is float: that reader would get rounded values in the other files alone."""
-        self._follow_anchors()
-        while (node := self._read_in_float()) is not None:
-            self._place_in_float(node, FLOAT_READER)
-            self._follow_anchors()
-
-    def _read_in_float(self) -> Optional[Node]:
-        """Return an int8 operation that is int8 in some files only and has a float reader, or None."""
-        for node in self.graph.nodes:
-            support = self.supports[node.name]
-            if not self._is_int8(node) or node.name in self.fused or support is None or not support.file_only:
-                continue
-            readers = self.readers.get(node.output, [])
-            if node.output in self.graph.outputs or not all(map(self._is_int8, readers)):
-                return node
-        return None
-
-    def _follow_anchors(self) -> None:
-        """Place in float what moves or follows values and has no neighbour that is int8 in any case."""
+        input is float: they stay float."""
         placed = [n for n in self.graph.nodes if self._is_int8(n) and n.name not in self.fused]
         waiting = [n for n in placed if self._kind(n) in _MOVES or self._follows(n) or self._joins(n)]
         anchored = {n.name for n in placed} - {n.name for n in waiting}
@@ -570,17 +550,7 @@ class _Placement:
         return group > 1 and not (weight[1] == 1 and weight[0] == group)
 
     def _warn_of_files(self) -> None:
-        """The converter would make of some int8 operations what the runtime refuses, and refuses others itself."""
-        concerned: dict[str, list[str]] = {}
-        for node in self.graph.nodes:
-            support = self.supports[node.name]
-            if self._is_int8(node) and node.name not in self.fused and support is not None and support.file_only:
-                concerned.setdefault(node.op, []).append(node.name)
-        for op, names in concerned.items():
-            self._warn(
-                f"{op} ({len(names)} of them, first {names[0]}) is int8 in .ms files only: in the file for the "
-                "converter it is float"
-            )
+        """Warn of what the converter refuses."""
         unknown = [n for n in self.graph.nodes if n.op in ("MaxPool", "AvgPool") and self._is_unknown_to_converter(n)]
         if unknown:
             self._warn(

@@ -26,8 +26,7 @@ from msqkd.quant.qparams import (
 from msqkd.targets import get_target
 
 NO_NEIGHBOUR, FLOAT_INPUT = "no neighbour runs in int8", "its input is computed in float"
-FLOAT_READER = "what reads it is computed in float, where the file for the converter has it in float too"
-BY_NEIGHBOURS = (NO_NEIGHBOUR, FLOAT_INPUT, FLOAT_READER)
+BY_NEIGHBOURS = (NO_NEIGHBOUR, FLOAT_INPUT)
 """Why an operation that has an int8 kernel is float where others are."""
 
 

@@ -24,14 +24,10 @@ from msqkd.recipe.fields import (
     Text,
     filled,
     only_with,
+    switch,
     value_of,
 )
 from msqkd.recipe.problems import Problem, show
-
-
-def _switch(value: Any) -> Any:
-    """Take true and false for on and off, as which YAML 1.1 reads them."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class FeatureSection(Section):
@@ -105,7 +101,7 @@ class DistillationSection(Section):
         description="running brings every term of the loss to the mean size the first has had so far; weights are "
         "shares then.",
     )
-    cache: Annotated[Literal["off", "auto", "on"], BeforeValidator(_switch)] = Field(
+    cache: Annotated[Literal["off", "auto", "on"], BeforeValidator(switch)] = Field(
         default="off",
         description="The teacher's answers to the training set are computed once and kept in the run's folder while it "
         "trains, in place of the teacher in every step; without features only. auto does so where that saves time and "
@@ -126,7 +122,7 @@ class DistillationSection(Section):
     @classmethod
     def _fill(cls, values: Any) -> Any:
         values = filled(values, "temperature", default_temperature(8), value_of(values, "soft_loss", "kl") == "kl")
-        values = filled(values, "cache_view", "same", _switch(value_of(values, "cache", "off")) != "off")
+        values = filled(values, "cache_view", "same", switch(value_of(values, "cache", "off")) != "off")
         return filled(values, "label_smoothing", 0.1, value_of(values, "hard_loss") == "label_smoothing")
 
     @property

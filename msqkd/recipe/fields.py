@@ -39,6 +39,11 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
+def switch(value: Any) -> Any:
+    """Take true and false for on and off, as which YAML 1.1 reads them."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 def _json_problems(value: Any, path: tuple[Any, ...] = ()) -> Iterator[Problem]:
     """What in a free mapping could not be written to JSON and read back the same."""
     if isinstance(value, dict):

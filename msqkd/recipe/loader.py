@@ -24,6 +24,7 @@ FACTORY_KEYS = (
 
 FILE_KEYS = (
     ("data", "root"),
+    ("verify", "converter"),
     *((section, key) for section in ("model", "teacher") for key in ("checkpoint", "name_map", "file")),
     *FACTORY_KEYS,
 )

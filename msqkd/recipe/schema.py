@@ -38,6 +38,7 @@ from msqkd.recipe.fields import (
     distinct,
     filled,
     filled_below,
+    switch,
     value_of,
 )
 from msqkd.recipe.network import ModelSection, Teachers, TeacherSection
@@ -212,6 +213,13 @@ class VerifySection(Section):
         default=None,
         description="Build of MindSpore Lite whose arithmetic is computed; target lite_arm only, arm64 there.",
     )
+    converter: Annotated[Text, BeforeValidator(switch)] = Field(
+        default="auto",
+        description="The vendor's converter, which `run` and `calibrate` end with where the format lite_mindir is "
+        "written; its file is compared with the .ms file. A path (the program, the unpacked package, an environment "
+        "with mindspore-lite, or its wheel); auto takes that of MSLITE_HOME or the converter_lite on the PATH, if "
+        "there is one; off takes none.",
+    )
 
     @property
     def bounds(self) -> Bounds:
@@ -320,6 +328,9 @@ class Recipe(Section):
                 )
         if self.verify.machine is not None and self.target != "lite_arm":
             yield Problem(("verify", "machine"), f"found '{self.verify.machine}', allowed only with target: lite_arm")
+        if self.verify.converter not in ("auto", "off") and "lite_mindir" not in self.export.formats:
+            text = f"found '{self.verify.converter}', allowed only with lite_mindir in export.formats"
+            yield Problem(("verify", "converter"), text)
 
     def missing_weights(self) -> Optional[Problem]:
         """What is wrong where the float model has no origin of its weights: fine for planning, not for a run."""

@@ -69,8 +69,6 @@ class Int8Op:
         asymmetric: of a resize: the defect by which only coordinates that are neither aligned nor of half pixels are
             right.
         per_tensor: its weight has 8 bits and one scale, whatever the recipe says.
-        file_only: MindSpore Lite's converter would write it in a form the runtime refuses: it is int8 in the files
-            that are written without the converter.
         limited: whether its kernel has the limits of `msqkd.targets.limits`.
         avoids: names of the defects that this form, or the parameters, avoid.
     """
@@ -96,7 +94,6 @@ class Int8Op:
     row_defect: str = ""
     asymmetric: str = ""
     per_tensor: bool = False
-    file_only: bool = False
     limited: bool = False
     avoids: tuple[str, ...] = ()
 

@@ -97,8 +97,6 @@ def _conditions(support: Int8Op) -> Iterator[str]:
         yield "neither aligned corners nor half pixels"
     if support.per_tensor:
         yield "its factors as int8 with one scale"
-    if support.file_only:
-        yield "in `.ms` files, float in the file for the converter"
     if support.form == DEPTHWISE:
         yield "written as a depthwise convolution"
     if support.max_rank is not None:

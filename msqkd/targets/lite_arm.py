@@ -147,7 +147,7 @@ LITE_ARM = Target(
             row_defect="softmax_sum",
             avoids=("softmax_parameters",),
         ),
-        "LayerNorm": Int8Op("LayerNormFusion", WEIGHTED, follows=True, per_tensor=True, file_only=True),
+        "LayerNorm": Int8Op("LayerNormFusion", WEIGHTED, follows=True, per_tensor=True),
         "Reshape": Int8Op("Reshape", SHARED),
         "Transpose": Int8Op("Transpose", SHARED),
         "Squeeze": Int8Op("Squeeze", SHARED),

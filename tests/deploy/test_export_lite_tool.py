@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import errno
 import importlib.util
 import json
 import platform
@@ -18,13 +19,17 @@ from typing import Any, Callable
 import numpy as np
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from msqkd.cli import app
 from msqkd.deploy import bundle
 from msqkd.deploy.benchmark_kit import read_kit
 from msqkd.deploy.converter_run import find_converter
+from msqkd.errors import ExportError, MissingDependencyError
 from msqkd.exporters.lite import read_marked
 from msqkd.exporters.ms.read import read_ms
 from msqkd.integer.simulator import Simulator
+from msqkd.pipeline.convert import convert_file, convert_run
 from msqkd.pipeline.run import run_recipe
 from msqkd.progress import Reporter
 from msqkd.recipe import load_recipe
@@ -355,6 +360,7 @@ def test_a_file_of_the_converter_that_cannot_be_computed(run_folder: Path, tool:
         ("echo reading; echo no kernel for Foo; exit 7", ["exit code 7", "no kernel for Foo"]),
         ("echo done", ["wrote no tiny_converter.ms", "done"]),
         ("exit 1", ["exit code 1", "silent"]),
+        ("echo half; kill -SEGV $$", ["it crashed: SIGSEGV", "half"]),
     ],
 )
 def test_a_converter_that_fails(run_folder: Path, tool: Tool, tmp_path: Path, text: str, words: list[str]) -> None:
@@ -362,7 +368,11 @@ def test_a_converter_that_fails(run_folder: Path, tool: Tool, tmp_path: Path, te
     code, _, err = tool(run_folder, "-o", "out", "--converter", fake, "--calibration-bins", "bins")
     assert code == 2
     assert all(word in sentence(err) for word in words)
-    assert left(tmp_path) == {"bin"}, "nothing half-written"
+    assert left(tmp_path) == {"bin", "out", "bins"}
+    assert {"tiny.ms", "tiny.mindir", "export.json"} == left(Path("out")), "what msqkd has written stays"
+    found = json.loads(Path("out/export.json").read_text())
+    assert found["converter"]["file"] is None
+    assert all(word in found["converter"]["reason"] for word in words)
 
 
 def test_a_converter_that_is_not_there(run_folder: Path, tool: Tool, tmp_path: Path) -> None:
@@ -396,6 +406,128 @@ def test_a_converter_that_is_no_program(run_folder: Path, tool: Tool, tmp_path: 
     code, _, err = tool(run_folder, "-o", "out", "--converter", fake)
     assert code == 2
     assert "cannot be started on this machine" in sentence(err)
+
+
+# -- msqkd convert -----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def run_copy(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MSLITE_HOME", str(tmp_path / "none"))
+    shutil.copytree(run_folder, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_convert_a_run(run_copy: Path, tmp_path: Path) -> None:
+    fake = converter(tmp_path / "bin" / "converter_lite", run_copy / "tiny_ms.ms")
+    done = CliRunner().invoke(app, ["convert", str(run_copy), "--converter", str(fake), "--samples", "5", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads((run_copy / "convert.json").read_text())
+    assert json.loads(done.stdout) == found
+    assert (found["file"], found["samples"], found["as_planned"]) == ("tiny_converter.ms", 5, True)
+    assert found["parameters"]["equal"] == found["parameters"]["of"] > 0
+    assert (found["equal_outputs"], found["runtime"]) == (100.0, None)
+    assert (run_copy / "tiny_converter.ms").read_bytes() == (run_copy / "tiny_ms.ms").read_bytes()
+    report = json.loads((run_copy / "report.json").read_text())
+    assert report["converter"]["parameters"] == found["parameters"]
+    assert '<section id="converter">' in (run_copy / "report.html").read_text()
+
+
+def test_convert_a_run_of_which_the_converter_makes_another_network(
+    exported: Path, run_copy: Path, tmp_path: Path
+) -> None:
+    fake = converter(tmp_path / "bin" / "converter_lite", exported / "tiny_float.ms")
+    before = left(run_copy)
+    done = CliRunner().invoke(app, ["convert", str(run_copy), "--converter", str(fake), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    found = json.loads((tmp_path / "out" / "convert.json").read_text())
+    assert found["as_planned"] is False
+    assert len(found["parameters"]["missing"]) == found["parameters"]["of"]
+    assert left(run_copy) == before
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_convert_a_file(beside: bool, exported: Path, run_copy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    shutil.copy(exported / "tiny.mindir", folder)
+    if beside:
+        shutil.copy(exported / "tiny.ms", folder)
+    fake = converter(tmp_path / "bin" / "converter_lite", exported / "tiny.ms")
+    found = convert_file(folder / "tiny.mindir", str(fake), reporter=Reporter(quiet=True))
+    assert found["reference"] == ("ms" if beside else "markers")
+    assert found["as_planned"] is True
+    assert found["agreement"] >= 90
+    assert found["parameters"]["equal"] == found["parameters"]["of"] > 0
+    other = converter(tmp_path / "other" / "converter_lite", exported / "tiny_float.ms")
+    assert convert_file(folder / "tiny.mindir", str(other), reporter=Reporter(quiet=True))["as_planned"] is False
+
+
+def test_convert_what_is_no_marked_file(exported: Path, run_folder: Path, tmp_path: Path) -> None:
+    fake = converter(tmp_path / "bin" / "converter_lite", exported / "tiny.ms")
+    (tmp_path / "odd.mindir").write_bytes(b"odd")
+    for file, words in (
+        (tmp_path / "none.mindir", "is not there"), (tmp_path / "odd.mindir", "MindIR"),
+        (run_folder / "float.mindir", "holds no FakeQuantParam"),
+    ):  # fmt: skip
+        with pytest.raises(ExportError, match=words):
+            convert_file(file, str(fake), tmp_path / "out")
+
+
+def test_convert_without_a_converter(run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingDependencyError, match="MSLITE_HOME"):
+        convert_run(run_copy)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("echo loading; sleep 60 & wait", "within 1 s.*\n.*loading"), ("kill -SEGV $$", "SIGSEGV")]
+)
+def test_convert_with_a_converter_that_does_not_end(text: str, words: str, run_copy: Path, tmp_path: Path) -> None:
+    before = left(run_copy)
+    fake = program(tmp_path / "bin" / "converter_lite", text)
+    with pytest.raises(ExportError, match=f"(?s){words}"):
+        convert_run(run_copy, str(fake), limit=1.0)
+    assert left(run_copy) == before | {"convert.json"}
+    assert json.loads((run_copy / "convert.json").read_text())["file"] is None
+
+
+def test_convert_on_a_full_disk(
+    exported: Path, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = converter(tmp_path / "bin" / "converter_lite", exported / "tiny.ms")
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr("msqkd.deploy.converter_run.shutil.copyfile", full)
+    with pytest.raises(ExportError, match="No space left on device"):
+        convert_run(run_copy, str(fake))
+
+
+def test_a_run_ends_with_the_converter(place: Path, run_folder: Path, tmp_path: Path) -> None:
+    fake = converter(tmp_path / "bin" / "converter_lite", run_folder / "tiny_ms.ms")
+    changes = ["pretrain=null", f"model.checkpoint={run_folder}/float.ckpt", "export.formats=[lite_mindir, ms]"]
+    recipe = load_recipe(place / "tiny.yaml", [*changes, f"verify.converter={fake}"])
+    result = run_recipe(recipe, tmp_path / "run", Reporter(quiet=True), train=False)
+    assert result["converter"]["compared"] is True
+    assert result["converter"]["file"] == "tiny_converter.ms"
+    told = (fake.parent / "told").read_text()
+    run_recipe(recipe, tmp_path / "run", Reporter(quiet=True), train=False)
+    assert (fake.parent / "told").read_text() == told, "it is not run again"
+    with pytest.raises(MissingDependencyError, match="no converter_lite"):
+        run_recipe(
+            load_recipe(place / "tiny.yaml", [*changes, "verify.converter=nowhere"]), tmp_path / "other",
+            Reporter(quiet=True), train=False,
+        )  # fmt: skip
+
+
+def test_a_converter_that_fails_takes_nothing_from_a_run(place: Path, run_folder: Path, tmp_path: Path) -> None:
+    fake = program(tmp_path / "bin" / "converter_lite", "echo no kernel; exit 3")
+    changes = ["pretrain=null", f"model.checkpoint={run_folder}/float.ckpt", "export.formats=[lite_mindir, ms]"]
+    recipe = load_recipe(place / "tiny.yaml", [*changes, f"verify.converter={fake}"])
+    result = run_recipe(recipe, tmp_path / "run", Reporter(quiet=True), train=False)
+    assert any("no kernel" in warning for warning in result["warnings"])
+    assert result["converter"]["compared"] is False
+    assert (tmp_path / "run" / "tiny_ms.ms").is_file()
 
 
 def image_of(data: np.ndarray, images: np.ndarray) -> int:

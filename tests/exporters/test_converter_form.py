@@ -30,6 +30,7 @@ OPERATORS: dict[str, tuple[int, set[str]]] = {
     "LayerNorm": (3, {"begin_norm_axis", "begin_params_axis", "epsilon"}),
     "ReduceMean": (2, {"keep_dims"}),
     "ReduceMax": (2, {"keep_dims"}),
+    "ReduceMin": (2, {"keep_dims"}),
     "Squeeze": (1, {"axis"}),
     "Pad": (1, {"paddings"}),
     "ResizeNearestNeighbor": (1, {"size", "align_corners"}),
@@ -241,3 +242,49 @@ def test_no_reshape_reads_a_transposition_of_its_own_shape(make: type, shape: tu
 
     found, expected = load_lite(file)(ms.Tensor(x)).asnumpy(), cell(ms.Tensor(x)).asnumpy()
     assert np.abs(found - expected).max() <= 0.02 * np.ptp(expected)
+
+
+class Padded(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.relu, self.second = nn.Dense(8, 8), nn.ReLU(), nn.Dense(8, 8)
+        self.norm, self.last = nn.LayerNorm((8,)), nn.Dense(8, 3)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.second(ops.pad(self.relu(self.first(x)), (0, 0, 1, 2)))
+        return self.last(self.norm(x)).max(1)
+
+
+def test_a_marker_stands_before_the_first_of_several_results(tmp_path: Path) -> None:
+    file, _, _ = marked(Padded, (5, 8), tmp_path)
+    model = model_of(file)
+    kinds = {primitive.name: primitive.op_type for primitive in model.primitives}
+    ops_of = {node.output[0]: kinds.get(node.op_type.removeprefix("REF::")) for node in model.graph.node}
+    readers = [kinds.get(node.op_type.removeprefix("REF::")) for node in model.graph.node]
+    before = {reader: ops_of.get(node.input[0]) for node, reader in zip(model.graph.node, readers) if node.input}
+    assert before["TupleGetItem"] == "FakeQuantParam"
+    sources = [ops_of.get(n.input[0]) for n, reader in zip(model.graph.node, readers) if reader == "FakeQuantParam"]
+    assert "LayerNorm" in sources
+    assert "TupleGetItem" not in sources
+    graph, values, weights = read_marked(file)
+    (norm,) = [node for node in graph.nodes if node.op == "LayerNorm"]
+    assert norm.output in values
+    assert (norm.name, 1) in weights
+
+
+def test_rows_are_padded_with_four_axes(tmp_path: Path) -> None:
+    file, _, _ = marked(Padded, (5, 8), tmp_path)
+    graph, values, _ = read_marked(file)
+    (pad,) = [node for node in graph.nodes if node.op == "Pad"]
+    assert len(graph.shape(pad.inputs[0])) == 4
+    assert pad.inputs[0] in values
+    assert pad.output in values
+
+
+def test_a_maximum_is_a_negative_minimum(tmp_path: Path) -> None:
+    """Over an axis that is not the last, or of a map, whose axes the converter moves."""
+    file, _, _ = marked(Padded, (5, 8), tmp_path)
+    graph, _, _ = read_marked(file)
+    kinds = [node.op for node in graph.nodes]
+    assert "ReduceMax" not in kinds
+    assert kinds.count("ReduceMin") == 1

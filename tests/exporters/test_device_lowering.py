@@ -10,6 +10,7 @@ import pytest
 from mindspore import nn, ops
 
 from msqkd.exporters.device import FLOAT_FILE, WEIGHT_FILE, lite_program
+from msqkd.exporters.ms.check import check_program
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph
@@ -112,6 +113,35 @@ def test_kernels_take_their_activations_and_averages_become_convolutions() -> No
 def test_a_flattened_map_needs_no_transpose() -> None:
     graph, plan, _ = planned(Flat(), (2, 6, 5))
     assert "Transpose" not in [step.op for step in lite_program(graph, plan).steps]
+
+
+class Turned(nn.Cell):
+    """A square, or a map of as many channels as rows, in another order, which two Reshapes read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.fc, self.other = nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Dense(36, 4), nn.Dense(72, 4)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.relu(self.conv(x)).reshape(-1, 6, 36)
+        square = x[:, :, :6].transpose(0, 2, 1).reshape(-1, 36)
+        cube = x.reshape(-1, 6, 6, 6).transpose(0, 2, 1, 3).reshape(-1, 3, 72)
+        return self.fc(square) + self.other(cube).mean(1)
+
+
+def test_no_transposition_before_a_reshape_keeps_the_shape() -> None:
+    """The runtime would drop it."""
+    graph, plan, x = planned(Turned(), (2, 6, 6))
+    program = lite_program(graph, plan)
+    check_program(program)
+    turned = [step for step in program.steps if step.op == "Transpose"]
+    assert len(turned) >= 2
+    for step in turned:
+        before, after = (program.tensors[name].shape for name in (step.inputs[0], step.outputs[0]))
+        readers = [other.op for other in program.steps if step.outputs[0] in other.inputs]
+        assert before != after or readers != ["Reshape"] or step.inputs[0] in program.inputs
+    found, expected = simulated(program, x), fake_quantised(graph, plan, x)
+    assert np.abs(found - expected).max() <= 3.01 * last_scale(graph, plan)
 
 
 def test_a_padded_pointwise_convolution_is_embedded_into_zeros() -> None:

@@ -13,7 +13,7 @@ from msqkd.graph.capture import capture
 from msqkd.graph.ir import Graph
 from msqkd.quant.config import FLOAT, QuantConfig, Rule
 from msqkd.quant.placement import make_plan
-from msqkd.quant.plan import FLOAT_READER, QuantPlan
+from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qat import deployment_graph
 
 
@@ -455,7 +455,7 @@ def test_attention_is_int8_with_a_softmax_of_fixed_range() -> None:
     assert plan.node(_node_of(plan, "Softmax")).avoids == ("softmax_parameters",)
     norm = plan.weights[_node_of(plan, "LayerNorm")]
     assert (norm.bits, norm.axis) == (8, None)
-    assert any("LayerNorm (1 of them" in text and ".ms files only" in text for text in plan.warnings)
+    assert not any("LayerNorm" in text for text in plan.warnings)
 
 
 class NormRead(nn.Cell):
@@ -474,17 +474,13 @@ class NormRead(nn.Cell):
         return self.last(y)
 
 
-@pytest.mark.parametrize(("how", "precision"), [("dense", "int8"), ("mean", "float"), ("output", "float")])
-def test_a_normalisation_with_a_float_reader_is_float_as_in_the_file_for_the_converter(
-    how: str, precision: str
-) -> None:
+@pytest.mark.parametrize("how", ["dense", "mean", "output"])
+def test_a_normalisation_is_int8_whatever_reads_it(how: str) -> None:
     graph, plan = planned(NormRead(how), (5, 6))
     norm = plan.node(_node_of(plan, "LayerNorm"))
-    assert norm.precision == precision
-    assert (norm.reason == FLOAT_READER) == (precision == "float")
-    assert (norm.name in plan.weights) == (precision == "int8")
-    assert plan.node("last").precision == "int8"
-    assert bool(plan.activations[graph.node("norm").output].edges) == (precision == "float")
+    assert norm.precision == plan.node("last").precision == "int8"
+    assert norm.name in plan.weights
+    assert plan.activations[graph.node("norm").output].edges == ()
 
 
 def test_a_product_with_a_number_changes_the_scale_alone() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from msqkd.exporters.device.freeze import freeze
 from msqkd.exporters.device.shapes import Shape, concrete_shapes
+from msqkd.exporters.device.transpositions import keep_transpositions
 from msqkd.exporters.lowering import lower_forms, trim_taps
 from msqkd.graph.ir import Graph, Node, TensorType, Value, unique_name
 from msqkd.graph.islands import cut
@@ -48,7 +49,9 @@ def lite_program(graph: Graph, plan: QuantPlan, batch: int = 1, kind: str = INT8
         PlanError: a range is missing.
         ExportError: a scale the runtime cannot represent.
     """
-    return Lowering(graph, plan, batch, kind).run()
+    program = Lowering(graph, plan, batch, kind).run()
+    keep_transpositions(program)
+    return program
 
 
 class Lowering:
