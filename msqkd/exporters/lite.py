@@ -71,7 +71,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
     for value, activation in plan.activations.items():
         if lowered.values[value].kind == "param":
             continue  # its readers have the markers
-        if activation.exact and value in lowered.outputs:
+        if activation.exact and value in lowered.outputs and not lowered.consumers(value):
             continue  # a marker must feed a consumer; a reshape hands its input's parameters on
         marker = Marker(plan.group_of(value).qparams(), value in floats)
         hooks.values[value] = marker  # type: ignore[index]

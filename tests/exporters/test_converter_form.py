@@ -288,3 +288,22 @@ def test_a_maximum_is_a_negative_minimum(tmp_path: Path) -> None:
     kinds = [node.op for node in graph.nodes]
     assert "ReduceMax" not in kinds
     assert kinds.count("ReduceMin") == 1
+
+
+class ReadOutput(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.softmax = nn.Dense(8, 5), nn.Softmax()
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.head(x)
+        return x, self.softmax(x)
+
+
+def test_an_output_that_is_read_has_a_marker(tmp_path: Path) -> None:
+    file, cell, _ = marked(ReadOutput, (8,), tmp_path)
+    assert all(node.precision == "int8" for node in cell.sync()[1].nodes)
+    graph, values, _ = read_marked(file)
+    (softmax,) = [node for node in graph.nodes if node.op == "Softmax"]
+    assert softmax.inputs[0] in values
+    assert softmax.output in values
