@@ -218,7 +218,8 @@ def _check_markers(graph: Graph) -> None:
         producer = graph.producer(source)
         if producer is not None and producer.op == MARKER:
             raise ExportError(f"{name}: two markers follow each other behind '{producer.inputs[0]}'")
-        if len(graph.consumers(source)) != 1 or source in graph.outputs:
+        alone = len(graph.consumers(source)) == 1 and source not in graph.outputs
+        if not alone and not marker.attrs.get(BEHIND_FLOAT):  # a Depend lies between these
             raise ExportError(f"{name}: the marker behind '{source}' is not its only user")
 
 

@@ -307,3 +307,50 @@ def test_an_output_that_is_read_has_a_marker(tmp_path: Path) -> None:
     (softmax,) = [node for node in graph.nodes if node.op == "Softmax"]
     assert softmax.inputs[0] in values
     assert softmax.output in values
+
+
+class FloatPath(nn.Cell):
+    """A float value that an int8 sum reads, and a float operation behind a transposition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.sigmoid, self.last = nn.Dense(6, 6), nn.Sigmoid(), nn.Dense(6, 5)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.sigmoid(self.first(x))
+        return self.last(x + self.first(x)), ops.exp(x.transpose(0, 2, 1) * -1.5)
+
+
+def test_what_moves_a_float_value_for_float_readers_reads_no_marker(tmp_path: Path) -> None:
+    file, cell, x = marked(FloatPath, (4, 6), tmp_path)
+    model = model_of(file)
+    kinds = {primitive.name: primitive.op_type for primitive in model.primitives}
+    ops_of = {node.output[0]: kinds.get(node.op_type.removeprefix("REF::")) for node in model.graph.node}
+    turned = [n for n in model.graph.node if kinds.get(n.op_type.removeprefix("REF::")) == "Transpose"]
+    assert "Sigmoid" in [ops_of[node.input[0]] for node in turned]
+    for found, expected in zip(load_lite(file)(ms.Tensor(x)), cell(ms.Tensor(x))):
+        np.testing.assert_allclose(found.asnumpy(), expected.asnumpy(), atol=1e-5)
+
+
+class FloatHead(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Dense(6, 6), nn.Dense(6, 5)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.head(self.first(x))
+
+
+def test_a_float_dense_layer_is_a_product_without_parameters_and_a_sum(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    rules = [msqkd.Rule("path", "head", {"precision": "float"})]
+    config = msqkd.QuantConfig(act_observer="minmax")
+    cell = msqkd.quantize(msqkd.create_ptq_network(FloatHead(), config, [x], rules=rules))
+    file = Path(msqkd.export(cell, (6,), str(tmp_path / "head"), "MINDIR"))
+    model = model_of(file)
+    kinds = {primitive.name: primitive.op_type for primitive in model.primitives}
+    ops_of = {node.output[0]: kinds.get(node.op_type.removeprefix("REF::")) for node in model.graph.node}
+    (product,) = [n for n in model.graph.node if kinds.get(n.op_type.removeprefix("REF::")) == "MatMul"]
+    assert ops_of[product.input[0]] == "Depend"
+    assert "BiasAdd" not in [op for name, op in ops_of.items() if product.output[0] == name]
+    np.testing.assert_allclose(load_lite(file)(ms.Tensor(x)).asnumpy(), cell(ms.Tensor(x)).asnumpy(), atol=1e-5)
