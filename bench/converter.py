@@ -107,9 +107,14 @@ def examine(
 
 
 def _zoo_network(name: str) -> nn.Cell:
-    """Make a network of mindcv without its weights."""
+    """Make a network of mindcv without its weights; ``vit`` is a small vision transformer."""
     import mindcv
+    from mindcv.models.vit import VisionTransformer
 
+    if name == "vit":
+        return VisionTransformer(
+            image_size=64, patch_size=8, in_channels=3, embed_dim=192, depth=6, num_heads=3, num_classes=10
+        )
     return mindcv.create_model(name, num_classes=10, pretrained=False)
 
 

@@ -1110,6 +1110,23 @@ class Masked(nn.Cell):
 
 
 @network
+class FloatPath(nn.Cell):
+    """A float value that an int8 sum reads, and a float layer behind a transposition."""
+
+    shape = (9, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.sigmoid = nn.Dense(16, 16), nn.Sigmoid()
+        self.last = nn.Dense(16, 5)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.sigmoid(self.first(x))
+        y = ops.exp(x.transpose(0, 2, 1) * -1.5).transpose(0, 2, 1)
+        return self.last(x + self.first(x)) + y.mean(2, keep_dims=True)
+
+
+@network
 class Keywords(nn.Cell):
     """A spectrogram through depthwise separable blocks."""
 

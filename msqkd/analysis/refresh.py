@@ -38,7 +38,9 @@ def completed(result: Mapping[str, Any], folder: PathLike) -> dict[str, Any]:
         "accuracy": accuracy,
         "latency": [item for item in latency if isinstance(item, dict)] if isinstance(latency, list) else [],
         "analysis": _excerpt(analysis) if isinstance(analysis, dict) and _is_of(analysis, result) else None,
-        "converter": converted if isinstance(converted, dict) and _is_converted(converted, result) else None,
+        "converter": converted
+        if isinstance(converted, dict) and _is_converted(converted, result)
+        else result.get("converter"),
     }
     return {**whole, "advice": [item.to_dict() for item in advise(whole)]}
 

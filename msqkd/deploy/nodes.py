@@ -26,8 +26,8 @@ _ALIKE = {"MatMulFusion": "Conv2DFusion", "SubFusion": "AddFusion"}
 
 _BIAS = 2  # the place of a bias among the inputs
 
-_MAY_BE_ADDED = {"Concat"}
-"""In the file for the converter some maps are flattened by halves."""
+_MAY_BE_ADDED = {"Concat", "PadFusion"}
+"""In the file for the converter some maps are flattened by halves, and some pools pad by a step of their own."""
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msqkd.exporters.ascend.quantised import fixed_input
 from msqkd.exporters.converter import command, ptq_config, write_calibration_bins
-from msqkd.exporters.mindir_file import write_cell
+from msqkd.exporters.lite import export_float
 from msqkd.files import PathLike, write_text
-from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph
-from msqkd.graph.passes.batch_statistics import spell_out_statistics
 
 OUTPUT = "vendor_ptq"
 """Name of the file that the script has the converter write, without its suffix."""
@@ -62,9 +59,7 @@ def write_vendor_ptq(graph: Graph, samples: Any, folder: PathLike, per_channel: 
     bins = f"calibration/{name}"
     config = ptq_config(calibration={name: bins}, calibrate_size=len(samples), per_channel=per_channel)
     write_calibration_bins(samples, folder / bins, "NHWC")
-    graph = graph.copy()
-    spell_out_statistics(graph)
-    model = write_cell(to_cell(graph), [fixed_input(graph, name, 1)], folder / _MODEL)
+    model = export_float(graph, folder / _MODEL)
     line = shlex.join(command(_MODEL, OUTPUT, _CONFIG))
     write_text(folder / _CONFIG, config)
     write_text(folder / _SCRIPT, f'#!/bin/sh\n# Needs converter_lite.\ncd "$(dirname "$0")" && exec {line}\n')

@@ -20,9 +20,10 @@ from msqkd.errors import ExportError
 from msqkd.exporters.canonical import canonical_model, on_bytes
 from msqkd.exporters.device.freeze import freeze
 from msqkd.exporters.device.shapes import concrete_shapes
-from msqkd.exporters.lite_fusions import prevent_fusions
+from msqkd.exporters.lite_fusions import keep_transpositions, prevent_fusions
 from msqkd.exporters.lite_markers import BEHIND_FLOAT, MARKER, TWIN, Marker, guard_markers, mark_items, mark_tuples
 from msqkd.exporters.lite_operations import to_known_operations
+from msqkd.exporters.lite_pools import write_padded_pools
 from msqkd.exporters.lowering import lower_for_lite, own_weight
 from msqkd.exporters.mindir_file import write_cell
 from msqkd.exporters.mindir_form import functional_form, older_form
@@ -30,10 +31,12 @@ from msqkd.files import PathLike
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
 from msqkd.graph.mindir import read_mindir, read_model
+from msqkd.graph.passes.batch_statistics import spell_out_statistics
 from msqkd.quant.config import INT8
 from msqkd.quant.integers import int8_grids, round_stored
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qparams import QParams, quant_limits
+from msqkd.targets.lite_arm import LITE_ARM
 
 _BOOKKEEPING = ("Load", "UpdateState", "Depend")
 
@@ -71,7 +74,7 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
     for value, activation in plan.activations.items():
         if lowered.values[value].kind == "param":
             continue  # its readers have the markers
-        if activation.exact and value in lowered.outputs:
+        if activation.exact and value in lowered.outputs and not lowered.consumers(value):
             continue  # a marker must feed a consumer; a reshape hands its input's parameters on
         marker = Marker(plan.group_of(value).qparams(), value in floats)
         hooks.values[value] = marker  # type: ignore[index]
@@ -92,6 +95,37 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
         mark_tuples(model)
 
     return write_cell(cell, inputs, file, form, lambda name, data: _on_grid(stored.get(name), data))
+
+
+def export_float(graph: Graph, file: PathLike) -> Path:
+    """Write a float network for ``converter_lite --fmk=MINDIR``: batch 1, no markers.
+
+    Args:
+        graph: the float network, BatchNorm folded.
+        file: where to.
+
+    Raises:
+        ExportError: a setting of an operation is computed, or the file cannot be written.
+    """
+    graph, plan = graph.copy(), QuantPlan(LITE_ARM.name, graph.name)
+    spell_out_statistics(graph)
+    write_padded_pools(graph, plan)
+    shapes = concrete_shapes(graph, 1)
+    freeze(graph, shapes, {})
+    to_known_operations(graph, plan, shapes)
+    keep_transpositions(graph, plan, shapes)
+    inputs = []
+    for name in graph.inputs:
+        kind = graph.values[name].type
+        assert kind is not None
+        inputs.append(ms.Tensor(np.zeros((1, *kind.shape[1:]), kind.dtype)))
+
+    def form(model: Any) -> None:
+        canonical_model(model)
+        strip_model(model)
+        older_form(model)
+
+    return write_cell(to_cell(graph, shared=True), inputs, file, form)
 
 
 def _constant_operands(graph: Graph, plan: QuantPlan) -> dict[tuple[str, int], QParams]:
@@ -184,7 +218,8 @@ def _check_markers(graph: Graph) -> None:
         producer = graph.producer(source)
         if producer is not None and producer.op == MARKER:
             raise ExportError(f"{name}: two markers follow each other behind '{producer.inputs[0]}'")
-        if len(graph.consumers(source)) != 1 or source in graph.outputs:
+        alone = len(graph.consumers(source)) == 1 and source not in graph.outputs
+        if not alone and not marker.attrs.get(BEHIND_FLOAT):  # a Depend lies between these
             raise ExportError(f"{name}: the marker behind '{source}' is not its only user")
 
 

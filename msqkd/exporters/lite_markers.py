@@ -97,12 +97,21 @@ def _exchange(model: Any, before: str, behind: str) -> None:
     replace_messages(model.graph.node, nodes)
 
 
+_MOVES = (
+    "Reshape", "Transpose", "Slice", "StridedSlice", "Squeeze", "ExpandDims", "Concat", "Stack", "Gather", "MaxPool",
+    "Pad", "ResizeNearestNeighbor",
+)  # fmt: skip
+"""Operations that the converter takes for int8 where what they read has parameters."""
+
+
 class _Guard:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.primitives = {primitive.name: primitive for primitive in model.primitives}
         self.producers = {node.output[0]: node for node in model.graph.node}
         self.twins: dict[str, Any] = {}
+        self.marked = {node.input[0] for node in model.graph.node if self._op(node) == MARKER}
+        self.unmarked: dict[str, str] = {}  # what a marker behind a float operation gives -> what it reads
 
     def run(self) -> None:
         """Rewrite the nodes."""
@@ -112,11 +121,13 @@ class _Guard:
         nodes: list[Any] = []
         for node in self.model.graph.node:
             if self._op(node) != MARKER:
+                self._past_markers(node)
                 nodes += [*self._before_product(node), node]
                 continue
             primitive = self._primitive(node)
             if any(attribute.name == BEHIND_FLOAT for attribute in primitive.attribute):
                 source = node.input[0]
+                self.unmarked[node.output[0]] = source
                 nodes.append(self._added("Depend", node, [source, source], f"{source}_depend"))
                 node.input[0] = nodes[-1].output[0]
             kept = [item for item in primitive.attribute if item.name != "kwargs"]
@@ -125,6 +136,13 @@ class _Guard:
             if node.output[0] in outputs:
                 self._twin(node)
         replace_messages(self.model.graph.node, [item for node in nodes for item in (node, *self._behind(node))])
+
+    def _past_markers(self, node: Any) -> None:
+        """Let a float operation that only moves values read a float value without its marker: the converter would
+        take it for int8, and what it gives would be rounded."""
+        if self._op(node) in _MOVES and node.output[0] not in self.marked:
+            for index, name in enumerate(node.input):
+                node.input[index] = self.unmarked.get(name, name)
 
     def _before_product(self, node: Any) -> list[Any]:
         """Return a Depend between a marker and a float dense layer, which reads it from now on.

@@ -96,7 +96,7 @@ def _in_batches(cell: Any, size: int, *inputs: Any) -> Any:
 def _int8_nodes(graph: Graph, marked: Collection[str], floats: Collection[str]) -> set[str]:
     """Return the operations that the converter takes for int8: those with an int8 kernel whose operands all have
     parameters and whose result is not marked as float, and the biases and activations computed in their kernels.
-    Operations that only move values hand their parameters on."""
+    Operations that only move values hand their parameters on, unless they read a float value past its marker."""
     held = set(marked)
     kernels: dict[str, Int8Op] = {}
     for node in graph.nodes:
@@ -107,7 +107,9 @@ def _int8_nodes(graph: Graph, marked: Collection[str], floats: Collection[str]) 
         before = kernels.get(source.name) if source is not None and node.inputs[0] not in marked else None
         if before is not None and node.op in ("BiasAdd", *before.activations):
             kernels[node.name] = before
-        elif support is not None and held.issuperset(operands):
+        elif support is None or not held.issuperset(operands):
+            continue
+        elif support.kind != SHARED or held & set(node.outputs) or not set(floats) & set(operands):
             kernels[node.name] = support
             if support.kind == SHARED:
                 held.update(node.outputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -11,13 +10,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 from msqkd.analysis.parity import batch_size
-from msqkd.analysis.refresh import CONVERT
 from msqkd.data import draw
 from msqkd.deploy.converter_run import PROGRAM, convert_and_compare, converter_at_hand, find_converter
 from msqkd.deploy.vendor_runtime import HOME_VARIABLE, TIME_LIMIT
 from msqkd.errors import MissingDependencyError
 from msqkd.exporters import FORMATS, LITE, MS, export
-from msqkd.files import sha256, write_json
+from msqkd.files import sha256
 from msqkd.pipeline.export import Exported
 from msqkd.pipeline.rundir import RunDirectory
 from msqkd.train.evaluate import input_batches
@@ -26,6 +24,9 @@ from msqkd.words import of_hundred
 API_VERSION = "msqkd/convert/v1"
 AUTO, OFF = "auto", "off"
 """In place of a converter: the one that is found, and none."""
+
+STAGE = "converter"
+"""Name of the stage of a run that keeps what was found."""
 
 SAMPLES = 16
 """Samples that both files compute, unless another number is asked for."""
@@ -69,18 +70,18 @@ def convert_exported(
 ) -> dict[str, Any]:
     """Convert the marked MindIR of a run, and compare the file with its ``.ms`` on calibration samples.
 
-    What the run has not exported is written for the comparison. ``convert.json`` and ``NAME_converter.ms`` are written.
+    What the run has not exported is written for the comparison. The converter's file is ``NAME_converter.ms``.
 
     Args:
         network: what the run exported.
         folder: of the run.
         converter: from `chosen_converter`.
-        output: folder for the two files.
+        output: folder for the converter's file.
         samples: how many are computed, at most.
         limit: seconds after which the converter is ended.
 
     Returns:
-        The data of ``convert.json``: what `convert_and_compare` returns, and of which file it is.
+        What `convert_and_compare` returns, and of which file it is: the data of ``convert.json``.
 
     Raises:
         ExportError: the marked MindIR or the ``.ms`` file cannot be written.
@@ -95,7 +96,7 @@ def convert_exported(
             limit=limit,
         )  # fmt: skip
         checksum = sha256(marked)
-    result = {
+    return {
         "apiversion": API_VERSION,
         "name": network.recipe.name,
         "target": network.plan.target,
@@ -105,8 +106,6 @@ def convert_exported(
         "marked_sha256": checksum,
         **found,
     }
-    write_json(output / CONVERT, result)
-    return result
 
 
 def _file(network: Exported, folder: RunDirectory, name: str, place: Path) -> Path:
@@ -117,16 +116,14 @@ def _file(network: Exported, folder: RunDirectory, name: str, place: Path) -> Pa
     return export(network.graph, network.plan, place / network.recipe.name, FORMATS[name].name)
 
 
-def converted_before(folder: RunDirectory, converter: Path) -> Optional[dict[str, Any]]:
-    """Return what an earlier conversion of the run's marked MindIR by the same converter has found, or None."""
-    try:
-        held = json.loads(folder.file(CONVERT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    exported = folder.result("export")
+def converted_before(folder: RunDirectory, converter: Path) -> bool:
+    """Whether the run's marked MindIR, as it is now, was converted by this converter and compared."""
+    if not folder.done(STAGE):
+        return False
+    exported, held = folder.result("export"), folder.result(STAGE)
     marked = exported["sha256"].get((exported["verified"].get(LITE) or {}).get("file"))
-    same = isinstance(held, dict) and held.get("marked_sha256") == marked and held.get("converter") == str(converter)
-    return held if same and held.get("compared") and folder.file(str(held.get("file"))).is_file() else None
+    same = held.get("marked_sha256") == marked and held.get("converter") == str(converter)
+    return same and bool(held.get("compared"))
 
 
 def conversion_words(found: Mapping[str, Any]) -> str:

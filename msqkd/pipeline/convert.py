@@ -82,6 +82,7 @@ def convert_run(
         target = writable_folder(output or path)
         network = reopen(folder, recipe, reporter)
         result = convert_exported(network, folder, program, target, samples, limit)
+        write_json(target / CONVERT, result)
         if target.resolve() == path.resolve():
             refresh_report(target)
     return _told(result, reporter)

@@ -97,6 +97,7 @@ def assemble(
         "sha256": exported["sha256"],
         "export": exported["verified"],
         "parity": exported["parity"],
+        "converter": stages.get("converter"),
         "checkpoints": stages["float"].get("checkpoints", {}),
         "calibration": {key: calibration[key] for key in _CALIBRATION if key in calibration},
         "training": histories,

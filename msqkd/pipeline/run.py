@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any, Optional
 
@@ -15,6 +16,7 @@ from msqkd.errors import MsqkdError
 from msqkd.exporters import LITE
 from msqkd.files import write_json
 from msqkd.graph.ir import Graph
+from msqkd.pipeline.conversion import STAGE as CONVERTER_STAGE
 from msqkd.pipeline.conversion import chosen_converter, conversion_words, convert_exported, converted_before
 from msqkd.pipeline.export import Exported, deviation_words, export_files, failures, why
 from msqkd.pipeline.objects import ROLES, Objects
@@ -279,7 +281,8 @@ class _Run(Stages):
     def _convert(self) -> None:
         """Let the vendor's converter make its file of the marked MindIR, and compare it with ours.
 
-        A converter that fails takes nothing from the run: its reason is a warning.
+        The file is not kept: `msqkd convert` does that. A converter that fails takes nothing from the run: its reason
+        is a warning.
         """
         entry = self.folder.result("export")["verified"].get(LITE) or {}
         if not entry.get("file") or entry.get("failed"):
@@ -288,10 +291,12 @@ class _Run(Stages):
             converter = chosen_converter(self.recipe.verify.converter)
             if converter is None:
                 return
-            self.reporter.say(f"the vendor's converter: {converter}")
-            found = converted_before(self.folder, converter)
-            if found is None:
-                found = convert_exported(self.objects.exported(), self.folder, converter, self.folder.path)
+            if not converted_before(self.folder, converter):
+                self.reporter.say(f"the vendor's converter: {converter}")
+                with tempfile.TemporaryDirectory() as place:
+                    found = convert_exported(self.objects.exported(), self.folder, converter, Path(place))
+                self.folder.finish(CONVERTER_STAGE, found)
+            found = self.folder.result(CONVERTER_STAGE)
         except MsqkdError as error:
             found = {"compared": False, "file": None, "reason": str(error)}
         if found.get("as_planned"):

@@ -510,6 +510,7 @@ def test_a_run_ends_with_the_converter(place: Path, run_folder: Path, tmp_path: 
     result = run_recipe(recipe, tmp_path / "run", Reporter(quiet=True), train=False)
     assert result["converter"]["compared"] is True
     assert result["converter"]["file"] == "tiny_converter.ms"
+    assert not {"convert.json", "tiny_converter.ms"} & left(tmp_path / "run"), "msqkd convert keeps its file"
     told = (fake.parent / "told").read_text()
     run_recipe(recipe, tmp_path / "run", Reporter(quiet=True), train=False)
     assert (fake.parent / "told").read_text() == told, "it is not run again"

@@ -13,6 +13,7 @@ from mindspore import nn, ops
 import msqkd
 from msqkd.exporters.lite import read_marked
 from msqkd.exporters.mindir_form import settings_of
+from msqkd.exporters.verify import load_lite
 
 # Operator of MindSpore 2.0 -> how many inputs it takes, and attributes it must have
 OPERATORS: dict[str, tuple[int, set[str]]] = {
@@ -120,8 +121,6 @@ def test_every_node_has_the_form_of_its_operator(name: str, tmp_path: Path) -> N
         inputs, wanted = OPERATORS[op]
         assert len(node.input) == inputs, op
         assert attributes >= wanted, op
-    from msqkd.exporters.verify import load_lite
-
     found, expected = load_lite(file)(ms.Tensor(x)).asnumpy(), cell(ms.Tensor(x)).asnumpy()
     assert np.abs(found - expected).max() <= 0.02 * np.ptp(expected)
 
@@ -238,8 +237,6 @@ def test_no_reshape_reads_a_transposition_of_its_own_shape(make: type, shape: tu
             assert len(read) != 4 or read[1] == 1 or len(set(read[1:])) > 1, "the converter transposes maps"
             if source is not None and source.op == "Transpose":
                 assert graph.shape(source.inputs[0]) != read
-    from msqkd.exporters.verify import load_lite
-
     found, expected = load_lite(file)(ms.Tensor(x)).asnumpy(), cell(ms.Tensor(x)).asnumpy()
     assert np.abs(found - expected).max() <= 0.02 * np.ptp(expected)
 
@@ -288,3 +285,70 @@ def test_a_maximum_is_a_negative_minimum(tmp_path: Path) -> None:
     kinds = [node.op for node in graph.nodes]
     assert "ReduceMax" not in kinds
     assert kinds.count("ReduceMin") == 1
+
+
+class ReadOutput(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.softmax = nn.Dense(8, 5), nn.Softmax()
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.head(x)
+        return x, self.softmax(x)
+
+
+def test_an_output_that_is_read_has_a_marker(tmp_path: Path) -> None:
+    file, cell, _ = marked(ReadOutput, (8,), tmp_path)
+    assert all(node.precision == "int8" for node in cell.sync()[1].nodes)
+    graph, values, _ = read_marked(file)
+    (softmax,) = [node for node in graph.nodes if node.op == "Softmax"]
+    assert softmax.inputs[0] in values
+    assert softmax.output in values
+
+
+class FloatPath(nn.Cell):
+    """A float value that an int8 sum reads, and a float operation behind a transposition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.sigmoid, self.last = nn.Dense(6, 6), nn.Sigmoid(), nn.Dense(6, 5)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.sigmoid(self.first(x))
+        return self.last(x + self.first(x)), ops.exp(x.transpose(0, 2, 1) * -1.5)
+
+
+def test_what_moves_a_float_value_for_float_readers_reads_no_marker(tmp_path: Path) -> None:
+    file, cell, x = marked(FloatPath, (4, 6), tmp_path)
+    model = model_of(file)
+    kinds = {primitive.name: primitive.op_type for primitive in model.primitives}
+    ops_of = {node.output[0]: kinds.get(node.op_type.removeprefix("REF::")) for node in model.graph.node}
+    turned = [n for n in model.graph.node if kinds.get(n.op_type.removeprefix("REF::")) == "Transpose"]
+    assert "Sigmoid" in [ops_of[node.input[0]] for node in turned]
+    for found, expected in zip(load_lite(file)(ms.Tensor(x)), cell(ms.Tensor(x))):
+        np.testing.assert_allclose(found.asnumpy(), expected.asnumpy(), atol=1e-5)
+
+
+class FloatHead(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Dense(6, 6), nn.Dense(6, 5)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.head(self.first(x))
+
+
+def test_a_float_dense_layer_is_a_product_without_parameters_and_a_sum(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    rules = [msqkd.Rule("path", "head", {"precision": "float"})]
+    config = msqkd.QuantConfig(act_observer="minmax")
+    cell = msqkd.quantize(msqkd.create_ptq_network(FloatHead(), config, [x], rules=rules))
+    file = Path(msqkd.export(cell, (6,), str(tmp_path / "head"), "MINDIR"))
+    model = model_of(file)
+    kinds = {primitive.name: primitive.op_type for primitive in model.primitives}
+    ops_of = {node.output[0]: kinds.get(node.op_type.removeprefix("REF::")) for node in model.graph.node}
+    (product,) = [n for n in model.graph.node if kinds.get(n.op_type.removeprefix("REF::")) == "MatMul"]
+    assert ops_of[product.input[0]] == "Depend"
+    (total,) = [n for n in model.graph.node if n.input and n.input[0] == product.output[0]]
+    assert ops_of[total.output[0]] == "Add"
+    np.testing.assert_allclose(load_lite(file)(ms.Tensor(x)).asnumpy(), cell(ms.Tensor(x)).asnumpy(), atol=1e-5)

@@ -87,6 +87,17 @@ def test_what_depends_on_the_target(minimal: dict[str, Any]) -> None:
     )
 
 
+def test_the_converter_of_a_recipe(minimal: dict[str, Any]) -> None:
+    assert make_recipe(minimal).verify.converter == "auto"
+    assert make_recipe({**minimal, "verify": {"converter": False}}).verify.converter == "off"
+    assert make_recipe(minimal, ["verify.converter=off"]).verify.converter == "off"
+    assert make_recipe(minimal, ["verify.converter=~/converter_lite"]).verify.converter.startswith("/")
+    found = complaint(minimal, "export.formats=[ms]", "verify.converter=converter_lite")
+    assert "verify.converter" in found
+    assert "lite_mindir" in found
+    assert make_recipe(minimal, ["export.formats=[ms]", "verify.converter=auto"]).verify.converter == "auto"
+
+
 def test_a_recipe_knows_the_targets_and_formats_there_are() -> None:
     assert set(TARGETS) == set(targets.TARGETS)
     assert set(get_args(ExportFormat)) == set(FORMATS)
