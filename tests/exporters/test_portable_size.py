@@ -207,6 +207,7 @@ leave_quietly()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     files = []
     for seed, history in (("1", "fresh"), ("2", "later")):
