@@ -57,7 +57,7 @@ def test_the_outputs_are_bit_equal_for_any_batch(captured: Captured, mode: int) 
     cell = to_cell(graph)
     ms.set_context(mode=mode)
     net.set_train(False)
-    for batch in (1, 3):
+    for batch in (1, 3) if mode == ms.PYNATIVE_MODE else (3,):  # a compilation for each takes seconds
         x = images(shape, batch)
         np.testing.assert_array_equal(net(x).asnumpy(), cell(x).asnumpy())
 

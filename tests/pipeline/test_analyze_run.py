@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import yaml
 
@@ -19,7 +19,9 @@ LEARNT = {"epoch_size": 12, "batch_size": 12, "lr": 0.05}
 BROKEN = {"rules": [{"match": {"path": "block.conv"}, "weight": {"bits": 2}}], "weight": {"per_channel": True}}
 
 
-def test_the_broken_layer_of_a_run_is_named_first_with_a_cure_its_recipe_takes(finished: Finished, msqkd: Command) -> None:
+def test_the_broken_layer_of_a_run_is_named_first_with_a_cure_its_recipe_takes(
+    finished: Finished, msqkd: Command
+) -> None:
     methods = {"methods": ["equalize", "adaround"], "adaround": {"iterations": 10}}
     folder = finished("calibrate", pretrain=LEARNT, quantization=BROKEN, ptq=methods)
     before = {child.name: child.read_bytes() for child in folder.iterdir()}

@@ -196,9 +196,8 @@ def trained(batchnorm: str, per_channel: bool = False) -> QuantCell:
     return cell
 
 
-@pytest.mark.parametrize(
-    ("batchnorm", "per_channel"), [("fold", False), ("freeze", False), ("live", False), ("live", True)]
-)
+@pytest.mark.parametrize("batchnorm", ["fold", "freeze", "live"])
+@pytest.mark.parametrize("per_channel", [False, True])
 def test_the_deployed_network_answers_as_the_trained_one(batchnorm: str, per_channel: bool) -> None:
     cell = trained(batchnorm, per_channel)
     reference = answers(cell)
