@@ -185,7 +185,7 @@ def test_weights_are_quantised_from_the_first_step() -> None:
 
 
 @cache
-def trained(batchnorm: str, per_channel: bool = False) -> QuantCell:
+def trained(batchnorm: str, per_channel: bool) -> QuantCell:
     """Six steps, three of them quantised; no test changes the cell."""
     config = QuantConfig(act_quant_delay=3).override({"weight.per_channel": per_channel})
     graph, plan = planned(config)
@@ -215,7 +215,7 @@ def test_the_deployed_network_answers_as_the_trained_one(batchnorm: str, per_cha
 @pytest.mark.parametrize("batchnorm", ["fold", "freeze", "live"])
 def test_training_changes_what_it_should(batchnorm: str) -> None:
     before = {name: p.data for name, p in captured().params.items()}
-    cell = trained(batchnorm)
+    cell = trained(batchnorm, False)
     after = {p.name: p.asnumpy() for p in cell.get_parameters()}
     changed = {name for name in before if name in after and not np.array_equal(before[name], after[name])}
     statistics = {f"bn{i}.moving_{s}" for i in (1, 2) for s in ("mean", "variance")}
