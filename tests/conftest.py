@@ -27,7 +27,7 @@ def _source_of(file: str, code: CodeType) -> tuple[list[str], int]:
 
 
 def _remembered_source(thing: Any) -> tuple[list[str], int]:
-    """MindSpore asks for the source of the same functions in every compilation, and finding it takes a twentieth of it."""
+    """MindSpore asks for the source of the same functions in every compilation; finding it takes a twentieth of it."""
     code = getattr(inspect.unwrap(thing), "__code__", None) if callable(thing) else None
     if code is None:
         return _find_source(thing)
