@@ -79,6 +79,14 @@ def _forget_to_look_at_old_objects() -> None:
 
 
 @pytest.fixture
+def pynative_mode() -> None:
+    """Run the test in PYNATIVE_MODE: what is computed once or twice is not compiled for it."""
+    import mindspore as ms
+
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@pytest.fixture
 def graph_mode() -> None:
     """Run the test in GRAPH_MODE (what was set before comes back)."""
     import mindspore as ms
