@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from typing import Any, Optional
 
 from msqkd.errors import MissingDependencyError
 
 _ONEDNN_VARIABLE = "ONEDNN_MAX_CPU_ISA"
+version = cache(metadata.version)  # it reads a file, and every capture asks
 
 
 def cpu_flags() -> set[str]:
@@ -31,8 +33,8 @@ def avoid_slow_convolutions() -> None:
     The oneDNN of the MindSpore 2.10 wheel falls back to its reference convolution there, 25 to 100 times slower. The
     variable is read at the first oneDNN operation, so calling this after ``import mindspore`` is early enough.
     """
-    if "avx512f" in cpu_flags():
-        os.environ.setdefault(_ONEDNN_VARIABLE, "AVX2")
+    if _ONEDNN_VARIABLE not in os.environ and "avx512f" in cpu_flags():
+        os.environ[_ONEDNN_VARIABLE] = "AVX2"
 
 
 def mindspore() -> Any:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from types import CodeType
+from typing import Any
 
 import pytest
 
@@ -12,6 +16,26 @@ from msqkd.platform import leave_quietly
 
 QUICK = ("analysis", "data", "integer", "models", "recipe")
 """The folders of `pytest -m quick`: hardly anything in them compiles a network."""
+
+
+_find_source = inspect.getsourcelines
+
+
+@cache
+def _source_of(file: str, code: CodeType) -> tuple[list[str], int]:
+    return _find_source(code)
+
+
+def _remembered_source(thing: Any) -> tuple[list[str], int]:
+    """MindSpore asks for the source of the same functions in every compilation; finding it takes a twentieth of it."""
+    code = getattr(inspect.unwrap(thing), "__code__", None) if callable(thing) else None
+    if code is None:
+        return _find_source(thing)
+    lines, number = _source_of(code.co_filename, code)
+    return list(lines), number
+
+
+inspect.getsourcelines = _remembered_source
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,6 +77,14 @@ def _forget_to_look_at_old_objects() -> None:
     would search the objects of all tests before. Objects in cycles that die after they were frozen are never freed."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def pynative_mode() -> None:
+    """Run the test in PYNATIVE_MODE: what is computed once or twice is not compiled for it."""
+    import mindspore as ms
+
+    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 @pytest.fixture

@@ -62,6 +62,7 @@ def of(kind: str, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name[len(kind) + 1 :]: array for name, array in found.items() if name.startswith(kind + "/")}
 
 
+@pytest.mark.slow
 def test_both_workers_end_equal_to_the_bit(workers: list[dict[str, np.ndarray]]) -> None:
     assert workers[0].keys() == workers[1].keys()
     for name, array in workers[0].items():
@@ -69,6 +70,7 @@ def test_both_workers_end_equal_to_the_bit(workers: list[dict[str, np.ndarray]])
             np.testing.assert_array_equal(array, workers[1][name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_two_workers_train_as_one_does_with_the_doubled_batch(
     workers: list[dict[str, np.ndarray]], tmp_path: Path
 ) -> None:
@@ -85,6 +87,7 @@ def test_two_workers_train_as_one_does_with_the_doubled_batch(
     assert all(expected[name].any() for name in ranges if name.endswith("max"))
 
 
+@pytest.mark.slow
 def test_a_live_batchnorm_has_one_statistic(workers: list[dict[str, np.ndarray]]) -> None:
     found = of("floating", workers[0])
     assert len(found["history/accuracy"]) == 1
@@ -92,6 +95,7 @@ def test_a_live_batchnorm_has_one_statistic(workers: list[dict[str, np.ndarray]]
     assert {"average.bn.moving_mean", "average.conv.weight"} <= found.keys()
 
 
+@pytest.mark.slow
 def test_what_workers_tell_each_other(workers: list[dict[str, np.ndarray]]) -> None:
     found = of("exchanged", workers[1])
     assert found["gathered"].tolist() == [0, 10]
@@ -100,6 +104,7 @@ def test_what_workers_tell_each_other(workers: list[dict[str, np.ndarray]]) -> N
     assert found["said"] == "é" * 2000
 
 
+@pytest.mark.slow
 def test_cells_see_the_whole_batch(workers: list[dict[str, np.ndarray]]) -> None:
     expected, found = alone.parts(alone.ROWS), of("parts", workers[0])
     np.testing.assert_allclose(found["balance"], expected["balance"], rtol=1e-6)
@@ -108,6 +113,7 @@ def test_cells_see_the_whole_batch(workers: list[dict[str, np.ndarray]]) -> None
     assert (expected["dropout"] != 0).any()
 
 
+@pytest.mark.slow
 def test_a_failing_worker_ends_the_others(tmp_path: Path) -> None:
     """Worker 0 waits for an answer that never comes."""
     script = tmp_path / "worker.py"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import mindspore as ms
@@ -12,8 +13,10 @@ from msqkd.distill.losses import DistillLoss
 from msqkd.distill.step import DistillTrainOneStepCell
 from msqkd.graph.capture import capture
 from msqkd.graph.cell import to_cell
+from msqkd.graph.ir import Graph
 from msqkd.quant.config import QuantConfig
 from msqkd.quant.fake_quant import OBSERVE, QUANTIZE
+from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qat import QuantCell, quantize_cell
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -68,8 +71,13 @@ def state(cell: nn.Cell) -> dict[str, np.ndarray]:
     return {p.name: p.asnumpy().copy() for p in cell.get_parameters()}
 
 
-def as_cell(net: Net) -> nn.Cell:
-    return to_cell(capture(net, (1, 6, 6)))
+@cache
+def captured_network(seed: int) -> Graph:
+    return capture(network(seed), (1, 6, 6))
+
+
+def as_cell(seed: int) -> nn.Cell:
+    return to_cell(captured_network(seed))
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -78,13 +86,13 @@ def test_the_teacher_is_really_the_teacher(captured: bool) -> None:
     student, teacher = network(1), network(2)
     wanted = kl(logits(network(1), training=True), logits(teacher), 4.0)
     assert wanted > 0.5, "they answer differently"
-    pair = (as_cell(student), as_cell(teacher)) if captured else (student, teacher)
+    pair = (as_cell(1), as_cell(2)) if captured else (student, teacher)
     loss = step_of(*pair)(ms.Tensor(X), ms.Tensor(Y))
     assert float(loss.asnumpy()) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_student_learns_and_the_teacher_does_not_change() -> None:
-    student, teacher = as_cell(network(1)), as_cell(network(2))
+    student, teacher = as_cell(1), as_cell(2)
     before, held = state(student), state(teacher)
     step = step_of(student, teacher)
     losses = [float(step(ms.Tensor(X), ms.Tensor(Y)).asnumpy()) for _ in range(30)]
@@ -138,14 +146,18 @@ def test_a_frozen_teacher_needs_no_freezing() -> None:
     assert not [p for p in step.weights if id(p) in own]
 
 
+@cache
+def planned(seed: int, delay: int) -> tuple[Graph, QuantPlan]:
+    return plan_network(network(seed), (1, 6, 6), QuantConfig(act_quant_delay=delay))
+
+
 def quantised(seed: int, delay: int) -> QuantCell:
-    graph, plan = plan_network(network(seed), (1, 6, 6), QuantConfig(act_quant_delay=delay))
-    return quantize_cell(graph, plan)
+    return quantize_cell(*planned(seed, delay))
 
 
 def test_a_quantised_student_learns_from_a_float_teacher() -> None:
-    student, teacher = quantised(1, 3), as_cell(network(2))
-    wanted = kl(logits(quantised(1, 3)), logits(as_cell(network(2))), 4.0)
+    student, teacher = quantised(1, 3), as_cell(2)
+    wanted = kl(logits(quantised(1, 3)), logits(as_cell(2)), 4.0)
     step = step_of(student, teacher)
     losses = [float(step(ms.Tensor(X), ms.Tensor(Y)).asnumpy()) for _ in range(40)]
     assert losses[0] == pytest.approx(wanted, rel=1e-3)
@@ -169,10 +181,10 @@ def test_a_quantised_teacher_keeps_its_phase_and_ranges() -> None:
 def test_large_gradients_are_clipped() -> None:
     moved = []
     for clip in (None, 1e-3):
-        student = as_cell(network(1))
+        student = as_cell(1)
         before = state(student)
         optimizer = nn.SGD(student.trainable_params(), 1.0)
-        step = DistillTrainOneStepCell(student, as_cell(network(2)), DistillLoss(), optimizer, clip)
+        step = DistillTrainOneStepCell(student, as_cell(2), DistillLoss(), optimizer, clip)
         step.set_train()
         step(ms.Tensor(X), ms.Tensor(Y))
         names = {p.name for p in student.trainable_params()}

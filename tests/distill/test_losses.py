@@ -16,12 +16,17 @@ STUDENT, TEACHER = (RNG.normal(0, 3, size=(6, 5)).astype(np.float32) for _ in ra
 LABELS = RNG.integers(0, 5, 6).astype(np.int32)
 
 
-@pytest.fixture(autouse=True, params=[ms.GRAPH_MODE, ms.PYNATIVE_MODE], ids=["graph", "pynative"])
+@pytest.fixture(autouse=True)
 def mode(request: pytest.FixtureRequest) -> Iterator[None]:
     before = ms.get_context("mode")
-    ms.set_context(mode=request.param)
+    ms.set_context(mode=getattr(request, "param", ms.GRAPH_MODE))
     yield
     ms.set_context(mode=before)
+
+
+BOTH_MODES = pytest.mark.parametrize(
+    "mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE], ids=["graph", "pynative"], indirect=True
+)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -64,6 +69,7 @@ def test_hard_losses(hard: Any, expected: float) -> None:
     assert value(DistillLoss(hard, alpha=0.3)) == pytest.approx(expected + 0.3 * soft_kl(STUDENT, TEACHER, 5), rel=1e-5)
 
 
+@BOTH_MODES
 def test_mse_of_the_logits_knows_no_temperature() -> None:
     expected = 0.5 * cross_entropy(STUDENT) + 0.5 * float(((STUDENT - TEACHER) ** 2).mean())
     for t in (1.0, 7.0):
@@ -98,6 +104,7 @@ def test_the_size_of_the_gradient_hardly_depends_on_the_temperature() -> None:
     np.testing.assert_allclose(norms, norms[0], rtol=0.05)
 
 
+@BOTH_MODES
 def test_no_gradient_reaches_the_teachers_answer() -> None:
     gradient = ms.grad(DistillLoss(), grad_position=1)(ms.Tensor(STUDENT), ms.Tensor(TEACHER), ms.Tensor(LABELS))
     assert not gradient.asnumpy().any()
@@ -142,6 +149,7 @@ def test_the_cross_entropy_of_a_batch_has_the_same_bits_wherever_it_comes_in_a_t
     assert first == [other(batch, labels).asnumpy().item() for batch in batches[::-1]][::-1]
 
 
+@BOTH_MODES
 def test_several_outputs_share_the_soft_loss_and_the_hard_one_sees_the_first() -> None:
     other = STUDENT[:, ::-1].copy()
     both = tuple(map(ms.Tensor, (STUDENT, other)))

@@ -16,5 +16,5 @@ def test_every_code_block_runs(tmp_path, capsys):
     script.write_text("\n".join(blocks), encoding="utf-8")
     exec(compile(script.read_text(encoding="utf-8"), str(script), "exec"), {"__name__": "page"})
     printed = capsys.readouterr().out
-    assert "of 121 operations in int8" in printed
+    assert "of 48 operations in int8" in printed
     assert printed.count("loss") == 4

@@ -23,7 +23,7 @@ from msqkd.quant.config import QuantConfig
 from msqkd.quant.fake_quant import OFF, QUANTIZE
 from msqkd.quant.qat import QuantCell, quantize_cell
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 CASES = [(target, name) for name, form in FORMATS.items() for target in form.targets]
 X = np.random.default_rng(0).normal(size=(7, 3, 8, 6)).astype(np.float32)

@@ -16,7 +16,7 @@ from msqkd.exporters.verify import load_lite, load_portable
 from msqkd.quant.config import QuantConfig
 from msqkd.quant.qat import QuantCell
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 
 class Residual(nn.Cell):
@@ -109,7 +109,7 @@ def test_the_same_network_gives_the_same_bytes(residual: QuantCell, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def marked(residual: QuantCell, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     return Path(export(residual, X, str(tmp_path_factory.mktemp("lite") / "net")))
 
 

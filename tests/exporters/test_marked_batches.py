@@ -17,7 +17,7 @@ from msqkd.exporters.verify import load_lite, load_ms
 from msqkd.quant.config import QuantConfig
 from msqkd.quant.qat import QuantCell
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 X = np.random.default_rng(0).normal(size=(3, 6, 8)).astype(np.float32)
 
 

@@ -115,7 +115,7 @@ def as_bytes(graph: Graph, plan: QuantPlan, file: Path, monkeypatch: pytest.Monk
         return export_portable(graph, plan, file)
 
 
-@pytest.mark.usefixtures("graph_mode")
+@pytest.mark.usefixtures("pynative_mode")
 @pytest.mark.parametrize(("clusters", "width"), [(4, 2), (16, 4)])
 def test_clustered_weights_answer_the_same_from_fewer_bytes(
     clusters: int, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -137,7 +137,7 @@ def test_clustered_weights_answer_the_same_from_fewer_bytes(
         np.testing.assert_array_equal(answers(to_cell(read_mindir(file.read_bytes(), "back"))), expected)
 
 
-@pytest.mark.usefixtures("graph_mode")
+@pytest.mark.usefixtures("pynative_mode")
 def test_a_shared_codebook_is_in_the_file_once(tmp_path: Path) -> None:
     books, sizes = {}, {}
     for shared in (False, True):
@@ -151,7 +151,7 @@ def test_a_shared_codebook_is_in_the_file_once(tmp_path: Path) -> None:
     assert sizes[True] < sizes[False] - 3 * 64
 
 
-@pytest.mark.usefixtures("graph_mode")
+@pytest.mark.usefixtures("pynative_mode")
 def test_fewer_bits_are_stored_as_clusters_are() -> None:
     graph, plan = clustered(16, bits=4).sync()
     assert all(quant.scale is None for quant in plan.weights.values()), "15 integers: nothing to cluster"
@@ -160,7 +160,7 @@ def test_fewer_bits_are_stored_as_clusters_are() -> None:
     assert [name for name in names if name.startswith("codebook")] == ["codebook.uint4"]
 
 
-@pytest.mark.usefixtures("graph_mode")
+@pytest.mark.usefixtures("pynative_mode")
 def test_a_weight_that_two_layers_read_is_held_once() -> None:
     class Tied(nn.Cell):
         def __init__(self) -> None:

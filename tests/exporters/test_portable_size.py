@@ -126,6 +126,8 @@ def test_resnet50_is_a_quarter(tmp_path: Path) -> None:
     net = build_model("mindcv", "resnet50", {})
     large = write_float(capture(net, (3, 64, 64)), tmp_path / "float.mindir").stat().st_size
     graph, plan = quantised(net, (3, 64, 64)).sync()
+    int8 = [node.op for node in plan.nodes if node.precision == "int8"]
+    assert (int8.count("Conv2D"), int8.count("Add"), len(int8)) == (53, 16, len(plan.nodes)), "as the README says"
     assert export_portable(graph, plan, tmp_path / "int8.mindir").stat().st_size <= 0.26 * large
 
 
@@ -207,6 +209,7 @@ leave_quietly()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     files = []
     for seed, history in (("1", "fresh"), ("2", "later")):

@@ -18,7 +18,7 @@ from msqkd.integer.program import ActivationType
 from msqkd.quant.config import QuantConfig
 from msqkd.quant.qat import QuantCell
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 X = np.random.default_rng(0).normal(size=(4, 3, 10, 10)).astype(np.float32)
 
 
@@ -84,7 +84,7 @@ MIDDLES: dict[str, tuple[Callable[[], nn.Cell], list[str], bool, list[str]]] = {
 
 @cache
 def quantised(name: str, target: str = "lite_arm") -> tuple[nn.Cell, QuantCell]:
-    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     ms.set_seed(1)
     net = Net(MIDDLES[name][0]())
     return net, quantize(create_ptq_network(net, QuantConfig(act_observer="minmax"), [X], target=target))

@@ -31,7 +31,7 @@ from msqkd.quant.fake_quant import OFF, QUANTIZE
 from msqkd.quant.placement import make_plan
 from msqkd.quant.qat import QuantCell, deployment_graph, quantize_cell
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 RNG = np.random.default_rng(0)
 IDS = RNG.integers(0, 30, (4, 5)).astype(np.int32)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, Callable
 
@@ -79,6 +81,15 @@ def write_data(file: Path, labels: int = 3, test: int = 30) -> Path:
     return file
 
 
+@pytest.fixture(autouse=True)
+def _rehearsal_is_left_out(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rehearsal takes two seconds of a small run; tests that need it are marked `rehearsal`."""
+    if not request.node.get_closest_marker("rehearsal"):
+        from msqkd.pipeline import run
+
+        monkeypatch.setattr(run, "rehearse", lambda *arguments: None)
+
+
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Writes a recipe that is done in seconds; keyword arguments take the place of its sections."""
@@ -94,7 +105,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
             "data": {"name": "arrays", "root": "data.npz", "eval_batch_size": 15},
             "pretrain": {"epoch_size": 2, "batch_size": 12, "lr": 0.05},
             "quantization": {"activation": {"delay": 3}},
-            "distillation": {},
+            "distillation": {"soft_loss": "mse"},  # compiled in a second less than the default, kl
             "train": {"epoch_size": 2, "batch_size": 12, "lr": 0.01},
             "compare": [],
             "calibration": {"samples": 24, "batch_size": 12},
@@ -126,3 +137,33 @@ def msqkd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
         return code, out, err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _finished_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Where the folder of a finished command is kept for the tests that ask for the same one again."""
+    root = tmp_path_factory.mktemp("finished")
+    numbers: dict[str, int] = {}
+    return lambda key: root / str(numbers.setdefault(key, len(numbers)))
+
+
+@pytest.fixture
+def finished(
+    tiny: Callable[..., Path],
+    msqkd: Callable[..., tuple[int, str, str]],
+    _finished_folders: Callable[[str], Path],
+) -> Callable[..., Path]:
+    """Gives the output folder `out` of a finished command; it runs once, and every test gets a copy of its own."""
+
+    def folder(command: str = "run", **sections: Any) -> Path:
+        recipe = tiny(**sections)
+        kept, out = _finished_folders(json.dumps([command, sections], sort_keys=True)), Path("out")
+        if kept.exists():
+            shutil.copytree(kept, out)
+            return out
+        code, _, err = msqkd(command, recipe, "-o", "out")
+        assert code == 0, err
+        shutil.copytree(out, kept)
+        return out
+
+    return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import yaml
 
@@ -13,22 +13,17 @@ from msqkd.pipeline.rundir import RunDirectory
 from msqkd.recipe import load_recipe, make_recipe
 
 Command = Callable[..., tuple[int, str, str]]
-Recipe = Callable[..., Path]
+Recipe = Finished = Callable[..., Path]
 
 LEARNT = {"epoch_size": 12, "batch_size": 12, "lr": 0.05}
 BROKEN = {"rules": [{"match": {"path": "block.conv"}, "weight": {"bits": 2}}], "weight": {"per_channel": True}}
 
 
-def calibrated(tiny: Recipe, msqkd: Command, **sections: Any) -> Path:
-    """The folder of a finished run."""
-    code, _, err = msqkd("calibrate", tiny(pretrain=LEARNT, **sections), "-o", "out")
-    assert code == 0, err
-    return Path("out")
-
-
-def test_the_broken_layer_of_a_run_is_named_first_with_a_cure_its_recipe_takes(tiny: Recipe, msqkd: Command) -> None:
+def test_the_broken_layer_of_a_run_is_named_first_with_a_cure_its_recipe_takes(
+    finished: Finished, msqkd: Command
+) -> None:
     methods = {"methods": ["equalize", "adaround"], "adaround": {"iterations": 10}}
-    folder = calibrated(tiny, msqkd, quantization=BROKEN, ptq=methods)
+    folder = finished("calibrate", pretrain=LEARNT, quantization=BROKEN, ptq=methods)
     before = {child.name: child.read_bytes() for child in folder.iterdir()}
     code, out, err = msqkd("analyze", folder, "--samples", "40")
     assert code == 0, err

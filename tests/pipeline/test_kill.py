@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
+import pytest
 
 from msqkd.train.state import read_archive
 
@@ -81,6 +82,7 @@ def left_in(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return {**timeless(stages), "steps": meta["steps"]}, arrays
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_equal_to_the_bit(tmp_path: Path, tiny: Callable[..., Path]) -> None:
     recipe = tiny(
         compare=[],
@@ -96,7 +98,7 @@ def test_a_killed_run_ends_equal_to_the_bit(tmp_path: Path, tiny: Callable[..., 
             "accumulate": 2,
         },
         quantization={"weight": {"learned": "lsq"}, "activation": {"delay": 3, "learned": "lsq"}},
-        distillation={"alpha": 0.7},
+        distillation={"alpha": 0.7, "soft_loss": "mse"},
     )
     assert run_it(tmp_path, recipe, "whole") == 0
     rng = np.random.default_rng(20)

@@ -32,6 +32,7 @@ def test_a_run_from_a_file_is_the_run_from_the_code(tiny: Recipe, msqkd: Command
         "quantization": {"activation": {"delay": 3}, "rules": rules},
         "train": {"epoch_size": 1, "batch_size": 12, "lr": 0.01},
         "pretrain": None,
+        "export": {"formats": ["portable_mindir"]},
     }
     tiny()
     trained(tmp_path)

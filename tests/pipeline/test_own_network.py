@@ -192,7 +192,7 @@ ENCODER: dict[str, Any] = {
         ],
     },
     "data": {"name": "python", "target": "own.py:sentences", "eval_batch_size": 8},
-    "distillation": {},
+    "distillation": {"soft_loss": "mse"},
     "export": {"formats": ["portable_mindir", "ms"]},
 }
 DETECTOR: dict[str, Any] = {
@@ -283,7 +283,9 @@ def test_auxiliary_heads_are_trained_and_left_out(own: Write, msqkd: Command, tm
     from msqkd.checkpoints import read_checkpoint
 
     quantization = {"batchnorm": "live", "activation": {"delay": 3}}
-    code, _, err = msqkd("run", own(BRANCHES, quantization=quantization, distillation={}), "-o", "out")
+    code, _, err = msqkd(
+        "run", own(BRANCHES, quantization=quantization, distillation={"soft_loss": "mse"}), "-o", "out"
+    )
     assert code == 0, err
     found = report(tmp_path / "out")
     left_out = {row["cell_path"] for row in found["plan"]["training_only"]}

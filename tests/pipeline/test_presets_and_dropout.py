@@ -43,6 +43,7 @@ def result(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_training_with_dropout_is_interrupted_and_ends_the_same(
     dropping: Recipe, msqkd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

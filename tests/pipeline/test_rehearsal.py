@@ -18,6 +18,8 @@ from msqkd.files import sha256
 from msqkd.pipeline import rehearsal
 from msqkd.pipeline.rundir import RunDirectory
 
+pytestmark = pytest.mark.rehearsal
+
 Command = Callable[..., tuple[int, str, str]]
 Recipe = Callable[..., Path]
 

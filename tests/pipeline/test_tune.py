@@ -13,7 +13,7 @@ import pytest
 from msqkd.errors import DataError, FolderError, MissingDependencyError
 from msqkd.pipeline import tune
 from msqkd.progress import Reporter
-from msqkd.recipe import load_recipe
+from msqkd.recipe import Recipe, load_recipe
 
 Write, Command = Callable[..., Path], Callable[..., tuple[int, str, str]]
 METRICS = """
@@ -51,12 +51,14 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "_FLOAT_LAYERS", (1, 2))
 
 
-@pytest.mark.usefixtures("cheap", "graph_mode")
-def test_cures_are_tried_and_the_recipe_gives_the_best_again(
-    tiny: Write, msqkd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def recipe(tiny: Write, tmp_path: Path) -> Recipe:
     (tmp_path / "metrics.py").write_text(METRICS)
-    recipe = load_recipe(str(few_bits(tiny, evaluation={"metric": "metrics.py:likelihood"})))
+    return load_recipe(str(few_bits(tiny, evaluation={"metric": "metrics.py:likelihood"})))
+
+
+@pytest.mark.usefixtures("cheap", "graph_mode")
+def test_cures_are_tried_and_the_recipe_gives_the_best_again(recipe: Recipe, msqkd: Command, tmp_path: Path) -> None:
     goal = tune.Goal(max_drop=-1e9)  # never reached: the training comes last
     result = tune.tune_recipe(recipe, tmp_path / "whole", goal, Reporter(quiet=True))
     assert not result["reached"]
@@ -80,6 +82,14 @@ def test_cures_are_tried_and_the_recipe_gives_the_best_again(
     report = json.loads((tmp_path / "again" / "report.json").read_text())
     assert report["accuracy"]["exported" if trained else "ptq"] == result["best"]["test_metric"]
 
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cheap", "graph_mode")
+def test_an_interrupted_tuning_ends_with_the_same_recipe(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goal = tune.Goal(max_drop=-1e9)
+    result = tune.tune_recipe(recipe, tmp_path / "whole", goal, Reporter(quiet=True))
     real, left = tune._Tuning._try, [3]
 
     def interrupted(self: Any, *arguments: Any) -> Any:

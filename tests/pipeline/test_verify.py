@@ -16,7 +16,7 @@ from msqkd.integer.program import Program
 from msqkd.quant.plan import QuantPlan
 
 Command = Callable[..., tuple[int, str, str]]
-Recipe = Callable[..., Path]
+Recipe = Finished = Callable[..., Path]
 
 WAVES = """
 from mindspore import nn, ops
@@ -37,13 +37,6 @@ def read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def calibrated(tiny: Recipe, msqkd: Command, **sections: Any) -> Path:
-    """The folder of a finished run."""
-    code, _, err = msqkd("calibrate", tiny(pretrain=LEARNT, **sections), "-o", "out")
-    assert code == 0, err
-    return Path("out")
-
-
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From its call on, the device has the classes of the last layer in another order."""
@@ -62,9 +55,9 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def test_verify_tells_what_the_device_computes(
-    tiny: Recipe, msqkd: Command, broken: Callable[[], None], tmp_path: Path
+    finished: Finished, msqkd: Command, broken: Callable[[], None], tmp_path: Path
 ) -> None:
-    folder = calibrated(tiny, msqkd)
+    folder = finished("calibrate", pretrain=LEARNT)
     recorded = read(folder / "report.json")
     before = {child.name: child.read_bytes() for child in folder.iterdir()}
     code, out, err = msqkd("verify", folder, "--json")
@@ -108,8 +101,8 @@ def test_verify_tells_what_the_device_computes(
     assert "changed predictions" not in " ".join(read(folder / "verify.json")["warnings"])
 
 
-def test_what_verify_refuses(tiny: Recipe, msqkd: Command, tmp_path: Path) -> None:
-    folder = calibrated(tiny, msqkd)
+def test_what_verify_refuses(finished: Finished, msqkd: Command, tmp_path: Path) -> None:
+    folder = finished("calibrate", pretrain=LEARNT)
 
     def refused(*arguments: object) -> str:
         code, out, err = msqkd("verify", *arguments)
@@ -146,9 +139,9 @@ def test_a_run_that_deviates_keeps_its_files_and_fails(
     assert Path("out", "report.html").exists()
 
 
-def test_every_format_of_a_target_is_written_and_held_against_the_network(tiny: Recipe, msqkd: Command) -> None:
+def test_every_format_of_a_target_is_written_and_held_against_the_network(finished: Finished) -> None:
     formats = ["portable_mindir", "ms", "ms_weight", "ms_float"]
-    calibrated(tiny, msqkd, export={"formats": formats})
+    finished("calibrate", pretrain=LEARNT, export={"formats": formats})
     report = read(Path("out", "report.json"))
     assert list(report["export"]) == formats
     assert report["export"]["ms_float"]["max_abs_diff"] < 1e-4
@@ -157,17 +150,17 @@ def test_every_format_of_a_target_is_written_and_held_against_the_network(tiny: 
 
 
 @pytest.mark.parametrize("target", ["lite_arm", "ascend"])
-def test_onnx_files_are_held_against_the_network(tiny: Recipe, msqkd: Command, target: str) -> None:
+def test_onnx_files_are_held_against_the_network(finished: Finished, target: str) -> None:
     pytest.importorskip("onnxruntime")
-    calibrated(tiny, msqkd, target=target, export={"formats": ["onnx"]})
+    finished("calibrate", pretrain=LEARNT, target=target, export={"formats": ["onnx"]})
     report = read(Path("out", "report.json"))
     assert report["export"]["onnx"]["file"] == "tiny_onnx.onnx"
     assert report["export"]["onnx"]["agreement"] >= 99
     assert report["accuracy"]["exported"] == report["export"]["onnx"]["accuracy"]
 
 
-def test_ascend_has_its_own_files_and_arithmetic(tiny: Recipe, msqkd: Command) -> None:
-    folder = calibrated(tiny, msqkd, target="ascend")
+def test_ascend_has_its_own_files_and_arithmetic(finished: Finished, msqkd: Command) -> None:
+    folder = finished("calibrate", pretrain=LEARNT, target="ascend")
     report = read(folder / "report.json")
     assert set(report["sha256"]) == {"float.mindir", "tiny_ascend.mindir", "tiny_portable.mindir"}
     assert report["parity"]["machine"] is None

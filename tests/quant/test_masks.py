@@ -11,7 +11,7 @@ from msqkd.api import create_ptq_network, plan_network, quantize
 from msqkd.graph.cell import to_cell
 from msqkd.quant.config import QuantConfig, WeightQuantizer
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 RANDOM = np.random.default_rng(3)
 X = RANDOM.normal(size=(4, 6, 8)).astype(np.float32)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import mindspore as ms
@@ -62,8 +63,13 @@ def network() -> nn.Cell:
     return net
 
 
+@cache
+def captured() -> Graph:
+    return capture(network(), (1, 8, 8))
+
+
 def planned(config: QuantConfig, rules: Sequence[Rule] = ()) -> tuple[Graph, QuantPlan]:
-    graph = capture(network(), (1, 8, 8))
+    graph = captured().copy()
     return graph, make_plan(deployment_graph(graph), config, rules)
 
 
@@ -178,7 +184,9 @@ def test_weights_are_quantised_from_the_first_step() -> None:
     assert np.abs(answers(cell) - float_answers(graph)).max() > 1e-2
 
 
-def trained(batchnorm: str, per_channel: bool = False) -> QuantCell:
+@cache
+def trained(batchnorm: str, per_channel: bool) -> QuantCell:
+    """Six steps, three of them quantised; no test changes the cell."""
     config = QuantConfig(act_quant_delay=3).override({"weight.per_channel": per_channel})
     graph, plan = planned(config)
     cell = quantize_cell(graph, plan, batchnorm)
@@ -206,8 +214,8 @@ def test_the_deployed_network_answers_as_the_trained_one(batchnorm: str, per_cha
 
 @pytest.mark.parametrize("batchnorm", ["fold", "freeze", "live"])
 def test_training_changes_what_it_should(batchnorm: str) -> None:
-    before = {name: p.data.copy() for name, p in capture(network(), (1, 8, 8)).params.items()}
-    cell = trained(batchnorm)
+    before = {name: p.data for name, p in captured().params.items()}
+    cell = trained(batchnorm, False)
     after = {p.name: p.asnumpy() for p in cell.get_parameters()}
     changed = {name for name in before if name in after and not np.array_equal(before[name], after[name])}
     statistics = {f"bn{i}.moving_{s}" for i in (1, 2) for s in ("mean", "variance")}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,18 @@ class Net(nn.Cell):
         return self.head(ops.mean(self.relu(self.conv2(x)), (2, 3)))
 
 
+class Small(nn.Cell):
+    """As `Net` with one convolution: a schedule compiles its step a dozen times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.head = nn.Conv2d(1, 4, 3), nn.Dense(4, 3)
+        self.bn, self.relu, self.pool = nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2, 2)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        return self.head(ops.mean(self.pool(self.relu(self.bn(self.conv1(x)))), (2, 3)))
+
+
 class Sum(nn.Cell):
     def __init__(self, cell: nn.Cell) -> None:
         super().__init__()
@@ -53,9 +66,9 @@ X = RNG.normal(size=(16, 1, 8, 8)).astype(np.float32)
 Y = RNG.integers(0, 3, 16).astype(np.int32)
 
 
-def planned(config: QuantConfig, *rules: Rule) -> tuple[Graph, QuantPlan]:
+def planned(config: QuantConfig, *rules: Rule, net: type[nn.Cell] = Net) -> tuple[Graph, QuantPlan]:
     ms.set_seed(3)
-    graph = capture(Net(), (1, 8, 8))
+    graph = capture(net(), (1, 8, 8))
     return graph, make_plan(deployment_graph(graph), config, rules)
 
 
@@ -65,10 +78,12 @@ def step_over(cell: QuantCell, rate: float = 0.02) -> TrainStep:
     return step
 
 
-def run(step: TrainStep, steps: int) -> None:
+def run(step: TrainStep, steps: int, after: Callable[[], None] = lambda: None) -> None:
+    """Train so many steps; `after` is called after each."""
     for _ in range(steps):
         number = step.steps_done
         step(ms.Tensor(X * (1 + 0.2 * number)), ms.Tensor(np.roll(Y, number)))
+        after()
 
 
 def answers(cell: QuantCell) -> np.ndarray:
@@ -125,16 +140,18 @@ def test_bits_fall_from_stage_to_stage() -> None:
 
 
 def resumed_equals_whole(
-    tmp_path: Path, graph: Graph, plan: QuantPlan, batchnorm: str, schedule: QatSchedule, steps: int, at: list[int]
-) -> QuantCell:
-    """Train `steps` steps at once, and with a new process' cells after those of `at`; returns the first cell."""
+    tmp_path: Path, graph: Graph, plan: QuantPlan, batchnorm: str, schedule: QatSchedule, steps: int, at: list[int],
+    watch: Callable[[QuantCell], None] = lambda cell: None,
+) -> QuantCell:  # fmt: skip
+    """Train `steps` steps at once, and with a new process' cells after those of `at`; returns the first cell, which
+    `watch` is given after each step."""
 
     def fresh() -> tuple[QuantCell, TrainStep]:
         cell = quantize_cell(graph, plan, batchnorm, learn=True, schedule=schedule)
         return cell, step_over(cell)
 
     whole, step = fresh()
-    run(step, steps)
+    run(step, steps, lambda: watch(whole))
     cell, other = fresh()
     for first, last in itertools.pairwise([0, *at, steps]):
         if first:
@@ -149,7 +166,7 @@ def resumed_equals_whole(
 
 def test_a_resumed_schedule_ends_with_the_same_bits(tmp_path: Path) -> None:
     config = QuantConfig(WeightQuantizer(4, True, learned="lsq"), 4, act_quant_delay=1, act_learned="lsq")
-    graph, plan = planned(config)
+    graph, plan = planned(config, net=Small)
     schedule = QatSchedule(stages=2, interval=2, bits=(BitStage(0, 8, 8), BitStage(4, 4, 4)), noise=0.5)
     cell = resumed_equals_whole(tmp_path, graph, plan, "fold", schedule, 6, [1, 3])
     assert {c.learned.started() for c in cell.weight_quantizers.values()} == {4}
@@ -158,27 +175,25 @@ def test_a_resumed_schedule_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_ranges_and_batchnorm_follow_until_they_are_frozen(tmp_path: Path) -> None:
-    graph, plan = planned(QuantConfig(act_quant_delay=1, act_observer="minmax"))
+    graph, plan = planned(QuantConfig(act_quant_delay=1, act_observer="minmax"), net=Small)
     schedule = QatSchedule(freeze_ranges=3, freeze_batchnorm=4)
-    cell = resumed_equals_whole(tmp_path, graph, plan, "live", schedule, 6, [2, 5])
-    low, high = cell.ranges()[graph.inputs[0]]
-    assert (low, high) == pytest.approx((X.min() * 1.4, X.max() * 1.4)), "of step 2, the last before the freeze"
-
-    again = quantize_cell(graph, plan, "live", schedule=schedule)
-    step = step_over(again)
-    moving = next(p for p in again.get_parameters() if p.name.endswith("moving_mean"))
     phases, means = [], []
-    for _ in range(6):
-        run(step, 1)
-        phases.append(again.group_quantizers()[graph.inputs[0]].phase_of_quant)
+
+    def watch(cell: QuantCell) -> None:
+        moving = next(p for p in cell.get_parameters() if p.name.endswith("moving_mean"))
+        phases.append(cell.group_quantizers()[graph.inputs[0]].phase_of_quant)
         means.append(moving.asnumpy().copy())
-        for quantizer in again.quantizers.values():
+        for quantizer in cell.quantizers.values():
             if phases[-1] == OBSERVE:
                 continue
-            head = again.quantizers[quantizer.group.name]
+            head = cell.quantizers[quantizer.group.name]
             found = activation_qparams(*head.range(), 8, False)
             assert float(quantizer.scale.asnumpy()) == pytest.approx(float(found.scale), rel=1e-6)
             assert float(quantizer.low.asnumpy()) == found.qmin - found.zero_point
+
+    cell = resumed_equals_whole(tmp_path, graph, plan, "live", schedule, 6, [2, 5], watch)
+    low, high = cell.ranges()[graph.inputs[0]]
+    assert (low, high) == pytest.approx((X.min() * 1.4, X.max() * 1.4)), "of step 2, the last before the freeze"
     assert phases == [OBSERVE, FOLLOW, FOLLOW, QUANTIZE, QUANTIZE, QUANTIZE]
     assert not np.array_equal(means[2], means[3])
     assert np.array_equal(means[3], means[5]), "statistics stand still"

@@ -26,7 +26,7 @@ from msqkd.quant.config import QuantConfig
 from msqkd.targets import limits
 from msqkd.targets.limits import Windows
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -102,9 +103,15 @@ def told(history: History) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def whole_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture(scope="module")
+def whole(whole_folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The end of a training without interruption, whose states are in `whole_folder`."""
     ms.set_context(mode=ms.GRAPH_MODE)
-    made = training(tmp_path_factory.mktemp("whole"), split())
+    made = training(whole_folder, split())
     history = run(made)
     return everything(made), told(history)
 
@@ -223,8 +230,9 @@ def test_a_kill_between_the_last_step_and_its_evaluation_loses_no_accuracy(
     assert told(run(training(tmp_path, split()))) == whole[1]
 
 
-def test_a_finished_training_is_not_run_again(tmp_path: Path) -> None:
-    run(training(tmp_path, split()))
+@pytest.mark.usefixtures("whole")
+def test_a_finished_training_is_not_run_again(tmp_path: Path, whole_folder: Path) -> None:
+    shutil.copytree(whole_folder, tmp_path, dirs_exist_ok=True)
     data = split()
     made = training(tmp_path, data)
     run(made)
@@ -244,7 +252,7 @@ def test_the_best_epoch_is_what_a_training_ends_with(
     held: dict[int, dict[str, np.ndarray]] = {}
 
     def made(data: Watched) -> Training:
-        new = training(tmp_path, data, settings)
+        new = training(tmp_path, data, settings, delay=None if ema is None else 5)
         if ema is not None:
             new.step.optimizer = AveragingOptimizer(new.step.optimizer, new.network, ema)
         new.settled = 5
@@ -276,11 +284,11 @@ def test_the_best_epoch_is_what_a_training_ends_with(
 
 def test_a_damaged_best_epoch_is_said(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"keep_best": True})
-    run(training(tmp_path, split(), settings))
+    run(training(tmp_path, split(), settings, delay=None))
     file = tmp_path / "toy.state.best.npz"
     spoil(file, "flip")
     with pytest.raises(CheckpointError, match=r"toy\.state\.best\.npz is damaged: its checksum differs; remove it"):
-        run(training(tmp_path, split(), settings))
+        run(training(tmp_path, split(), settings, delay=None))
 
 
 def test_a_batch_with_nan_is_skipped(tmp_path: Path) -> None:
@@ -371,19 +379,26 @@ def test_too_few_samples_for_a_batch(tmp_path: Path) -> None:
         run(training(tmp_path, split(), SETTINGS.model_copy(update={"batch_size": 27})))
 
 
-@pytest.fixture
-def stopped(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training stopped in its second epoch."""
 
     def interrupt(number: int) -> None:
         if number == 5:
             raise KeyboardInterrupt
 
-    data = split()
+    ms.set_context(mode=ms.GRAPH_MODE)
+    folder, data = tmp_path_factory.mktemp("stopped"), split()
     data.before = interrupt  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        run(training(tmp_path, data))
-    return tmp_path
+        run(training(folder, data))
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A copy of the folder of the stopped training."""
+    return Path(shutil.copytree(stopped_once, tmp_path, dirs_exist_ok=True))
 
 
 def spoil(file: Path, damage: str) -> None:

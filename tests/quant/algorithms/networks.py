@@ -53,6 +53,13 @@ def work_of(
     return Work(graph, calibrate(graph, plan, [x]), samples)
 
 
+def copied(work: Work) -> Work:
+    """The same network for another test to improve."""
+    twin = Work(work.graph.copy(), work.plan, work.samples)
+    twin.reference = work.reference.copy()
+    return twin
+
+
 def error(work: Work, x: np.ndarray, value: str | None = None) -> float:
     """The mean squared difference of a value (the output) between the quantised and the reference network."""
     name = value or work.graph.outputs[0]

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar
 
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import nn
-from networks import error, images, randomized, work_of
+from networks import copied, error, images, randomized, work_of
 
 from msqkd.errors import PlanError
 from msqkd.graph.ir import Graph
@@ -69,8 +70,13 @@ X = images(48, 2, 6, 6)
 SMALL_X = images(96, 4, 6, 6)
 
 
-def small() -> Work:
+@cache
+def calibrated() -> Work:
     return work_of(randomized(Small(), 1), SMALL_X)
+
+
+def small() -> Work:
+    return copied(calibrated())
 
 
 @pytest.fixture(scope="module")
