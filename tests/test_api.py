@@ -19,7 +19,7 @@ from msqkd.quant.algorithms.equalize import Equalize
 from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.qat import QuantCell
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 SHAPE = (1, 8, 8)
 
 

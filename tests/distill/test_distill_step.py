@@ -83,6 +83,7 @@ def as_cell(seed: int) -> nn.Cell:
 @pytest.mark.parametrize("captured", [False, True])
 def test_the_teacher_is_really_the_teacher(captured: bool) -> None:
     """Both networks have the same parameter names and other values."""
+    ms.set_context(mode=ms.GRAPH_MODE if captured else ms.PYNATIVE_MODE)
     student, teacher = network(1), network(2)
     wanted = kl(logits(network(1), training=True), logits(teacher), 4.0)
     assert wanted > 0.5, "they answer differently"
@@ -166,6 +167,7 @@ def test_a_quantised_student_learns_from_a_float_teacher() -> None:
 
 
 def test_a_quantised_teacher_keeps_its_phase_and_ranges() -> None:
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     teacher = quantised(2, 5)
     teacher.set_ranges(dict.fromkeys(teacher.plan.groups, (-3.0, 3.0)))
     teacher.set_phase(QUANTIZE)
@@ -179,6 +181,7 @@ def test_a_quantised_teacher_keeps_its_phase_and_ranges() -> None:
 
 
 def test_large_gradients_are_clipped() -> None:
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     moved = []
     for clip in (None, 1e-3):
         student = as_cell(1)

@@ -54,7 +54,7 @@ X = np.random.default_rng(0).normal(size=(24, 2, 15, 15)).astype(np.float32)
 
 
 def planned(per_channel: bool = True, rules: tuple[Rule, ...] = (), **changes: Any) -> tuple[Graph, QuantPlan]:
-    ms.set_context(mode=ms.PYNATIVE_MODE)
+    ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_seed(1)
     np.random.seed(1)
     config = QuantConfig(act_observer="minmax", **changes).override({"weight.per_channel": per_channel})
@@ -158,7 +158,7 @@ class File:
 
 @pytest.fixture(scope="module")
 def written(net: tuple[Graph, QuantPlan], tmp_path_factory: pytest.TempPathFactory) -> File:
-    ms.set_context(mode=ms.PYNATIVE_MODE)
+    ms.set_context(mode=ms.GRAPH_MODE)
     return File(export_ascend(*net, tmp_path_factory.mktemp("ascend") / "net.mindir"))
 
 

@@ -37,7 +37,7 @@ from msqkd.version import __version__
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-pytestmark = pytest.mark.usefixtures("pynative_mode")
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 class Mixed(nn.Cell):
@@ -302,7 +302,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> tuple[str, QuantCell, np.ndarray]:
-    ms.set_context(mode=ms.PYNATIVE_MODE)
+    ms.set_context(mode=ms.GRAPH_MODE)
     make, shape, changes = CASES[request.param]
     x = images(48, *shape)
     return request.param, quantised(randomise(make()), x, **changes), x

@@ -19,7 +19,7 @@ from msqkd.quant.placement import make_plan
 from msqkd.quant.plan import DynamicQuant, QuantPlan
 from msqkd.quant.qat import deployment_graph, quantize_cell
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 PER_CHANNEL = WeightQuantizer(per_channel=True)
 

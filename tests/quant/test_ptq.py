@@ -23,7 +23,7 @@ from msqkd.quant.plan import QuantPlan
 from msqkd.quant.ptq import batches_of, calibrate, divergence, in_random_order, relative_error
 from msqkd.quant.qat import deployment_graph, quantize_cell
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 
 class Net(nn.Cell):

@@ -23,8 +23,6 @@ from msqkd.quant.schedule import BitStage, QatSchedule
 from msqkd.train.state import History, load_state, save_state
 from msqkd.train.step import TrainStep, WithLoss
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
-
 
 class Net(nn.Cell):
     """conv, BatchNorm, ReLU, pool (of the same group), conv, mean, dense."""
@@ -112,6 +110,7 @@ def test_layers_are_quantised_from_the_front_part_by_part() -> None:
             assert [sum(seen[step][1]) for step in range(6)] == [0, 2, 4, 4, 4, 5]
 
 
+@pytest.mark.usefixtures("pynative_mode")
 def test_a_layer_that_is_not_quantised_yet_is_float() -> None:
     graph, plan = planned(QuantConfig(WeightQuantizer(2), act_quant_delay=99))
     late = quantize_cell(graph, plan, schedule=QatSchedule(stages=3, interval=10))
@@ -121,6 +120,7 @@ def test_a_layer_that_is_not_quantised_yet_is_float() -> None:
     assert np.abs(answers(late) - answers(alone)).max() > 1e-3
 
 
+@pytest.mark.usefixtures("graph_mode")
 def test_bits_fall_from_stage_to_stage() -> None:
     """A stage says the least bits: what is planned with more keeps them; the compiled step sees each change."""
     rule = Rule("position", "first", {"weight.quant_dtype": 8, "act_quant_dtype": 8})
@@ -164,6 +164,7 @@ def resumed_equals_whole(
     return whole
 
 
+@pytest.mark.usefixtures("pynative_mode")
 def test_a_resumed_schedule_ends_with_the_same_bits(tmp_path: Path) -> None:
     config = QuantConfig(WeightQuantizer(4, True, learned="lsq"), 4, act_quant_delay=1, act_learned="lsq")
     graph, plan = planned(config, net=Small)
@@ -174,6 +175,7 @@ def test_a_resumed_schedule_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert all(int(c.noise.calls.asnumpy()) >= 4 for c in cell.weight_quantizers.values())
 
 
+@pytest.mark.usefixtures("graph_mode")
 def test_ranges_and_batchnorm_follow_until_they_are_frozen(tmp_path: Path) -> None:
     graph, plan = planned(QuantConfig(act_quant_delay=1, act_observer="minmax"), net=Small)
     schedule = QatSchedule(freeze_ranges=3, freeze_batchnorm=4)
@@ -199,6 +201,7 @@ def test_ranges_and_batchnorm_follow_until_they_are_frozen(tmp_path: Path) -> No
     assert np.array_equal(means[3], means[5]), "statistics stand still"
 
 
+@pytest.mark.usefixtures("pynative_mode")
 def test_noise_quantises_a_share_of_the_weight_anew_in_each_step() -> None:
     w = RNG.normal(size=(40, 50)).astype(np.float32)
     ms.set_seed(1)

@@ -23,7 +23,7 @@ from msqkd.quant.fake_quant import QUANTIZE, FakeQuantWeight
 from msqkd.quant.ptq import calibrate
 from msqkd.quant.qat import quantize_cell
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 X = (np.random.default_rng(0).normal(size=(40, 3, 7, 7)) + 1).astype(np.float32)
 
@@ -143,8 +143,10 @@ ROUNDED: dict[str, Callable[[], Method]] = {
 @cache
 def rounded(method: str) -> tuple[Work, dict[str, np.ndarray]]:
     """A network whose weights a method has rounded, and the means of its layers."""
+    ms.set_context(mode=ms.GRAPH_MODE)  # dozens of steps
     work = biased_work()
     ROUNDED[method]().apply(work)
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     return work, means(work)
 
 

@@ -113,7 +113,7 @@ def float_error(work: Work, name: str) -> float:
     return float(np.square(quant.held_in(work.graph) - exact).sum() / np.square(exact).sum())
 
 
-@pytest.mark.usefixtures("graph_mode")
+@pytest.mark.usefixtures("pynative_mode")
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_every_layer_takes_its_best_integers(per_channel: bool) -> None:
     work = work_of(randomized(Net()), X, 8, per_channel=per_channel)
@@ -133,7 +133,7 @@ def test_every_layer_takes_its_best_integers(per_channel: bool) -> None:
         assert reached <= min(cost(u, a, lloyd(u, a, 5, random)) for _ in range(10)) * (1 + 1e-9)
 
 
-@pytest.mark.usefixtures("graph_mode")
+@pytest.mark.usefixtures("pynative_mode")
 def test_more_clusters_lose_less_and_all_of_them_nothing() -> None:
     errors = []
     for clusters in (2, 4, 16, 128):
@@ -149,7 +149,7 @@ def test_more_clusters_lose_less_and_all_of_them_nothing() -> None:
     assert all(few.graph.params[name].data is data for name, data in before.items())
 
 
-@pytest.mark.usefixtures("graph_mode")
+@pytest.mark.usefixtures("pynative_mode")
 def test_one_codebook_for_all_layers_of_as_many_bits() -> None:
     rules = [Rule("path", "conv1", {"weight.quant_dtype": 6})]
     own, shared = (work_of(randomized(Net()), X, 8, rules=rules) for _ in range(2))
@@ -173,7 +173,7 @@ def test_one_codebook_for_all_layers_of_as_many_bits() -> None:
         assert sum(both.values()) <= total * (1 + 1e-9)
 
 
-@pytest.mark.usefixtures("graph_mode")
+@pytest.mark.usefixtures("pynative_mode")
 @pytest.mark.parametrize("kind", ["empirical", "analytic"])
 def test_a_correction_of_biases_takes_out_what_it_leaves_in_the_mean(kind: str) -> None:
     clustered, corrected, unaware = (work_of(randomized(Net()), X, 8) for _ in range(3))
@@ -205,7 +205,7 @@ def mean_errors(work: Work) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.usefixtures("graph_mode")
+@pytest.mark.usefixtures("pynative_mode")
 def test_it_takes_the_ranges_that_were_searched_before() -> None:
     work = work_of(randomized(Net()), X, 8)
     start = work.graph.copy()
@@ -238,7 +238,7 @@ class Tied(nn.Cell):
         return self.third(self.second(self.first(self.table(x)))) + ops.mean(self.third.weight)
 
 
-@pytest.mark.usefixtures("graph_mode")
+@pytest.mark.usefixtures("pynative_mode")
 def test_a_shared_weight_is_clustered_once_and_one_that_is_read_in_float_stays() -> None:
     ids = np.random.default_rng(0).integers(0, 30, (4, 5)).astype(np.int32)
     config = QuantConfig(WeightQuantizer(8, per_channel=True), precision="weight-only")

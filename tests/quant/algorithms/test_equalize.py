@@ -12,7 +12,7 @@ from msqkd.errors import PlanError
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.quant.algorithms.equalize import Equalize
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 X = np.random.default_rng(0).normal(size=(48, 3, 8, 8)).astype(np.float32)
 

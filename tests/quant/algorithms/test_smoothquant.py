@@ -13,7 +13,7 @@ from msqkd.quant.algorithms.smooth import SmoothQuant
 from msqkd.quant.config import QuantConfig
 from msqkd.quant.placement import make_plan
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 X = np.random.default_rng(0).normal(size=(32, 5, 8)).astype(np.float32)
 

@@ -22,7 +22,7 @@ from msqkd.quant.config import QuantConfig, WeightQuantizer
 from msqkd.quant.placement import make_plan
 from msqkd.quant.ptq import calibrate
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 X = np.random.default_rng(0).normal(size=(32, 3, 8, 8)).astype(np.float32)
 ROWS = X.reshape(32, -1)[:, :16].copy()
@@ -262,6 +262,7 @@ def test_behind_equalisation() -> None:
 
 def test_methods_of_the_second_stage_round_the_copies() -> None:
     work = float_work(pair(), X, bits=4)
+    ms.set_context(mode=ms.GRAPH_MODE)  # a hundred steps
     methods = [Split(ratio=0.1), SequentialMSE(candidates=4), AdaRound(iterations=100, batch_size=16)]
     found = improve(
         work.graph, work.plan, methods, work.samples, lambda graph, plan: calibrate(graph, plan, work.samples())

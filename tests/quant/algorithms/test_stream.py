@@ -13,7 +13,7 @@ from msqkd.quant.config import Rule
 from msqkd.quant.fake_quant import QUANTIZE
 from msqkd.quant.qat import quantize_cell
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 
 class Net(nn.Cell):

@@ -15,7 +15,7 @@ from msqkd.quant.algorithms.weight_ranges import SequentialMSE
 from msqkd.quant.config import Rule
 from msqkd.quant.qparams import weight_qparams
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 
 class Net(nn.Cell):
