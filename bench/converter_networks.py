@@ -1127,6 +1127,19 @@ class FloatPath(nn.Cell):
 
 
 @network
+class FlattenedSum(nn.Cell):
+    """A residual sum with its activation that is flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu, self.a, self.head = conv(3, 6, 3, 2), nn.ReLU(), conv(6, 6), nn.Dense(384, 5)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.relu(self.stem(x))
+        return self.head(self.relu(self.a(x) + x).reshape(-1, 384))
+
+
+@network
 class Keywords(nn.Cell):
     """A spectrogram through depthwise separable blocks."""
 

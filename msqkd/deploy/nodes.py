@@ -24,6 +24,7 @@ _MOVES = (
 _ALIKE = {"MatMulFusion": "Conv2DFusion", "SubFusion": "AddFusion"}
 """A dense layer is a 1×1 convolution in the file for the converter, a sum with a constant a difference."""
 
+_WITH_BIAS = ("Conv2DFusion", "Conv2dTransposeFusion", "MatMulFusion", "LayerNormFusion")
 _BIAS = 2  # the place of a bias among the inputs
 
 _MAY_BE_ADDED = {"Concat", "PadFusion"}
@@ -126,7 +127,8 @@ def _signature(program: Program, step: Step) -> Any:
     result = program.tensors[step.outputs[0]]
     held = [program.tensors[name] for name in step.inputs]
     stored = [(tensor.data, tensor.quant) for tensor in held if tensor.data is not None and tensor.dtype == "int8"]
-    stored += [(tensor.data, None) for tensor in held[_BIAS : _BIAS + 1] if tensor.data is not None]
+    if step.op in _WITH_BIAS:
+        stored += [(tensor.data, None) for tensor in held[_BIAS : _BIAS + 1] if tensor.data is not None]
     constants = [_constant(data, quant) for data, quant in stored]
     return (_ALIKE.get(step.op, step.op), _numbers(result.quant), tuple(constants))
 

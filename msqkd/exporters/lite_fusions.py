@@ -26,6 +26,7 @@ def prevent_fusions(graph: Graph, plan: QuantPlan, shapes: dict[str, Shape]) -> 
         shapes: shape of every value, the batch closed; those of new values are added.
     """
     keep_pointwise_apart(graph)
+    let_sums_clip(graph, plan)
     keep_transpositions(graph, plan, shapes)
 
 
@@ -48,6 +49,27 @@ def _is_pointwise(graph: Graph, node: Node) -> bool:
 
 def _mode(attrs: dict[str, Any]) -> str:
     return str(attrs["pad_mode"]).lower()
+
+
+def let_sums_clip(graph: Graph, plan: QuantPlan) -> None:
+    """Leave out the ReLU behind a sum that a Reshape reads, where the integers of the result begin at zero.
+
+    The converter turns the map between the two, and neither joins them nor finds the parameters of the sum. The kernel
+    of the sum clips at the least integer, which is zero then.
+    """
+    for node in [node for node in graph.nodes if node.op == "Add"]:
+        readers = graph.consumers(node.output)
+        if len(readers) != 1 or readers[0].op != "ReLU" or node.output in graph.outputs:
+            continue
+        result = readers[0].output
+        if result not in plan.activations or all(reader.op != "Reshape" for reader in graph.consumers(result)):
+            continue
+        qparams = plan.group_of(result).qparams()
+        if int(qparams.zero_point) == qparams.qmin and all(n in plan.activations for n in graph.tensor_inputs(node)):
+            graph.nodes.remove(readers[0])
+            plan.nodes = [decision for decision in plan.nodes if decision.name != readers[0].name]
+            del graph.values[node.output]
+            node.outputs = [result]
 
 
 def keep_transpositions(graph: Graph, plan: QuantPlan, shapes: dict[str, Shape]) -> None:

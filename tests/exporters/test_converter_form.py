@@ -352,3 +352,22 @@ def test_a_float_dense_layer_is_a_product_without_parameters_and_a_sum(tmp_path:
     (total,) = [n for n in model.graph.node if n.input and n.input[0] == product.output[0]]
     assert ops_of[total.output[0]] == "Add"
     np.testing.assert_allclose(load_lite(file)(ms.Tensor(x)).asnumpy(), cell(ms.Tensor(x)).asnumpy(), atol=1e-5)
+
+
+class FlattenedSum(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu, self.conv, self.head = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Dense(144, 3)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = self.relu(self.stem(x))
+        return self.head(self.relu(self.conv(x) + x).reshape(-1, 144))
+
+
+def test_a_sum_that_is_flattened_clips_by_its_parameters(tmp_path: Path) -> None:
+    file, cell, x = marked(FlattenedSum, (3, 6, 6), tmp_path)
+    graph, values, _ = read_marked(file)
+    (total,) = [node for node in graph.nodes if node.op == "Add"]
+    assert "ReLU" not in [reader.op for reader in graph.consumers(total.output)]
+    assert int(values[total.output].zero_point) == -128
+    np.testing.assert_allclose(load_lite(file)(ms.Tensor(x)).asnumpy(), cell(ms.Tensor(x)).asnumpy(), atol=1e-5)
