@@ -326,9 +326,10 @@ def export(quantized_net: QuantCell, x: Any, file_name: str, file_format: str = 
             arrays where it has several.
         file_name: with or without the format's suffix.
         file_format: ``MINDIR`` (float weights with FakeQuantParam markers, for MindSpore Lite's converter),
-            ``MINDIR_PORTABLE`` (int8 weights and ordinary operations; MindSpore loads and runs it), ``MS`` (int8, for
-            MindSpore Lite on the device, without its converter), ``MS_WEIGHT`` (the same with float computation),
-            ``MS_FLOAT``, ``MINDIR_ASCEND`` or ``ONNX``.
+            ``MINDIR_PORTABLE`` (int8 weights and ordinary operations; MindSpore loads and runs it), ``MINDIR_DIRECT``
+            (float weights and ordinary operations, for MindSpore Lite's MindIR loader), ``MS`` (int8, for MindSpore
+            Lite on the device, without its converter), ``MS_WEIGHT`` (the same with float computation), ``MS_FLOAT``,
+            ``MINDIR_ASCEND`` or ``ONNX``.
 
     Raises:
         ExportError: an unknown format, an input of another shape, or a network that cannot be written.

@@ -49,7 +49,8 @@ context = lite.Context()
 context.target = ["cpu"]
 context.cpu.thread_num = 1
 model = lite.Model()
-model.build_from_file(path, lite.ModelType.MINDIR_LITE, context)
+kind = lite.ModelType.MINDIR if path.endswith(".mindir") else lite.ModelType.MINDIR_LITE
+model.build_from_file(path, kind, context)
 inputs, rows = model.get_inputs(), []
 for number in range(len(arrays["i0"])):
     for index, tensor in enumerate(inputs):
@@ -78,12 +79,12 @@ def convert_command(python: Path, model: PathLike, output: PathLike, config: Opt
 
 
 def run_ms(python: Path, file: PathLike, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Compute a ``.ms`` file in the vendor's runtime with one thread.
+    """Compute a ``.ms`` file, or a MindIR of the format ``direct_mindir``, in the vendor's runtime with one thread.
 
     Args:
         python: from `vendor_python`.
-        file: the ``.ms`` file.
-        inputs: one array (n, ...) an input, as the file takes them: pictures are (n, H, W, C).
+        file: the file, for batch 1.
+        inputs: one array (n, ...) an input, as the file takes them: pictures are (n, H, W, C) in a ``.ms`` file.
 
     Returns:
         One array (n, ...) an output.

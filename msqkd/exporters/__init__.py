@@ -14,6 +14,7 @@ from msqkd.graph.norms import batch_dependence
 from msqkd.quant.plan import QuantPlan
 
 LITE, PORTABLE, ASCEND, ONNX = "lite_mindir", "portable_mindir", "ascend_mindir", "onnx"
+DIRECT = "direct_mindir"
 MS, MS_WEIGHT, MS_FLOAT = "ms", "ms_weight", "ms_float"
 WAY_OUT = f"the format {PORTABLE} holds any operation in any form"
 """The end of a sentence that says what a format cannot hold."""
@@ -77,6 +78,18 @@ def _load_portable(path: Path) -> Any:
     return load_portable(path)
 
 
+def _write_direct(graph: Graph, plan: QuantPlan, path: Path) -> Path:
+    from msqkd.exporters.direct import export_direct
+
+    return export_direct(graph, plan, path)
+
+
+def _load_direct(path: Path) -> Any:
+    from msqkd.exporters.verify import load_direct
+
+    return load_direct(path)
+
+
 def _write_ascend(graph: Graph, plan: QuantPlan, path: Path) -> Path:
     from msqkd.exporters.ascend.quantised import export_ascend
 
@@ -135,6 +148,10 @@ _FORMATS = (
     Format(
         PORTABLE, "MINDIR_PORTABLE", ".mindir", "for any MindSpore: int8 weights and ordinary operations",
         ("lite_arm", "ascend"), _write_portable, _load_portable, float16=True, wide=True,
+    ),
+    Format(
+        DIRECT, "MINDIR_DIRECT", ".mindir", "for MindSpore Lite's MindIR loader, without its converter: float weights "
+        "and ordinary operations", ("lite_arm", "ascend"), _write_direct, _load_direct, wide=True, single=True,
     ),
     Format(
         MS, "MS", ".ms", "for MindSpore Lite on the device, without its converter: int8 throughout", ("lite_arm",),

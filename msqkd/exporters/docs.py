@@ -11,7 +11,8 @@ _INTRODUCTION = """\
 # What each format holds
 
 Written from the tables in `msqkd/exporters/` by `python -m msqkd.exporters.docs`. The formats `lite_mindir`,
-`portable_mindir` and `ascend_mindir` hold any operation that MindSpore can compile. A `.ms` file holds the operations
+`portable_mindir` and `ascend_mindir` hold any operation that MindSpore can compile, `direct_mindir` those that
+MindSpore 2.0 can express, but for LSTM. A `.ms` file holds the operations
 that a kernel of MindSpore Lite is known to compute, alone or several of them together, and an ONNX file those that
 operations of its operator set 20 compute. Names are those of MindSpore's primitives, as `msqkd plan RECIPE` lists them;
 a form of an operation that cannot be written (a padding mode, an axis that is computed) is refused with a sentence that
@@ -34,6 +35,17 @@ converter 2.0.0 takes and later ones read. Its int8 nodes are those of the `.ms`
 `ascend_mindir`. Of an ONNX file with QuantizeLinear the converter of 2.0.0 makes a file that its runtime refuses.
 """
 
+_DIRECT = """
+## What MindSpore Lite loads without a converter
+
+`mindspore_lite.Model.build_from_file(file, ModelType.MINDIR)` loads `direct_mindir`: the ordinary operations of the
+portable file, float32 weights on the grid, batch 1, in the form of MindSpore 2.0. It computes in float and rounds as
+the fake-quantized network does. `python bench/converter.py --direct` computes such files in the runtime of 2.0.0 on x86
+and compares them with MindSpore: most outputs are equal to the bit; where floats are summed in another order, single
+values round to the next level. The runtime does not load `portable_mindir`: it cannot cast an int8 weight. Of
+`ascend_mindir` nothing was tried.
+"""
+
 _WEIGHTS = """
 ## How weights are stored
 
@@ -43,6 +55,7 @@ _WEIGHTS = """
 | `.ms`, ONNX | int8, whatever the bits and however few the values |
 | `ascend_mindir` | the same in int8 layers; in others float32 on the grid |
 | `lite_mindir` | float32 on the grid, with markers in int8 layers |
+| `direct_mindir` | float32 on the grid |
 
 Few bits (`quantization.weight.bits`) and clusters ([ptq.md](ptq.md#weight-clustering)) make the values few. Packed are
 indices of a codebook: of 4 bits for up to 16 values, of 2 for up to 4, of 1 for two. They lie in the order of the
@@ -68,7 +81,7 @@ def page() -> str:
     device.update(dict.fromkeys(FROZEN, "constant"))
     onnx = set(supported())
     rows = [f"| {op} | {device.get(op, 'no')} | {'yes' if op in onnx else 'no'} |\n" for op in sorted({*device, *onnx})]
-    return _INTRODUCTION + "".join(rows) + _CONVERTER + _WEIGHTS
+    return _INTRODUCTION + "".join(rows) + _CONVERTER + _DIRECT + _WEIGHTS
 
 
 if __name__ == "__main__":

@@ -128,7 +128,15 @@ def _read_bilinear(attrs: dict[str, Any]) -> dict[str, Any]:
     return {"size": size, "align_corners": False, "half_pixel_centers": True}
 
 
+def _write_round(values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """2.0 rounds to whole numbers alone."""
+    if values["decimals"]:
+        raise ExportError(f"a Round has {values['decimals']} decimals, which MindSpore Lite does not know; allowed: 0")
+    return "Round", {}
+
+
 _OLDER: Mapping[str, _Older] = {
+    "Round": _Older(("decimals",), ("Round",), _write_round, lambda attrs: {"decimals": 0}),
     "ResizeBilinearV2": _Older(
         ("size", "align_corners", "half_pixel_centers"), ("ResizeBilinear", "Resize"), _write_bilinear, _read_bilinear
     ),

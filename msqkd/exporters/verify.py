@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import mindspore as ms
 import numpy as np
@@ -14,8 +14,10 @@ from mindspore import nn
 
 from msqkd.errors import ExportError
 from msqkd.exporters.lite import read_markers
+from msqkd.exporters.mindir_form import functional_form
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph
+from msqkd.graph.mindir import read_mindir
 from msqkd.graph.passes.free_batch import free_batch
 from msqkd.integer.program import Format, Tensor
 from msqkd.integer.registry import ARM64
@@ -62,10 +64,30 @@ def load_lite(file: Path) -> Callable[..., Any]:
             edges.update(dict.fromkeys(places, _fixed(name, qparams)))
         else:
             rounded[name] = _fixed(name, qparams)
-    cell = to_cell(graph, Hooks(values=rounded, edges=edges))
+    return _any_batch(to_cell(graph, Hooks(values=rounded, edges=edges)), batch, kept, file)
+
+
+def load_direct(file: Path) -> Callable[..., Any]:
+    """Read a direct MindIR as a callable, for batches of any size as `load_lite` has it."""
+    graph = read_mindir(file.read_bytes(), file.stem)
+    functional_form(graph)
+    batch = graph.shape(graph.inputs[0])[0]
+    kept = free_batch(graph)
+    return _any_batch(to_cell(graph), batch, kept, file)
+
+
+def _any_batch(cell: Any, batch: int, kept: Optional[str], file: Path) -> Callable[..., Any]:
+    """Return `cell` for batches of any size.
+
+    Args:
+        cell: the network.
+        batch: the size in the file.
+        kept: why the network computes batches of that size only; None where it computes any.
+        file: named in the warning.
+    """
     if kept is None:
         return cell
-    warnings.warn(f"{file.name}: checked in batches of {batch}, the size in the file, since {kept}", stacklevel=2)
+    warnings.warn(f"{file.name}: checked in batches of {batch}, the size in the file, since {kept}", stacklevel=3)
     return partial(_in_batches, cell, batch)
 
 

@@ -142,7 +142,9 @@ class CalibrationSection(RangeSection):
     )
 
 
-ExportFormat = Literal["lite_mindir", "portable_mindir", "ms", "ms_weight", "ms_float", "onnx", "ascend_mindir"]
+ExportFormat = Literal[
+    "lite_mindir", "portable_mindir", "direct_mindir", "ms", "ms_weight", "ms_float", "onnx", "ascend_mindir"
+]
 DEFAULT_FORMATS: dict[str, list[ExportFormat]] = {
     "lite_arm": ["lite_mindir", "portable_mindir", "ms"],
     "ascend": ["ascend_mindir", "portable_mindir"],
@@ -160,10 +162,11 @@ class ExportSection(Section):
         Allowed(f"a list, at least one of {listing(get_args(ExportFormat), 'and')}"),
     ] = Field(
         default=DEFAULT_FORMATS["lite_arm"],
-        description="lite_mindir for the MindSpore Lite converter, portable_mindir for any MindSpore, ms for MindSpore "
-        "Lite without its converter (ms_weight: int8 weights and float computation; ms_float: float, for comparison), "
-        "onnx for onnxruntime on x86 and ARM servers (needs the extra msqkd[onnx]). Target ascend takes ascend_mindir "
-        "for Ascend NPUs, portable_mindir and onnx; the first two are its default.",
+        description="lite_mindir for the MindSpore Lite converter, portable_mindir for any MindSpore, direct_mindir "
+        "for MindSpore Lite's MindIR loader, ms for MindSpore Lite without its converter (ms_weight: int8 weights and "
+        "float computation; ms_float: float, for comparison), onnx for onnxruntime on x86 and ARM servers (needs the "
+        "extra msqkd[onnx]). Target ascend takes ascend_mindir for Ascend NPUs, portable_mindir, direct_mindir and "
+        "onnx; the first two are its default.",
     )
     verify_tolerance: NotNegative = Field(
         default=1e-4,

@@ -27,6 +27,7 @@ SHORT = {"epoch_size": 1, "batch_size": 12, "lr": 0.05}
 WRITERS = {
     "lite_mindir": ("msqkd.exporters.lite", "export_lite"),
     "portable_mindir": ("msqkd.exporters.portable", "export_portable"),
+    "direct_mindir": ("msqkd.exporters.direct", "export_direct"),
     "ms": ("msqkd.exporters.ms.write", "write_ms"),
     "onnx": ("msqkd.exporters.onnx.qdq", "export_onnx"),
     "ascend_mindir": ("msqkd.exporters.ascend.quantised", "export_ascend"),

@@ -79,8 +79,9 @@ def test_what_depends_on_the_target(minimal: dict[str, Any]) -> None:
     assert make_recipe(recipe.to_dict()) == recipe
     changed = make_recipe(minimal, ["target=ascend", "export.verify_tolerance=0.1", "verify.samples=5"])
     assert changed.export.formats == ["ascend_mindir", "portable_mindir"]
-    assert "found 'ms', allowed with target: ascend: 'portable_mindir', 'ascend_mindir' or 'onnx'" in complaint(
-        minimal, "target=ascend", "export.formats=[onnx, ms]"
+    assert (
+        "found 'ms', allowed with target: ascend: 'portable_mindir', 'direct_mindir', 'ascend_mindir' or 'onnx'"
+        in complaint(minimal, "target=ascend", "export.formats=[onnx, ms]")
     )
     assert "found 'x86', allowed only with target: lite_arm" in complaint(
         minimal, "target=ascend", "verify.machine=x86"
@@ -149,12 +150,15 @@ def test_a_number_in_exponent_form_without_a_dot_is_a_number(minimal: dict[str, 
         ("data.augment=flip", "found 'flip', allowed: a list"),
         ("data.augment=[flip, flip]", "'flip' given twice"),
         ("compare=[float, float]", "'float' given twice"),
-        ("export.formats=[]", "found [], allowed: a list, at least one of 'lite_mindir', 'portable_mindir', 'ms'"),
+        (
+            "export.formats=[]",
+            "found [], allowed: a list, at least one of 'lite_mindir', 'portable_mindir', 'direct_mindir'",
+        ),
         ("export.formats=[onx]", "'onnx' or 'ascend_mindir'; did you mean 'onnx'?"),
         ("export.formats=[ms, ms]", "'ms' given twice"),
         (
             "export.formats=[ascend_mindir]",
-            "found 'ascend_mindir', allowed with target: lite_arm: 'lite_mindir', 'portable_mindir', 'ms', ",
+            "found 'ascend_mindir', allowed with target: lite_arm: 'lite_mindir', 'portable_mindir', 'direct_mindir', ",
         ),
         ("verify.max_deviation=-0.1", "found -0.1, allowed: a number of 0 or more"),
         ("verify.samples=0", "found 0, allowed: an integer of 1 or more"),
