@@ -52,7 +52,8 @@ def export_direct(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int
     for node in graph.nodes:
         if node.op in _OTHERWISE:
             raise ExportError(
-                f"layer '{node.name}': MindSpore Lite computes {node.op} of a MindIR otherwise than MindSpore; {WAY_OUT}"
+                f"layer '{node.name}': MindSpore Lite computes {node.op} of a MindIR otherwise than MindSpore; "
+                f"{WAY_OUT}"
             )
     direct, nothing = portable_graph(graph, plan), QuantPlan(plan.target, plan.network)
     spell_out_statistics(direct)
