@@ -90,6 +90,12 @@ def _rehearsal_is_left_out(request: pytest.FixtureRequest, monkeypatch: pytest.M
         monkeypatch.setattr(run, "rehearse", lambda *arguments: None)
 
 
+@pytest.fixture(autouse=True)
+def _no_converter_is_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Runs do the same on every machine; the vendor's converter is tested in tests/deploy."""
+    monkeypatch.setenv("MSLITE_HOME", str(tmp_path / "none"))
+
+
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Writes a recipe that is done in seconds; keyword arguments take the place of its sections."""
