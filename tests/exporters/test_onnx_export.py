@@ -877,6 +877,28 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     assert [child.name for child in tmp_path.iterdir()] == ["file"]
 
 
+class Constants(nn.Cell):
+    """Constants that are computed by an operation ONNX lacks: read in float, and by an int8 product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Dense(4, 4), nn.Dense(4, 3)
+
+    def construct(self, x):  # type: ignore[no-untyped-def]
+        x = ops.matmul(self.first(x), ops.eye(4, 4, ms.float32) * 0.7)
+        return self.last(x + ops.tanh(ops.eye(4, 4, ms.float32)).sum(0))
+
+
+@pytest.mark.parametrize("target", ["lite_arm", "ascend"])
+def test_constants_of_unknown_operations_are_computed_before(target: str, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    cell = quantize(create_ptq_network(Constants(), QuantConfig(act_observer="minmax"), [x], target=target))
+    file = export_onnx(*cell.sync(), tmp_path / "net.onnx")
+    expected = cell(ms.Tensor(x)).asnumpy()
+    found = np.asarray(load_onnx(file)(x))
+    assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
+
+
 def test_an_earlier_file_survives_a_failed_export(tmp_path: Path) -> None:
     graph = dense(np.ones((3, 2), np.float32), np.zeros(3, np.float32))
     file = export_onnx_float(graph, tmp_path / "net.onnx")

@@ -46,7 +46,7 @@ def freeze(graph: Graph, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[
     constant = computed_from_constants(graph)
     if constant:
         on_grid(graph, {node.name: stored[node.name] for node in constant if node.name in stored})
-        _replace(graph, constant)
+        replace_constants(graph, constant)
     graph.prune()
 
 
@@ -84,7 +84,8 @@ def _join_literals(graph: Graph, node: Node) -> None:
             node.sequences = (*(run for run in node.sequences if run[0] < start), *later)
 
 
-def _replace(graph: Graph, nodes: list[Node]) -> None:
+def replace_constants(graph: Graph, nodes: list[Node]) -> None:
+    """Replace nodes that read parameters and literals alone by parameters, in place."""
     island = cut(graph, nodes)
     for name, array in zip(island.outputs, run_island(island, [])):
         graph.add_param(name, array, trainable=False)

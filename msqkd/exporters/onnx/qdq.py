@@ -38,14 +38,16 @@ import numpy as np
 
 from msqkd.errors import ExportError, did_you_mean
 from msqkd.exporters import FORMATS, ONNX, check_precisions
+from msqkd.exporters.device.freeze import replace_constants
 from msqkd.exporters.onnx.calls import Call
-from msqkd.exporters.onnx.table import find
+from msqkd.exporters.onnx.table import find, supported
 from msqkd.exporters.onnx.writer import ModelWriter, write_model
 from msqkd.files import PathLike
 from msqkd.graph.ir import Graph, Node
 from msqkd.graph.passes.batch_statistics import spell_out_statistics
+from msqkd.graph.passes.computed_weights import computed_from_constants
 from msqkd.quant.config import INT8
-from msqkd.quant.integers import bias_steps, scale_floor
+from msqkd.quant.integers import bias_steps, on_grid, scale_floor
 from msqkd.quant.plan import QuantPlan
 from msqkd.quant.qparams import MAX_BITS, SCALE_FLOOR, QParams, quant_limits
 from msqkd.quant.uses import STORABLE
@@ -107,7 +109,30 @@ def _export(graph: Graph, plan: QuantPlan, activations: str) -> _Export:
     check_precisions(FORMATS[ONNX], plan)
     graph = graph.copy()
     spell_out_statistics(graph)
+    _compute_unknown_constants(graph, plan)
     return _Export(graph, plan, activations)
+
+
+def _compute_unknown_constants(graph: Graph, plan: QuantPlan) -> None:
+    """Replace constants that are computed by operations ONNX lacks by parameters, in place."""
+    constant, known = computed_from_constants(graph), supported()
+    needed = {name for node in constant if node.op not in known for name in node.outputs}
+    nodes: list[Node] = []
+    for node in reversed(constant):
+        if needed.intersection(node.outputs):
+            nodes.insert(0, node)
+            needed.update(node.inputs)
+    if not nodes:
+        return
+    weights = plan.with_weight_observers(graph).weights
+    on_grid(graph, {node.name: weights[node.name] for node in nodes if node.name in weights})
+    replace_constants(graph, nodes)
+    for node in nodes:
+        for name in node.outputs:
+            activation = plan.activations.get(name)
+            if name in graph.params and activation is not None and not activation.edges:
+                graph.params[name].data = plan.group_of(name).qparams().fake_quantize(graph.params[name].data)
+    graph.prune()
 
 
 class _Export:
