@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-import mindspore as ms
 import numpy as np
 
 from msqkd.errors import ExportError
@@ -25,7 +24,7 @@ from msqkd.exporters.lite_markers import BEHIND_FLOAT, MARKER, TWIN, Marker, gua
 from msqkd.exporters.lite_operations import to_known_operations
 from msqkd.exporters.lite_pools import write_padded_pools
 from msqkd.exporters.lowering import lower_for_lite, own_weight
-from msqkd.exporters.mindir_file import write_cell
+from msqkd.exporters.mindir_file import fixed_inputs, write_cell
 from msqkd.exporters.mindir_form import functional_form, older_form
 from msqkd.files import PathLike
 from msqkd.graph.cell import Hooks, to_cell
@@ -78,12 +77,6 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
             continue  # a marker must feed a consumer; a reshape hands its input's parameters on
         marker = Marker(plan.group_of(value).qparams(), value in floats)
         hooks.values[value] = marker  # type: ignore[index]
-    inputs = []
-    for name in lowered.inputs:
-        kind = lowered.values[name].type
-        assert kind is not None
-        shape = (batch_size, *kind.shape[1:])
-        inputs.append(ms.Tensor(np.zeros(shape, kind.dtype)))
     cell = to_cell(lowered, hooks, shared=True)
 
     def form(model: Any) -> None:
@@ -94,14 +87,16 @@ def export_lite(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int =
         _check_markers(read_model(model, Path(file).name, parameters=cell.parameters_dict()))
         mark_tuples(model)
 
-    return write_cell(cell, inputs, file, form, lambda name, data: _on_grid(stored.get(name), data))
+    return write_cell(
+        cell, fixed_inputs(lowered, batch_size), file, form, lambda name, data: _on_grid(stored.get(name), data)
+    )
 
 
 def export_float(graph: Graph, file: PathLike) -> Path:
-    """Write a float network for ``converter_lite --fmk=MINDIR``: batch 1, no markers.
+    """Write a network that computes in float, for MindSpore Lite's converter or its MindIR loader: batch 1, no markers.
 
     Args:
-        graph: the float network, BatchNorm folded.
+        graph: the network, BatchNorm folded.
         file: where to.
 
     Raises:
@@ -114,18 +109,13 @@ def export_float(graph: Graph, file: PathLike) -> Path:
     freeze(graph, shapes, {})
     to_known_operations(graph, plan, shapes)
     keep_transpositions(graph, plan, shapes)
-    inputs = []
-    for name in graph.inputs:
-        kind = graph.values[name].type
-        assert kind is not None
-        inputs.append(ms.Tensor(np.zeros((1, *kind.shape[1:]), kind.dtype)))
 
     def form(model: Any) -> None:
         canonical_model(model)
         strip_model(model)
         older_form(model)
 
-    return write_cell(to_cell(graph, shared=True), inputs, file, form)
+    return write_cell(to_cell(graph, shared=True), fixed_inputs(graph, 1), file, form)
 
 
 def _constant_operands(graph: Graph, plan: QuantPlan) -> dict[tuple[str, int], QParams]:

@@ -12,10 +12,17 @@ import numpy as np
 from msqkd.errors import ExportError
 from msqkd.exporters.canonical import canonical_model
 from msqkd.files import PathLike, replacing
+from msqkd.graph.ir import Graph
 
 Form = Callable[[Any], None]
 Store = Callable[[str, np.ndarray], np.ndarray]
 _LARGEST = 1 << 30  # bytes of weights in one file; mindspore.export splits what is larger, which nobody reads
+
+
+def fixed_inputs(graph: Graph, batch_size: int) -> list[Any]:
+    """Return a Tensor of zeros for each input of a graph, with this batch."""
+    kinds = [graph.values[name].type for name in graph.inputs]
+    return [ms.Tensor(np.zeros((batch_size, *kind.shape[1:]), kind.dtype)) for kind in kinds if kind is not None]
 
 
 def write_cell(

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
-import numpy as np
 from mindspore import nn, ops
 from mindspore.ops.operations import _inner_ops
 
 from msqkd.errors import ExportError
 from msqkd.exporters.ascend.layers import AscendLayer, ascend_layers
 from msqkd.exporters.lite import strip_bookkeeping
-from msqkd.exporters.mindir_file import write_cell
+from msqkd.exporters.mindir_file import fixed_inputs, write_cell
 from msqkd.files import PathLike, write_bytes
 from msqkd.graph.cell import Hooks, to_cell
 from msqkd.graph.ir import Graph, Node, TensorType, Value
@@ -78,7 +77,7 @@ def export_ascend(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int
     if not layers:
         raise ExportError(f"{Path(file).name}: nothing in the network is int8 on the target; there is nothing to write")
     graph, hooks = _with_integers(with_casts(round_stored(graph, plan), plan, "float16"), layers)
-    inputs = [fixed_input(graph, name, batch_size) for name in graph.inputs]
+    inputs = fixed_inputs(graph, batch_size)
     cell = to_cell(graph, hooks)
     for dequant in hooks.values.values():
         dequant.scale.name = f"{dequant.layer}.deq_scale"  # what the cell calls it says nothing to a reader
@@ -91,13 +90,6 @@ def export_ascend(graph: Graph, plan: QuantPlan, file: PathLike, batch_size: int
     except OSError as error:
         raise ExportError(f"cannot write {file}: {error.strerror}") from error
     return Path(file)
-
-
-def fixed_input(graph: Graph, name: str, batch_size: int) -> Any:
-    """A Tensor of zeros as the input `name` takes it, with this batch."""
-    kind = graph.values[name].type
-    assert kind is not None
-    return ms.Tensor(np.zeros((batch_size, *kind.shape[1:]), kind.dtype))
 
 
 def _with_integers(graph: Graph, layers: dict[str, AscendLayer]) -> tuple[Graph, Hooks]:

@@ -11,9 +11,8 @@ from typing import Union
 import numpy as np
 
 from msqkd.errors import ExportError
-from msqkd.exporters.ascend.quantised import fixed_input
 from msqkd.exporters.converter import ACTIVATION_METHODS, command, ptq_config, write_calibration_bins
-from msqkd.exporters.mindir_file import write_cell
+from msqkd.exporters.mindir_file import fixed_inputs, write_cell
 from msqkd.files import PathLike, write_text
 from msqkd.graph.cell import to_cell
 from msqkd.graph.ir import Graph
@@ -78,7 +77,7 @@ def export_ascend_float(
     graph = graph.copy()
     on_grid(graph, plan.with_weight_observers(graph).weights)
     cell = to_cell(graph)
-    model = write_cell(cell, [fixed_input(graph, name, 1) for name in graph.inputs], folder / _MODEL)
+    model = write_cell(cell, fixed_inputs(graph, 1), folder / _MODEL)
     words = command(_MODEL, _OUTPUT, _CONFIG, ascend=True)
     text = f'#!/bin/sh\n# Run where converter_lite is installed.\ncd "$(dirname "$0")" && exec {shlex.join(words)}\n'
     try:
