@@ -1,11 +1,13 @@
 """What MindSpore Lite's own converter makes of marked MindIR files, network by network.
 
-    MSLITE_HOME=FOLDER python bench/converter.py [--only NAME ...] [--samples 4] [--keep FOLDER] [--json]
+    MSLITE_HOME=FOLDER python bench/converter.py [--only NAME ...] [--samples 4] [--keep FOLDER] [--direct] [--json]
 
 Every network of `converter_networks`, or those named with --only (mindcv's too, for images of 64 × 64), gets random
 weights and is quantized after training. The vendor's converter converts its marked MindIR; the vendor's runtime
 computes that file and msqkd's own `.ms` file. Shown are the int8 nodes that have an equal in the converter's file
 (operation, parameters, weights, biases), and the output values that differ.
+
+With --direct the runtime loads the direct MindIR of each network, and its outputs are compared with MindSpore's.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import mindspore as ms
 import numpy as np
 from converter_networks import INTEGERS, NETWORKS
 from mindspore import nn
+from random_blocks import randomize
 
 import msqkd
 from msqkd.deploy.converter_run import feed, same_order
@@ -39,20 +42,7 @@ _CONFIG = msqkd.QuantConfig(msqkd.WeightQuantizer(per_channel=True), act_observe
 
 def randomised(net: nn.Cell, seed: int = 3) -> nn.Cell:
     """Give every parameter random values of a size that keeps the activations about 1."""
-    rng = np.random.default_rng(seed)
-    for parameter in net.get_parameters():
-        name, shape = parameter.name, parameter.shape
-        if "moving_variance" in name:
-            data = rng.uniform(0.5, 2, shape)
-        elif "moving_mean" in name:
-            data = rng.normal(size=shape) * 0.3
-        elif "gamma" in name:
-            data = rng.uniform(0.5, 1.5, shape)
-        elif "beta" in name or "bias" in name:
-            data = rng.normal(size=shape) * 0.2
-        else:
-            data = rng.normal(size=shape) / np.sqrt(max(1, int(np.prod(shape[1:]))))
-        parameter.set_data(ms.Tensor(data.astype(np.float32)))
+    randomize(net, np.random.default_rng(seed))
     net.set_train(False)
     return net
 

@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-CHUNK = 10  # programs a process: MindSpore keeps every compiled graph
+from children import measured_apart, print_results
 
 
 def main() -> None:
@@ -44,35 +43,25 @@ def main() -> None:
         sys.exit("MindSpore Lite's package is not at hand: set MSLITE_HOME to the folder of its environment")
     numbers = range(args.first, args.first + args.programs)
     if args.child:
-        for number in numbers:
-            print("RESULT " + json.dumps(measured(args, number)), flush=True)
+        print_results(numbers, partial(measured, args))
         return
     results: list[dict[str, Any]] = []
-    for start in numbers[::CHUNK]:
-        count = min(CHUNK, numbers.stop - start)
-        results += _in_child(args, start, count)
+    for result in measured_apart(numbers, partial(_child_command, args), _ended, args.timeout):
+        results.append(result)
         if not args.json:
-            for result in results[-count:]:
-                print(_row(result), flush=True)
+            print(_row(result), flush=True)
     _report(args, results)
 
 
-def _in_child(args: argparse.Namespace, start: int, count: int) -> list[dict[str, Any]]:
-    """Measure `count` programs in a process of their own; one that ends the process counts as failed."""
-    command = [sys.executable, __file__, "--child", "--seed", str(args.seed), "--first", str(start)]
-    command += ["--programs", str(count), "--samples", str(args.samples)]
-    command += ["--keep", str(args.keep)] if args.keep else []
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout, check=False)
-        out, end = done.stdout, f"exit {done.returncode}: {done.stderr.strip()[-500:]}"
-    except subprocess.TimeoutExpired as error:
-        out, end = (error.stdout or b"").decode(), f"no end in {args.timeout:.0f} s"
-    found = [json.loads(line[len("RESULT ") :]) for line in out.splitlines() if line.startswith("RESULT ")]
-    missing = range(start + len(found), start + count)
-    if not missing:
-        return found
-    ended = {"program": missing[0], "kind": "", "parts": [], "failed": end}
-    return found + [ended] + (_in_child(args, missing[1], len(missing) - 1) if len(missing) > 1 else [])
+def _child_command(args: argparse.Namespace, first: int, count: int) -> list[str]:
+    """Return the arguments of a process that measures `count` programs."""
+    command = [__file__, "--child", "--seed", str(args.seed), "--first", str(first), "--programs", str(count)]
+    return [*command, "--samples", str(args.samples), *(["--keep", str(args.keep)] if args.keep else [])]
+
+
+def _ended(number: int, how: str) -> dict[str, Any]:
+    """Return the result of a program that ended its process: it counts as failed."""
+    return {"program": number, "kind": "", "parts": [], "failed": how}
 
 
 def measured(args: argparse.Namespace, number: int) -> dict[str, Any]:

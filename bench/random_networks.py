@@ -22,17 +22,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import traceback
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
+from children import measured_apart, print_results
 
-CHUNK = 10  # networks a process: MindSpore keeps every compiled graph
 FORMATS = {
     "lite_arm": ("MINDIR", "MINDIR_PORTABLE", "MS", "ONNX"),
     "ascend": ("MINDIR_ASCEND", "MINDIR_PORTABLE", "ONNX"),
@@ -52,31 +52,25 @@ def main() -> None:
     args = parser.parse_args()
     numbers = range(args.first, args.first + args.networks)
     if args.child:
-        for number in numbers:
-            print("RESULT " + json.dumps(measure(args.seed, number, args.targets)), flush=True)
+        print_results(numbers, lambda number: measure(args.seed, number, args.targets))
         return
     results: list[dict[str, Any]] = []
-    for start in numbers[::CHUNK]:
-        count = min(CHUNK, numbers.stop - start)
-        results += run_child(args, start, count)
+    for result in measured_apart(numbers, partial(child_command, args), ended, args.timeout):
+        results.append(result)
         if not args.json:
-            for result in results[-count:]:
-                print(row(result), flush=True)
+            print(row(result), flush=True)
     report(args, results)
 
 
-def run_child(args: argparse.Namespace, start: int, count: int) -> list[dict[str, Any]]:
-    """Measure `count` networks in a process of their own; a network that ends the process counts as failed."""
-    command = [sys.executable, __file__, "--child", "--seed", str(args.seed), "--first", str(start)]
-    command += ["--networks", str(count), "--targets", *args.targets]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout, check=False)
-        out, end = done.stdout, f"exit {done.returncode}: {done.stderr.strip()[-500:]}"
-    except subprocess.TimeoutExpired as error:
-        out, end = (error.stdout or b"").decode(), f"no end in {args.timeout:.0f} s"
-    found = [json.loads(line[len("RESULT ") :]) for line in out.splitlines() if line.startswith("RESULT ")]
-    missing = range(start + len(found), start + count)
-    return found + [{"network": number, "failed": [end], "refused": []} for number in missing[:1]]
+def child_command(args: argparse.Namespace, first: int, count: int) -> list[str]:
+    """Return the arguments of a process that measures `count` networks."""
+    command = [__file__, "--child", "--seed", str(args.seed), "--first", str(first), "--networks", str(count)]
+    return [*command, "--targets", *args.targets]
+
+
+def ended(number: int, how: str) -> dict[str, Any]:
+    """Return the result of a network that ended its process: it counts as failed."""
+    return {"network": number, "failed": [how], "refused": []}
 
 
 def row(result: dict[str, Any]) -> str:
