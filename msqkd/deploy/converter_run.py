@@ -236,14 +236,14 @@ def compare_ms(ours: Path, theirs: Path, batches: Iterable[Arrays], python: Opti
     fed = [inputs, [tuple(batch[order.index(place)] for place in range(len(order))) for batch in inputs]]
     found = [[simulator.run(*batch) for batch in part] for simulator, part in zip(simulators, fed)]
     joined = [[np.concatenate(parts) for parts in zip(*batches)] for batches in found]
-    simulated, agreeing = _compared(*joined), _answers(joined[0][0]) == _answers(joined[1][0])
+    simulated = compared(*joined)
     runtime = None
     if python is not None:
         samples = [[np.concatenate(parts)[:, None] for parts in zip(*part)] for part in fed]
-        runtime = _compared(*(run_ms(python, file, arrays) for file, arrays in zip((ours, theirs), samples)))
+        runtime = compared(*(run_ms(python, file, arrays) for file, arrays in zip((ours, theirs), samples)))
     return Comparison(
         layers(programs[0]), layers(programs[1]), simulated.samples, simulated.equal, simulated.max_difference,
-        100.0 * float(agreeing.mean()), agreement(*programs), runtime,
+        top1_agreement(joined[0][0], joined[1][0]), agreement(*programs), runtime,
     )  # fmt: skip
 
 
@@ -258,15 +258,18 @@ def _shapes(program: Program, names: Iterable[str]) -> list[tuple[int, ...]]:
     return [program.tensors[name].shape for name in names]
 
 
-def _compared(ours: list[np.ndarray], theirs: list[np.ndarray]) -> Outputs:
+def compared(ours: list[np.ndarray], theirs: list[np.ndarray]) -> Outputs:
+    """Compare the outputs (n, ...) of two computations of the same samples."""
     pairs = [(one.reshape(-1), other.reshape(-1)) for one, other in zip(ours, theirs)]
     equal, values = sum(int((one == other).sum()) for one, other in pairs), sum(one.size for one, _ in pairs)
     largest = max(float(np.abs(one.astype(np.float64) - other).max()) for one, other in pairs)
     return Outputs(len(ours[0]), 100.0 * equal / values, largest)
 
 
-def _answers(logits: np.ndarray) -> np.ndarray:
-    return np.asarray(logits.reshape(len(logits), -1).argmax(-1))
+def top1_agreement(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Return the share of samples with the same top-1 answer, in percent."""
+    answers = [array.reshape(len(array), -1).argmax(-1) for array in (ours, theirs)]
+    return 100.0 * float((answers[0] == answers[1]).mean())
 
 
 # -- both --------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import mindspore as ms
 import numpy as np
 
 from msqkd.analysis.refresh import CONVERT, refresh_report
-from msqkd.deploy.converter_run import convert, convert_and_compare, feed
+from msqkd.deploy.converter_run import compared, convert, convert_and_compare, feed, top1_agreement
 from msqkd.deploy.nodes import layers, marked_agreement
 from msqkd.deploy.vendor_runtime import TIME_LIMIT
 from msqkd.errors import CaptureError, ExportError
@@ -200,15 +200,11 @@ def _against_markers(file: Path, marked: Marked, made: Path, batch: tuple[np.nda
         warnings.simplefilter("ignore")
         expected = load_lite(file)(*map(ms.Tensor, batch))
     outputs = [item.asnumpy() for item in (expected if isinstance(expected, tuple) else (expected,))]
-    pairs = [(one.reshape(-1), other.reshape(-1)) for one, other in zip(outputs, found)]
-    answers = [array.reshape(len(array), -1).argmax(-1) for array in (outputs[0], found[0])]
     weights = {place: (marked.graph.params[_weight(marked, place)].data, q) for place, q in marked.weights.items()}
     parameters = marked_agreement(marked.values.values(), weights, program)
     return {
-        "samples": len(batch[0]),
-        "equal_outputs": 100.0 * sum(int((a == b).sum()) for a, b in pairs) / sum(a.size for a, _ in pairs),
-        "max_difference": max(float(np.abs(a - b).max()) for a, b in pairs),
-        "agreement": 100.0 * float((answers[0] == answers[1]).mean()),
+        **compared(outputs, found).to_dict(),
+        "agreement": top1_agreement(outputs[0], found[0]),
         "as_planned": not parameters.missing,
         "parameters": parameters.to_dict(),
         "runtime": None,

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from msqkd.graph.ir import Graph, Node, Value
-from msqkd.graph.islands import cut, run_island
 from msqkd.graph.ops import scalar_type
-from msqkd.graph.passes.computed_weights import computed_from_constants
+from msqkd.graph.passes.computed_weights import computed_from_constants, replace_constants
 from msqkd.quant.integers import on_grid
 from msqkd.quant.plan import WeightQuant
 
@@ -82,12 +81,3 @@ def _join_literals(graph: Graph, node: Node) -> None:
             node.inputs[start : start + length] = [joined]
             later = ((first - length + 1, count) for first, count in node.sequences if first > start)
             node.sequences = (*(run for run in node.sequences if run[0] < start), *later)
-
-
-def replace_constants(graph: Graph, nodes: list[Node]) -> None:
-    """Replace nodes that read parameters and literals alone by parameters, in place."""
-    island = cut(graph, nodes)
-    for name, array in zip(island.outputs, run_island(island, [])):
-        graph.add_param(name, array, trainable=False)
-    gone = {node.name for node in nodes}
-    graph.nodes = [node for node in graph.nodes if node.name not in gone]

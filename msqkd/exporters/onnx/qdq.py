@@ -38,14 +38,13 @@ import numpy as np
 
 from msqkd.errors import ExportError, did_you_mean
 from msqkd.exporters import FORMATS, ONNX, check_precisions
-from msqkd.exporters.device.freeze import replace_constants
 from msqkd.exporters.onnx.calls import Call
 from msqkd.exporters.onnx.table import find, supported
 from msqkd.exporters.onnx.writer import ModelWriter, write_model
 from msqkd.files import PathLike
 from msqkd.graph.ir import Graph, Node
 from msqkd.graph.passes.batch_statistics import spell_out_statistics
-from msqkd.graph.passes.computed_weights import computed_from_constants
+from msqkd.graph.passes.computed_weights import computed_from_constants, replace_constants
 from msqkd.quant.config import INT8
 from msqkd.quant.integers import bias_steps, on_grid, scale_floor
 from msqkd.quant.plan import QuantPlan

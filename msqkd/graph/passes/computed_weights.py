@@ -25,6 +25,15 @@ def computed_from_constants(graph: Graph) -> list[Node]:
     return found
 
 
+def replace_constants(graph: Graph, nodes: list[Node]) -> None:
+    """Replace nodes that read parameters and literals alone by parameters, in place."""
+    island = cut(graph, nodes)
+    for name, array in zip(island.outputs, run_island(island, [])):
+        graph.add_param(name, array, trainable=False)
+    gone = {node.name for node in nodes}
+    graph.nodes = [node for node in graph.nodes if node.name not in gone]
+
+
 def settle_weights(graph: Graph) -> Graph:
     """A graph in which weights and biases of layers that are computed from parameters alone are parameters.
 
