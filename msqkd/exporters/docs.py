@@ -12,7 +12,7 @@ _INTRODUCTION = """\
 
 Written from the tables in `msqkd/exporters/` by `python -m msqkd.exporters.docs`. The formats `lite_mindir`,
 `portable_mindir` and `ascend_mindir` hold any operation that MindSpore can compile, `direct_mindir` those that
-MindSpore 2.0 can express, but for LSTM. A `.ms` file holds the operations
+MindSpore 2.0 can express, except LSTM. A `.ms` file holds the operations
 that a kernel of MindSpore Lite is known to compute, alone or several of them together, and an ONNX file those that
 operations of its operator set 20 compute. Names are those of MindSpore's primitives, as `msqkd plan RECIPE` lists them;
 a form of an operation that cannot be written (a padding mode, an axis that is computed) is refused with a sentence that
